@@ -1,0 +1,1 @@
+"""Where questions, clips and teacher trajectories come from."""

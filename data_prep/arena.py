@@ -1,0 +1,292 @@
+"""The arena: short clips of made-up matches as real H.264 files, with questions whose answers are known.
+
+    python -m data_prep.arena                          # out/arena: clips, sft.jsonl, rl.jsonl, test.jsonl, contact sheet
+    python -m data_prep.arena --rl-clips 500 --seed 1
+
+A clip shows one passage of play. At some moment the director cuts for four frames to the scorer, and then the score
+changes. Eight overview frames show *that* and roughly *when* the score changed; who scored, how, in what balance and
+with which card only the close-up shows, and it lies between two overview frames. Some questions need it, some do not.
+The three sets share no clip and no seed; the test set also has venue layouts that the others never show.
+"""
+
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from data_prep import draw
+from nanosport.episode import Question
+
+FPS = 12
+EVENT_FRAMES = 4
+SHOTS = {  # ball struck high, at the middle, low
+    "soccer": ("header", "volley", "tap-in"),
+    "volleyball": ("spike", "push", "dig"),
+    "badminton": ("smash", "drive", "lift"),
+    "table tennis": ("loop", "block", "chop"),
+}
+BALANCE = {-1: "leans left", 0: "upright", 1: "leans right"}
+SANCTION = {"none": "no sanction", "yellow": "a warning", "red": "sent off"}
+PLAYERS = {"soccer": 5, "volleyball": 4, "badminton": 2, "table tennis": 1}
+TRAIN_LAYOUTS, TEST_LAYOUTS = range(0, 24), range(24, 32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that happens in one clip."""
+
+    sport: str
+    layout: int
+    kits: tuple[str, str]
+    """Left team, right team."""
+    deep: tuple[bool, bool]
+    """Whether each team stands back at its end, or presses up to the middle."""
+    num_frames: int
+    score: tuple[int, int]
+    """Before the decisive play."""
+    scorer: int
+    """0 left, 1 right."""
+    number: int
+    shot: int
+    lean: int
+    card: str
+    start: int
+    """First frame of the close-up; it lasts EVENT_FRAMES, then the score changes."""
+    motion: int
+    """Seed of the players' running."""
+
+    @property
+    def end(self) -> int:
+        return self.start + EVENT_FRAMES - 1
+
+    def in_event(self, frame: int) -> bool:
+        return self.start <= frame <= self.end
+
+    def score_at(self, frame: int) -> tuple[int, int]:
+        scored = frame > self.end
+        return (self.score[0] + (scored and self.scorer == 0), self.score[1] + (scored and self.scorer == 1))
+
+
+def make_plan(rng: np.random.Generator, layouts: range) -> Plan:
+    """A random clip. The close-up lies strictly inside one of the seven gaps between eight uniform frames."""
+    num_frames = int(rng.integers(144, 193))
+    overview = np.round(np.linspace(0, num_frames - 1, 8)).astype(int)
+    gap = int(rng.integers(7))
+    kits = rng.permutation(list(draw.KITS))[:2]
+    sport = str(rng.choice(list(SHOTS)))
+    return Plan(
+        sport=sport,
+        layout=int(rng.choice(layouts)),
+        kits=(str(kits[0]), str(kits[1])),
+        deep=(bool(rng.integers(2)), bool(rng.integers(2))),
+        num_frames=num_frames,
+        score=(int(rng.integers(4)), int(rng.integers(4))),
+        scorer=int(rng.integers(2)),
+        number=int(rng.integers(1, 10)),
+        shot=int(rng.integers(3)),
+        lean=int(rng.integers(-1, 2)),
+        card=str(rng.choice(list(SANCTION))),
+        start=int(rng.integers(overview[gap] + 2, overview[gap + 1] - EVENT_FRAMES - 1)),
+        motion=int(rng.integers(1 << 30)),
+    )
+
+
+def render(plan: Plan, frame: int) -> np.ndarray:
+    """One frame of the clip → uint8 (HEIGHT, WIDTH, 3)."""
+    canvas = draw.court(plan.sport, plan.layout).copy()
+    if plan.in_event(frame):
+        kit, phase = plan.kits[plan.scorer], frame * 1.3 + plan.motion % 7
+        draw.closeup(canvas, plan.sport, kit, plan.number, plan.shot, plan.lean, plan.card, phase)
+    else:
+        _wide_shot(canvas, plan, frame)
+    draw.scoreboard(canvas, plan.kits, plan.score_at(frame))
+    return canvas
+
+
+def _wide_shot(canvas: np.ndarray, plan: Plan, frame: int) -> None:
+    rng = np.random.default_rng(plan.motion)
+    count, t = PLAYERS[plan.sport], frame / FPS
+    figures = []
+    for team in (0, 1):
+        depth = 0.10 if plan.deep[team] else 0.30
+        for k in range(count):
+            phase, speed = rng.uniform(0, 6.3, 2), rng.uniform(0.8, 1.6, 2)
+            u = depth + 0.05 * (k % 2) + 0.03 * math.sin(speed[0] * t + phase[0])
+            v = (k + 0.75) / (count + 0.5) + 0.07 * math.sin(speed[1] * t + phase[1])
+            figures.append((v, u if team == 0 else 1 - u, plan.kits[team], 5 * t + phase[0]))
+    for v, u, kit, stride in sorted(figures):
+        draw.player(canvas, u, v, kit, stride)
+    # the rally: the ball flies from side to side, and before the close-up towards the scorer's target
+    rally = 0.5 + 0.32 * math.sin(2.1 * t + rng.uniform(0, 6.3))
+    if 0 <= plan.start - frame < 6:
+        rally += (0.9 - 0.8 * plan.scorer - rally) * (6 - plan.start + frame) / 6
+    x, y = draw.project(rally, 0.5 + 0.2 * math.sin(1.3 * t))
+    draw.ball(canvas, x, y - 26 * abs(math.sin(4.2 * t)), 8, plan.sport)
+
+
+def describe(plan: Plan, frame: int) -> str:
+    """What one frame shows, in the few words that matter: the score, or the close-up."""
+    if not plan.in_event(frame):
+        return "{}-{}".format(*plan.score_at(frame))
+    shot, card = SHOTS[plan.sport][plan.shot], "no" if plan.card == "none" else plan.card
+    return f"{plan.kits[plan.scorer]} {plan.number}, {shot}, {BALANCE[plan.lean]}, {card} card"
+
+
+def scene(plan: Plan) -> str:
+    """What every wide frame shows: the sport, and where each team stands."""
+    left, right = ("deep" if d else "high" for d in plan.deep)
+    return f"{plan.sport}, {plan.kits[0]} {left}, {plan.kits[1]} {right}"
+
+
+def make_questions(plan: Plan, rng: np.random.Generator, clip: str, video: str) -> list[Question]:
+    """Six questions: one in each dimension that needs the close-up, and two that the overview answers."""
+    shots = SHOTS[plan.sport]
+    kit, shot = plan.kits[plan.scorer], shots[plan.shot]
+    final = plan.score_at(plan.num_frames)
+    leader = "level" if final[0] == final[1] else plan.kits[int(final[1] > final[0])]
+    deeper = {(1, 1): "both", (0, 0): "neither", (1, 0): plan.kits[0], (0, 1): plan.kits[1]}[plan.deep]
+    call = f"{kit} {plan.number} {shot}"
+    others = [int(n) for n in rng.permutation([n for n in range(1, 10) if n != plan.number])[:3]]
+    wrong_calls = [
+        f"{kit} {others[0]} {shot}",
+        f"{kit} {plan.number} {shots[(plan.shot + 1) % 3]}",
+        f"{kit} {others[0]} {shots[(plan.shot + 2) % 3]}",
+    ]
+    closeup = {
+        "recognition": [
+            ("Which shirt number scored?", str(plan.number), [str(n) for n in others]),
+            ("How was the point scored?", shot, [s for s in shots if s != shot]),
+            ("Which shirt number scored?", str(plan.number), None),
+        ],
+        "rules": [
+            ("What do the rules impose on the scorer?", SANCTION[plan.card], [s for c, s in SANCTION.items() if c != plan.card]),
+            ("Which card did the official show?", plan.card, None),
+        ],
+        "assessment": [
+            ("How is the balance of the scorer?", BALANCE[plan.lean], [b for k, b in BALANCE.items() if k != plan.lean]),
+            ("How is the balance of the scorer?", BALANCE[plan.lean], None),
+        ],
+        "commentary": [
+            ("Call the decisive play.", call, wrong_calls),
+            ("Call the decisive play.", call, None),
+        ],
+    }
+    overview = {
+        "recognition": ("Which sport is this?", plan.sport, [s for s in SHOTS if s != plan.sport]),
+        "rules": ("Who leads at the end?", leader, [o for o in (*plan.kits, "level") if o != leader]),
+        "assessment": ("Which team stands deep?", deeper, [o for o in (*plan.kits, "both", "neither") if o != deeper]),
+        "commentary": ("Give the final score.", f"{plan.kits[0]} {final[0]} {plan.kits[1]} {final[1]}", None),
+    }
+    drawn = [(d, kinds[int(rng.integers(len(kinds)))], True) for d, kinds in closeup.items()]
+    drawn += [(d, overview[d], False) for d in rng.permutation(list(overview))[:2]]
+    questions = []
+    for k, (dimension, (text, answer, wrong), needs_tool) in enumerate(drawn):
+        options = () if wrong is None else tuple(str(o) for o in rng.permutation([answer, *wrong]))
+        questions.append(
+            Question(
+                id=f"{clip}-{k}",
+                video=video,
+                sport=plan.sport,
+                dimension=str(dimension),
+                question=text,
+                options=options,
+                answer="ABCD"[options.index(answer)] if options else answer,
+                needs_tool=needs_tool,
+                window=(plan.start, plan.end),
+            )
+        )
+    return questions
+
+
+def write_video(path: Path, frames, fps: int = FPS) -> None:
+    """uint8 (H, W, 3) frames → an H.264 mp4 with a key frame every two seconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "22", "preset": "veryfast", "g": str(2 * fps)})
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = draw.WIDTH, draw.HEIGHT, "yuv420p", 1
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """uint8 (H, W, 3) → PNG."""
+    with av.open(str(path), "w", format="image2") as container:
+        stream = container.add_stream("png", rate=1)
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "rgb24"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def clip_rng(seed: int, split: str, number: int) -> np.random.Generator:
+    """Each clip's own stream, so that more clips leave the first ones as they are."""
+    return np.random.default_rng([seed, ("sft", "rl", "test", "pretrain").index(split), number])
+
+
+def _make_clip(job: tuple[Path, str, int, int]) -> tuple[Plan, list[Question]]:
+    folder, split, seed, number = job
+    rng = clip_rng(seed, split, number)
+    plan = make_plan(rng, TEST_LAYOUTS if split == "test" else TRAIN_LAYOUTS)
+    name = f"{split}_{number:05d}"
+    path = folder / "clips" / f"{name}.mp4"
+    partial = path.with_suffix(".partial.mp4")
+    write_video(partial, (render(plan, t) for t in range(plan.num_frames)))
+    partial.replace(path)
+    return plan, make_questions(plan, rng, name, f"clips/{name}.mp4")
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = Path("out/arena")
+    """Folder to write."""
+    sft_clips: int = 120
+    """Clips for teacher trajectories, six questions each."""
+    rl_clips: int = 160
+    """Clips for reinforcement learning."""
+    test_clips: int = 50
+    """Held-out clips."""
+    seed: int = 0
+    workers: int = 2
+    """Rendering processes."""
+
+
+def main(cfg: Config) -> None:
+    for name, count in (("sft_clips", cfg.sft_clips), ("rl_clips", cfg.rl_clips), ("test_clips", cfg.test_clips), ("workers", cfg.workers)):
+        if count < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {count}: must be at least 1")
+    (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (cfg.out, split, cfg.seed, k)
+        for split, count in (("sft", cfg.sft_clips), ("rl", cfg.rl_clips), ("test", cfg.test_clips))
+        for k in range(count)
+    ]
+    with ProcessPoolExecutor(cfg.workers) as pool:
+        made = list(tqdm(pool.map(_make_clip, jobs, chunksize=4), total=len(jobs), desc="render clips", unit="clip"))
+    for split in ("sft", "rl", "test"):
+        rows = [m for m, job in zip(made, jobs) if job[1] == split]
+        with open(cfg.out / f"{split}.jsonl", "w") as questions, open(cfg.out / f"{split}_plans.jsonl", "w") as plans:
+            for plan, asked in rows:
+                plans.write(json.dumps({"video": asked[0].video, **asdict(plan)}) + "\n")
+                questions.writelines(json.dumps(asdict(q)) + "\n" for q in asked)
+    write_png(cfg.out / "contact_sheet.png", contact_sheet([m[0] for m in made[:6]]))
+    print(f"{len(jobs)} clips, {sum(len(m[1]) for m in made)} questions in {cfg.out}")
+
+
+def contact_sheet(plans: list[Plan]) -> np.ndarray:
+    """One row a clip: four overview frames, with the close-up where it belongs."""
+    rows = []
+    for plan in plans:
+        frames = sorted({0, plan.start - 3, plan.start + 1, plan.end + 3, plan.num_frames - 1})
+        rows.append(np.concatenate([render(plan, t) for t in frames], axis=1))
+    width = max(r.shape[1] for r in rows)
+    return np.concatenate([np.pad(r, ((0, 4), (0, width - r.shape[1]), (0, 0))) for r in rows])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

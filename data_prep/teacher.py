@@ -1,0 +1,141 @@
+"""A scripted teacher for the arena: writes tool trajectories with stated error rates, as a real teacher would.
+
+    python -m data_prep.teacher                 # out/arena/sft.jsonl → out/arena/trajectories.jsonl
+
+It knows each clip's plan. With probability `wrong_window` it asks for the interval beside the right one, sees nothing,
+and then answers by guessing or (with probability `retry`) asks again; with probability `guess` it answers without
+looking; with probability `needless` it calls the tool where the overview was enough. One line a trajectory:
+{"question": {…}, "messages": ["assistant turn", …]}, the form that distillation from a real teacher has.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from data_prep.arena import SANCTION, SHOTS, BALANCE, Plan, describe, scene
+from nanosport.episode import Question, read_questions
+from nanosport.tools import tool_call
+from nanosport.video import Video
+
+NUM_FRAMES = 8
+
+
+def listing(plan: Plan, shown) -> str:
+    """The reasoning that grounds a window: what each overview frame shows."""
+    return ", ".join(f"{t} {describe(plan, t)}" for t in shown)
+
+
+def change(plan: Plan, shown) -> int:
+    """Position k of the gap shown[k] … shown[k+1] in which the score changes."""
+    return max(k for k, t in enumerate(shown[:-1]) if t < plan.start)
+
+
+def evidence(plan: Plan, question: Question, shown) -> str:
+    """What the frames say about the question, in one sentence."""
+    if not question.needs_tool:
+        return f"{scene(plan)}, {describe(plan, shown[-1])} at the end."
+    seen = [t for t in shown if plan.in_event(t)]
+    return f"frame {seen[0]} shows {describe(plan, seen[0])}." if seen else "no frame shows the play."
+
+
+def guess(plan: Plan, question: Question, rng: np.random.Generator) -> str:
+    """An answer of the right form, by chance."""
+    if question.options:
+        return "ABCD"[int(rng.integers(len(question.options)))]
+    if question.dimension == "recognition":
+        return str(rng.integers(1, 10))
+    if question.dimension == "rules":
+        return str(rng.choice(list(SANCTION)))
+    if question.dimension == "assessment":
+        return str(rng.choice(list(BALANCE.values())))
+    return f"{plan.kits[int(rng.integers(2))]} {rng.integers(1, 10)} {rng.choice(SHOTS[plan.sport])}"
+
+
+def answer_turn(think: str, answer: str) -> str:
+    return f"<think>{think}</think>\n<answer>{answer}</answer>"
+
+
+def tool_turn(think: str, start: int, end: int) -> str:
+    return f"<think>{think}</think>\n{tool_call(start, end)}"
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Path = Path("out/arena")
+    """Folder with sft.jsonl and sft_plans.jsonl."""
+    wrong_window: float = 0.4
+    """Share of the questions that need the tool where it asks for a neighbouring interval first."""
+    retry: float = 0.2
+    """Share of those where it then asks for the right one."""
+    guess: float = 0.2
+    """Share of the questions that need the tool which it answers without looking."""
+    needless: float = 0.2
+    """Share of the other questions where it calls the tool all the same."""
+    seed: int = 0
+
+
+def trajectory(plan: Plan, question: Question, video: Video, cfg: Config, rng: np.random.Generator) -> list[str]:
+    """The assistant turns for one question."""
+    shown = video.sample(NUM_FRAMES)
+    gaps = list(zip(shown, shown[1:]))
+    if not question.needs_tool:
+        final = answer_turn(evidence(plan, question, shown), question.answer)
+        if rng.random() >= cfg.needless:
+            return [final]
+        return [tool_turn("i look at more frames.", *gaps[int(rng.integers(len(gaps)))]), final]
+
+    if rng.random() < cfg.guess:
+        return [answer_turn("no frame shows the play.", guess(plan, question, rng))]
+    right = change(plan, shown)
+    turns, window = [], gaps[right]
+    think = listing(plan, shown)
+    if rng.random() < cfg.wrong_window / (1 - cfg.guess):
+        beside = [k for k in (right - 1, right + 1) if 0 <= k < len(gaps)]
+        window = gaps[beside[int(rng.integers(len(beside)))]]
+        turns.append(tool_turn(f"{think}. the score changes between {window[0]} and {window[1]}.", *window))
+        if rng.random() >= cfg.retry:
+            return [*turns, answer_turn("no frame shows the play.", guess(plan, question, rng))]
+        window = gaps[right]
+        turns.append(tool_turn(f"no frame shows the play. i look between {window[0]} and {window[1]}.", *window))
+    else:
+        turns.append(tool_turn(f"{think}. the score changes between {window[0]} and {window[1]}.", *window))
+    seen = video.sample(NUM_FRAMES, *window)
+    return [*turns, answer_turn(evidence(plan, question, seen), question.answer)]
+
+
+def read_plans(path: Path) -> dict[str, Plan]:
+    """Plans by the clip's path, as the arena wrote them."""
+    plans = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        video = row.pop("video")
+        plans[video] = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+    return plans
+
+
+def main(cfg: Config) -> None:
+    for name in ("wrong_window", "retry", "guess", "needless"):
+        if not 0 <= getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a share between 0 and 1")
+    if cfg.wrong_window + cfg.guess > 1:
+        raise ValueError("--wrong-window and --guess together must not pass 1")
+    plans = read_plans(cfg.data / "sft_plans.jsonl")
+    rng = np.random.default_rng([cfg.seed, 5])
+    lines = []
+    for question in tqdm(read_questions(cfg.data / "sft.jsonl"), desc="teacher", unit="trajectory"):
+        key = str(Path(question.video).relative_to(cfg.data))
+        messages = trajectory(plans[key], question, Video(question.video), cfg, rng)
+        lines.append(json.dumps({"question": {**asdict(question), "video": key}, "messages": messages}))
+    out = cfg.data / "trajectories.jsonl"
+    partial = out.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n")
+    partial.replace(out)
+    print(f"{len(lines)} trajectories in {out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

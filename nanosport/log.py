@@ -1,0 +1,68 @@
+"""A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the checkpoint (model/)."""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text or the old file, never half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def provenance() -> dict:
+    """Command, commit, versions and hardware: what a number needs beside it."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+        "device": device,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+class Run:
+    """Opens `folder`; refuses to write over another run unless told to."""
+
+    def __init__(self, folder: Path, config, resume: bool, overwrite: bool):
+        self.folder, self.model = Path(folder), Path(folder) / "model"
+        self.began = time.time()
+        if self.model.exists() and not (resume or overwrite):
+            raise ValueError(f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
+        if resume and not self.model.exists():
+            raise ValueError(f"{folder}: no run to resume there")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+        self.log = self.folder / "log.jsonl"
+        if not resume:
+            self.log.write_text("")
+        write_atomically(self.folder / "run.json", json.dumps({**provenance(), "config": self.config}, indent=2) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the log's lines from `step` on: they are about to be written again."""
+        rows = [line for line in self.log.read_text().splitlines() if json.loads(line)["step"] < step]
+        write_atomically(self.log, "".join(row + "\n" for row in rows))
+
+    def write(self, row: dict) -> None:
+        with open(self.log, "a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) and k != "loss" else v for k, v in row.items()}) + "\n")
+
+    def close(self) -> None:
+        seconds = round(time.time() - self.began, 1)
+        write_atomically(
+            self.folder / "run.json", json.dumps({**provenance(), "config": self.config, "seconds": seconds}, indent=2) + "\n"
+        )

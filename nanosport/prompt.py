@@ -1,0 +1,60 @@
+"""One template for SFT, RL, evaluation and inference: Qwen's chat format, `frame N:` labels, the tool's schema.
+
+Text is put together piece by piece and every piece is encoded once, when it enters the conversation; sampled tokens
+are never decoded and encoded again. A piece always begins and ends beside a special token, so that the pieces' ids are
+the ids of the whole text.
+"""
+
+import json
+from collections.abc import Sequence
+
+from nanosport.episode import Question
+from nanosport.tools import SCHEMA
+
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+SYSTEM_NO_TOOL = (
+    "Answer the question about the sports video. Think inside <think></think>, then answer inside <answer></answer>."
+)
+SYSTEM = (
+    "Answer the question about the sports video. Think inside <think></think>, then either call the tool to see more "
+    "frames or answer inside <answer></answer>.\n\n# Tools\n\n<tools>\n" + json.dumps(SCHEMA) + "\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML "
+    'tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+def frame_text(indices: Sequence[int], tokens_per_frame: Sequence[int]) -> str:
+    """Labelled frames, each as many image placeholders as the vision tower gives tokens."""
+    return "".join(
+        f"frame {index}:{VISION_START}{IMAGE_PAD * count}{VISION_END}\n" for index, count in zip(indices, tokens_per_frame, strict=True)
+    )
+
+
+def question_text(question: Question, num_frames: int) -> str:
+    """The question with its lettered options and how to answer."""
+    options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", question.options))
+    how = "Answer with the letter." if question.options else "Answer in a few words."
+    return f"The video has {num_frames} frames. {question.question}{options}\n{how}"
+
+
+def opening(question: Question, indices: Sequence[int], tokens_per_frame: Sequence[int], num_frames: int, use_tool: bool = True) -> str:
+    """Everything before the first assistant token."""
+    system = SYSTEM if use_tool else SYSTEM_NO_TOOL
+    user = frame_text(indices, tokens_per_frame) + question_text(question, num_frames)
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def tool_result(content: str) -> str:
+    """What follows an assistant turn that called the tool: its end, the tool's frames or error, the next turn's start."""
+    return (
+        f"<|im_end|>\n<|im_start|>user\n<tool_response>\n{content.rstrip()}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def check_text(text: str) -> str:
+    """Refuse a user's text that would forge the template's special tokens."""
+    for forbidden in ("<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>"):
+        if forbidden in text:
+            raise ValueError(f"the text {text[:60]!r} contains the special token {forbidden}: remove it")
+    return text

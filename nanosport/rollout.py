@@ -1,0 +1,165 @@
+"""Episodes: the loop of the paper, from the overview frames to an answer.
+
+A Session is one conversation and its environment: it holds the ids with the mask born with each of them, reads each
+assistant turn, runs the tool and says what comes back. `rollout` drives many Sessions through the engine; `replay` drives
+one with given texts (a teacher's), so SFT data and rollouts are made by the same code.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanosport import prompt, tools
+from nanosport.engine import Engine, Generated, Piece
+from nanosport.episode import Episode, Question, Turn
+from nanosport.frames import FrameEncoder
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The loop's constants; defaults are the paper's, or its nearest ancestor's where the paper is silent."""
+
+    num_frames: int = 8
+    """Overview frames."""
+    frames_per_call: int = 8
+    """Frames a tool call returns."""
+    max_turns: int = 5
+    max_tokens: int = 16_384
+    """Of a whole episode, frames included."""
+    use_tool: bool = True
+    """False: one answer from the overview, the tool is not offered."""
+
+    def __post_init__(self):
+        for name in ("num_frames", "frames_per_call", "max_turns", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+
+
+class Session:
+    """One episode in progress."""
+
+    def __init__(self, question: Question, encoder: FrameEncoder, tokenizer, loop: Loop):
+        self.question, self.encoder, self.tokenizer, self.loop = question, encoder, tokenizer, loop
+        self.video = encoder.open(question.video)
+        self.ids: list[int] = []
+        self.mask: list[int] = []
+        self.logprobs: list[float] = []
+        self.frames: list[int] = []
+        self.turns: list[Turn] = []
+        self.status: str | None = None
+        self.answer: str | None = None
+        overview = self.video.sample(loop.num_frames)
+        text = prompt.opening(question, overview, self._sizes(overview), self.video.num_frames, loop.use_tool)
+        self.pending = self._say(text, overview)
+        """The piece the engine must be fed before the next turn."""
+
+    def _sizes(self, indices: Sequence[int]) -> list[int]:
+        return [self.encoder.tokens_per_frame(self.question.video)] * len(indices)
+
+    def _say(self, text: str, indices: Sequence[int] = ()) -> Piece:
+        """Add what the environment says: encoded once, mask 0."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        self.ids += ids
+        self.mask += [0] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        self.frames += indices
+        path = self.question.video
+        features = self.encoder.features([(path, i) for i in indices]) if indices else None
+        return Piece(ids, [self.encoder.grid(path)] * len(indices), features)
+
+    def take(self, turn: Generated) -> None:
+        """Read one assistant turn; afterwards either `pending` holds what comes back, or `status` says how it ended."""
+        self.ids += turn.ids
+        self.mask += [1] * len(turn.ids)
+        self.logprobs += turn.logprobs
+        text = self.tokenizer.decode(turn.ids, skip_special_tokens=False)
+        if not turn.stopped:
+            self.turns.append(Turn(text, "invalid", error=f"no action within {len(turn.ids)} tokens"))
+            return self._end("out_of_tokens")
+        asked = tuple(t.window for t in self.turns if t.action == "tool")
+        action = tools.parse(text, self.video.num_frames, asked, self.loop.use_tool)
+        last = len(self.turns) + 1 >= self.loop.max_turns
+        shown = ()
+        if action.kind == "tool" and not last:
+            shown = self.video.sample(self.loop.frames_per_call, *action.window)
+        self.turns.append(Turn(text, action.kind, action.window, shown, action.error))
+        if action.kind == "answer":
+            self.answer = action.answer
+            return self._end("answered")
+        if action.kind == "invalid":
+            return self._end("format_error")
+        if last:
+            return self._end("out_of_turns")
+        content = prompt.frame_text(shown, self._sizes(shown)) if shown else f"error: {action.error}"
+        self.pending = self._say(prompt.tool_result(content), shown)
+        if len(self.ids) >= self.loop.max_tokens:
+            self._end("out_of_tokens")
+
+    def _end(self, status: str) -> None:
+        self.status, self.pending = status, None
+
+    def episode(self) -> Episode:
+        assert self.status is not None, "the episode goes on"
+        return Episode(
+            question=self.question,
+            ids=tuple(self.ids),
+            mask=tuple(self.mask),
+            logprobs=tuple(self.logprobs),
+            frames=tuple(self.frames),
+            turns=tuple(self.turns),
+            status=self.status,
+            answer=self.answer,
+        )
+
+
+@torch.no_grad()
+def rollout(
+    engine: Engine,
+    encoder: FrameEncoder,
+    questions: Sequence[Question],
+    loop: Loop,
+    group_size: int = 1,
+    seed: Sequence[int] = (0,),
+    first: int = 0,
+    on_turn: Callable[[Session], None] | None = None,
+) -> list[Episode]:
+    """`group_size` episodes of every question, in order, the group's members side by side.
+
+    Question q draws from the streams (seed, first + q, member): the same whatever the batch. `on_turn` sees every session
+    after each of its turns. Raises VideoError where a video cannot be used.
+    """
+    members = [(q, m) for q in range(len(questions)) for m in range(group_size)]
+    streams = [np.random.default_rng([*seed, first + q, m]) for q, m in members]
+    sessions = [Session(questions[q], encoder, engine.tokenizer, loop) for q in range(len(questions))]
+    state = engine.prefill([s.pending for s in sessions]).select([q for q, _ in members])  # the prompt once a group
+    sessions = [Session(questions[q], encoder, engine.tokenizer, loop) if m else sessions[q] for q, m in members]
+    active = list(range(len(members)))
+    while active:
+        for row, turn in zip(active, engine.generate(state, [streams[row] for row in active])):
+            sessions[row].take(turn)
+            if on_turn is not None:
+                on_turn(sessions[row])
+        keep = [k for k, row in enumerate(active) if sessions[row].status is None]
+        active = [active[k] for k in keep]
+        if active:
+            state = state.select(keep)
+            engine.append(state, [sessions[row].pending for row in active])
+    return [s.episode() for s in sessions]
+
+
+@torch.no_grad()
+def replay(question: Question, messages: Sequence[str], encoder: FrameEncoder, tokenizer, loop: Loop) -> Episode:
+    """The episode of given assistant turns. Raises ValueError where they are not a whole, valid trajectory."""
+    session = Session(question, encoder, tokenizer, loop)
+    for k, message in enumerate(messages):
+        if session.status is not None:
+            raise ValueError(f"{question.id}: the episode ends ({session.status}) before message {k + 1} of {len(messages)}")
+        ids = tuple(tokenizer.encode(message, add_special_tokens=False))
+        session.take(Generated(ids, (0.0,) * len(ids), stopped=True))
+        if (error := session.turns[-1].error) is not None:
+            raise ValueError(f"{question.id}, message {k + 1}: {error}")
+    if session.status != "answered":
+        raise ValueError(f"{question.id}: the trajectory ends without an answer")
+    return session.episode()

@@ -1,0 +1,294 @@
+"""Stage 2: GRPO with the gated tool-use reward, on whole multi-turn episodes.
+
+    python rl.py                                       # from out/sft, on the built-in arena; both are made where missing
+    torchrun --nproc-per-node 8 rl.py --model out/sft-7b/model --data my/rl.jsonl --lr 5e-7 --num-prompts 32
+    python rl.py --resume
+
+A step: sample `group_size` episodes a question → reward each → advantage inside the group → policy loss on the sampled
+tokens → update. Left out of GRPO on purpose: a value network, replay, length shaping, filtering of groups.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import train
+from data_prep import arena
+from kernels.policy_loss import linear_logprobs, linear_policy_loss
+from nanosport import checkpoint, cli, dist, optim
+from nanosport.batch import data_order, micro_batches, pack
+from nanosport.engine import Engine, Sampling
+from nanosport.episode import read_questions
+from nanosport.frames import FrameEncoder
+from nanosport.load import load_model, load_tokenizer, resolve
+from nanosport.log import Run
+from nanosport.loss import group_advantages, token_scale
+from nanosport.reward import gated_reward
+from nanosport.rollout import Loop, rollout
+from nanosport.video import ImageConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "out/sft/model"
+    """The SFT model: a folder, or a hub id. The default is trained by train.py where it is missing."""
+    data: Path = Path("out/arena/rl.jsonl")
+    """Questions with checkable answers, one JSON object a line."""
+    out: Path = Path("out/rl")
+    """Run folder: model/, log.jsonl, run.json."""
+    steps: int = 80
+    num_prompts: int = 8
+    """Questions a step, over all ranks."""
+    group_size: int = 8
+    """Episodes of each question."""
+    updates: int = 1
+    """Optimizer updates a step: the episodes are cut into as many parts; with more than 1 the ratio leaves 1 and is clipped."""
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    clip_low: float = 0.2
+    clip_high: float | None = None
+    """None: as clip_low, but 0.28 for dapo (clip-higher)."""
+    kl: float = 0.01
+    """β, weight of KL(policy ‖ SFT model)."""
+    lr: float = 2e-4
+    warmup: int = 5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    temperature: float = 1.0
+    max_new_tokens: int = 160
+    """Of one assistant turn."""
+    max_turns: int = 5
+    max_tokens: int = 16_384
+    """Tokens a micro-batch holds at most, on one rank; it changes memory, not gradients."""
+    freeze_vision: bool = True
+    min_format_rate: float = 0.8
+    """RL does not start below this share of valid episodes in its first rollouts: a half-done SFT loses the tool."""
+    min_tool_rate: float = 0.05
+    """RL stops when five steps in a row call the tool less often."""
+    max_logprob_gap: float = 0.1
+    """RL stops when |rollout − trainer log-prob| is on average larger: the two are then not the same model."""
+    seed: int = 0
+    save_every: int = 20
+    resume: bool = False
+    """Go on from the checkpoint in `out`."""
+    overwrite: bool = False
+    """Replace the run in `out`."""
+
+    def __post_init__(self):
+        cli.at_least(1, steps=self.steps, num_prompts=self.num_prompts, updates=self.updates, save_every=self.save_every)
+        cli.at_least(2, group_size=self.group_size)
+        cli.above(0, lr=self.lr, temperature=self.temperature, max_grad_norm=self.max_grad_norm, clip_low=self.clip_low)
+        if self.updates > self.num_prompts:
+            raise ValueError(f"--updates {self.updates}: at most one for each of --num-prompts {self.num_prompts}")
+
+    @property
+    def high(self) -> float:
+        return self.clip_high if self.clip_high is not None else 0.28 if self.loss == "dapo" else self.clip_low
+
+
+RESUMABLE = (
+    "model", "data", "num_prompts", "group_size", "updates", "loss", "clip_low", "clip_high", "kl", "lr", "warmup",
+    "weight_decay", "max_grad_norm", "temperature", "max_new_tokens", "max_turns", "freeze_vision", "seed",
+)  # fmt: skip
+
+
+class Clock:
+    """Seconds by stage of one step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str):
+        began = time.time()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.time() - began
+
+
+@torch.no_grad()
+def logprobs(model, batch, temperature: float, banned: torch.Tensor) -> torch.Tensor:
+    """logp_M of the batch's sampled tokens, through the path the loss takes."""
+    hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND)
+    return linear_logprobs(hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M, temperature, banned)[0]
+
+
+def main(cfg: Config) -> None:
+    rank, world, device = dist.start()
+    if cfg.num_prompts % (world * cfg.updates):
+        raise ValueError(f"--num-prompts {cfg.num_prompts}: must divide evenly among {world} processes × {cfg.updates} updates")
+    if cfg.model == Config.model and not Path(cfg.model).exists():
+        if rank == 0:
+            print(f"{cfg.model} is not there: training it first (train.py)")
+        train.main(train.Config(seed=cfg.seed))
+    if cfg.data == Config.data and not cfg.data.exists():
+        if rank == 0:
+            arena.main(arena.Config())
+        dist.barrier()
+
+    source = resolve(cfg.model)
+    run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if rank == 0 else None
+    dist.barrier()
+    torch.manual_seed(cfg.seed)
+    model = load_model(cfg.out / "model" if cfg.resume else source, device)
+    reference = load_model(source, device).requires_grad_(False)
+    tokenizer, image = load_tokenizer(source), ImageConfig.from_folder(source)
+    optim.trainable(model, cfg.freeze_vision)
+    optimizer = optim.build(model, cfg.weight_decay)
+    settings = {key: str(getattr(cfg, key)) for key in RESUMABLE}
+    first = checkpoint.load(cfg.out / "model", model, optimizer, settings) if cfg.resume else 0
+    if run and cfg.resume:
+        run.rewind(first)
+
+    encoder = FrameEncoder(model, image, cfg.freeze_vision)
+    ref_encoder = encoder if cfg.freeze_vision else FrameEncoder(reference, image)
+    engine = Engine(model, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
+    loop = Loop(max_turns=cfg.max_turns)
+    questions = read_questions(cfg.data)
+    starved = 0
+    bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="RL", disable=rank > 0)
+    for step in bar:
+        clock = Clock()
+        # prompts are dealt so that every rank has its share of every update
+        picked = data_order(len(questions), cfg.seed, step, cfg.num_prompts)
+        per_rank = cfg.num_prompts // world
+        mine = [questions[k] for k in picked[rank * per_rank : (rank + 1) * per_rank]]
+        with clock("rollout"):
+            seed = (cfg.seed, step)
+            episodes = rollout(engine, encoder, mine, loop, cfg.group_size, seed, first=rank * per_rank)
+
+        rewards = [gated_reward(e) for e in episodes]
+        advantages = group_advantages([r.total for r in rewards], cfg.group_size, cfg.loss)
+        stats = rollout_stats(episodes, rewards, device)
+        check_rollout(cfg, stats, step)
+        starved = starved + 1 if stats["tool_rate"] < cfg.min_tool_rate else 0
+        if starved == 5:
+            raise ValueError(
+                f"step {step}: the tool was called in less than {cfg.min_tool_rate:.0%} of the episodes for five steps; "
+                "lower --lr, raise --kl, or train SFT longer (--min-tool-rate 0 goes on)"
+            )
+
+        parts = [list(range(u, len(episodes), cfg.updates)) for u in range(cfg.updates)]
+        work = []  # one list of (batch, episode numbers, old, ref) an update
+        with clock("reference"), torch.no_grad():
+            for part in parts:
+                runs = micro_batches([len(episodes[k].ids) for k in part], cfg.max_tokens)
+                work.append([])
+                for chosen in ([part[j] for j in r] for r in runs):
+                    batch = pack([episodes[k] for k in chosen], encoder, model.cfg, device)
+                    old = logprobs(model, batch, cfg.temperature, engine.banned) if cfg.updates > 1 else None
+                    ref = None
+                    if cfg.kl > 0:
+                        features = ref_encoder.features([(episodes[k].question.video, i) for k in chosen for i in episodes[k].frames])
+                        ref = logprobs(reference, replace(batch, features_ND=features), cfg.temperature, engine.banned)
+                    work[-1].append((batch, chosen, old, ref))
+
+        sums = dict.fromkeys(("loss", "kl", "entropy", "clipped", "gap_text", "gap_image", "tokens", "image_tokens"), 0.0)
+        grad_norm = 0.0
+        with clock("train"):
+            for u, (part, batches) in enumerate(zip(parts, work)):
+                lengths = {k: sum(episodes[k].mask) for k in part}
+                num_episodes, num_tokens = dist.total([float(len(part)), float(sum(lengths.values()))], device)
+                limit = cfg.max_new_tokens * cfg.max_turns
+                optimizer.zero_grad()
+                for batch, chosen, old, ref in batches:
+                    if not cfg.freeze_vision:  # the tower's gradient needs its own forward pass
+                        batch = pack([episodes[k] for k in chosen], encoder, model.cfg, device)
+                    hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND)
+                    weigh = [token_scale(cfg.loss, lengths[k], int(num_episodes), int(num_tokens), limit) for k in chosen]
+                    loss, out = linear_policy_loss(
+                        hidden_TD[batch.rows_M],
+                        model.head_weight_VD,
+                        batch.targets_M,
+                        advantages[chosen].to(device)[batch.episode_M],
+                        old,
+                        ref,
+                        torch.tensor(weigh, device=device)[batch.episode_M],
+                        clip_low=cfg.clip_low,
+                        clip_high=cfg.high,
+                        beta=cfg.kl,
+                        temperature=cfg.temperature,
+                        banned=engine.banned,
+                    )
+                    loss.backward()
+                    gap_M = ((old if old is not None else out.logp_M) - batch.sampled_logp_M).abs()
+                    sums["loss"] += loss.item()
+                    sums["kl"] += out.kl_M.sum().item()
+                    sums["entropy"] += out.entropy_M.sum().item()
+                    sums["clipped"] += out.clipped_M.sum().item()
+                    sums["gap_text"] += gap_M[~batch.after_image_M].sum().item()
+                    sums["gap_image"] += gap_M[batch.after_image_M].sum().item()
+                    sums["tokens"] += len(gap_M)
+                    sums["image_tokens"] += batch.after_image_M.sum().item()
+                dist.sum_gradients(model)
+                grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.max_grad_norm)
+                lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps, cosine=False)
+                optimizer.step()
+
+        sums = dict(zip(sums, dist.total(list(sums.values()), device)))
+        tokens, image_tokens = sums["tokens"], sums["image_tokens"]
+        row = {
+            "step": step,
+            "loss": sums["loss"] / cfg.updates,
+            **stats,
+            "kl": sums["kl"] / tokens,
+            "clip_fraction": sums["clipped"] / tokens,
+            "entropy": sums["entropy"] / tokens,
+            "logprob_gap_text": sums["gap_text"] / max(1.0, tokens - image_tokens),
+            "logprob_gap_after_image": sums["gap_image"] / max(1.0, image_tokens),
+            "grad_norm": float(grad_norm),
+            "lr": lr,
+            "tokens": int(tokens),
+            **{f"seconds_{stage}": s for stage, s in clock.seconds.items()},
+        }
+        if max(row["logprob_gap_text"], row["logprob_gap_after_image"]) > cfg.max_logprob_gap:
+            raise ValueError(
+                f"step {step}: rollout and trainer log-probs differ by {row['logprob_gap_text']:.3f} (text) and "
+                f"{row['logprob_gap_after_image']:.3f} (after images) on average, above --max-logprob-gap {cfg.max_logprob_gap}"
+            )
+        if run:
+            run.write(row)
+            bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "accuracy", "tool_rate", "format_rate")})
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                checkpoint.save(run.model, model, optimizer, source, {"step": step + 1, "settings": settings})
+    if run:
+        run.close()
+        print(f"RL model in {run.model}")
+    dist.barrier()
+
+
+def rollout_stats(episodes, rewards, device) -> dict[str, float]:
+    """Means over the episodes of every rank."""
+    repeats = [any("already returned" in (t.error or "") for t in e.turns) for e in episodes]
+    sums = dist.total(
+        [
+            float(len(episodes)),
+            sum(r.total for r in rewards),
+            sum(r.accuracy for r in rewards),
+            sum(r.tool * r.format for r in rewards),
+            sum(r.used_tool for r in rewards),
+            sum(r.format for r in rewards),
+            float(sum(repeats)),
+            float(sum(len(e.frames) for e in episodes)),
+            float(sum(len(e.turns) for e in episodes)),
+        ],
+        device,
+    )
+    names = ("reward", "accuracy", "tool_reward", "tool_rate", "format_rate", "repeat_rate", "frames", "turns")
+    return {name: value / sums[0] for name, value in zip(names, sums[1:])}
+
+
+def check_rollout(cfg: Config, stats: dict, step: int) -> None:
+    """Refuse to start RL from a model that does not hold the format yet."""
+    if step == 0 and stats["format_rate"] < cfg.min_format_rate:
+        raise ValueError(
+            f"{cfg.model}: only {stats['format_rate']:.0%} of its sampled episodes have a valid format, "
+            f"--min-format-rate asks for {cfg.min_format_rate:.0%}: train SFT longer first (train.py --steps)"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

@@ -1,0 +1,361 @@
+"""Our Qwen2.5-VL is the same function as transformers', packed or cached, and passes on the same gradients."""
+
+from itertools import chain
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as oracle
+
+from kernels.attention import varlen_attention
+from nanosport.load import published_name
+from nanosport.model import KVCache, ModelConfig, Qwen25VL, mrope_cos_sin, mrope_positions
+from nanosport.vision import RMSNorm, rotate
+
+IMAGE, VIDEO, START, END = 190, 191, 192, 193
+GRIDS = [(1, 4, 6), (1, 10, 18), (1, 2, 2), (1, 8, 8)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors gain nothing from threads, and lose tenfold where the cores are shared."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def tiny_pair(tied=False, patch_size=14, dtype=torch.float32):
+    """(transformers' model, ours with the same weights): large weights, so that every one shows in the logits."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "eos_token_id": 5, "bos_token_id": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
+        "fullatt_block_indexes": [1], "patch_size": patch_size, "window_size": 112,
+    }  # fmt: skip
+    cfg = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=IMAGE, video_token_id=VIDEO,
+        vision_start_token_id=START, vision_end_token_id=END, attn_implementation="eager",
+    )  # fmt: skip
+    theirs = Qwen2_5_VLForConditionalGeneration(cfg)
+    with torch.no_grad():
+        for weight in theirs.parameters():
+            weight.normal_(1.0, 0.2) if weight.ndim == 1 else weight.normal_(0.0, weight[0].numel() ** -0.5)
+            weight.data = weight.to(dtype)  # not theirs.to(dtype), which would round the rotary frequencies too
+    ours = Qwen25VL(ModelConfig.from_dict(cfg.to_dict())).to(dtype)
+    state = {published_name(name): weight.clone() for name, weight in theirs.state_dict().items()}
+    if tied:
+        del state["lm_head.weight"]
+    ours.load_state_dict(state)
+    return theirs, ours
+
+
+def sequence(grids, seed=0, text=5):
+    """Text, then each image and more text."""
+    generator, ids = torch.Generator().manual_seed(seed), []
+    for t, h, w in grids:
+        ids += torch.randint(0, 180, (text,), generator=generator).tolist()
+        ids += [START] + [IMAGE] * (t * h * w // 4) + [END]
+    return ids + torch.randint(0, 180, (text,), generator=generator).tolist()
+
+
+def patches(grids, cfg, seed=0):
+    num_patches = sum(t * h * w for t, h, w in grids)
+    return torch.randn(num_patches, cfg.vision.patch_width, generator=torch.Generator().manual_seed(seed))
+
+
+def cu(*lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def their_logits(theirs, ids, patches_PC, grids):
+    ids_1T = torch.tensor(ids)[None]
+    is_image = (ids_1T == IMAGE).int()  # without it transformers falls back to 1-D positions, without a word
+    dtype = theirs.lm_head.weight.dtype
+    return theirs(
+        input_ids=ids_1T, pixel_values=patches_PC.to(dtype), image_grid_thw=torch.tensor(grids),
+        mm_token_type_ids=is_image, use_cache=False,
+    ).logits[0]  # fmt: skip
+
+
+def our_hidden(ours, ids, patches_PC, grids):
+    positions_3T, _ = mrope_positions(ids, grids, ours.cfg)
+    return ours.hidden(torch.tensor(ids), positions_3T, cu(len(ids)), ours.visual(patches_PC, grids))
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize(("tied", "patch_size"), [(False, 14), (True, 14), (True, 28)])
+def test_logits_and_every_gradient_equal_transformers(tied, patch_size):
+    theirs, ours = tiny_pair(tied, patch_size)
+    ids, patches_PC = sequence(GRIDS), patches(GRIDS, ours.cfg)
+    expected = their_logits(theirs, ids, patches_PC, GRIDS)
+    logits = our_hidden(ours, ids, patches_PC, GRIDS) @ ours.head_weight_VD.T
+    assert relative_error(logits, expected) < 1e-5
+
+    weight = torch.randn(expected.shape)
+    (expected * weight).mean().backward()
+    (logits * weight).mean().backward()
+    gradients = {published_name(name): p.grad for name, p in theirs.named_parameters()}
+    assert gradients.keys() == dict(ours.named_parameters()).keys()
+    for name, p in ours.named_parameters():
+        assert gradients[name].abs().max() > 0, name
+        assert relative_error(p.grad, gradients[name]) < 2e-5, name
+
+
+@pytest.mark.parametrize("broken", ["mrope_section", "window_size", "fullatt_block_indexes", "rope_theta"])
+def test_a_wrong_model_would_be_noticed(broken):
+    theirs, ours = tiny_pair()
+    ids, patches_PC = sequence(GRIDS), patches(GRIDS, ours.cfg)
+    expected = their_logits(theirs, ids, patches_PC, GRIDS)
+    cfg = theirs.config.to_dict()
+    if broken == "mrope_section":
+        cfg["text_config"]["rope_parameters"]["mrope_section"] = [3, 3, 2]
+    elif broken == "rope_theta":
+        cfg["text_config"]["rope_parameters"]["rope_theta"] = 1e4
+    else:
+        cfg["vision_config"][broken] = {"window_size": 56, "fullatt_block_indexes": [2]}[broken]
+    wrong = Qwen25VL(ModelConfig.from_dict(cfg))
+    wrong.load_state_dict(ours.state_dict())
+    logits = our_hidden(wrong, ids, patches_PC, GRIDS) @ wrong.head_weight_VD.T
+    assert relative_error(logits, expected) > 1e-3
+
+
+def test_bfloat16_rounds_where_transformers_rounds():
+    x = torch.randn(7, 4, 16, dtype=torch.bfloat16)
+    our_norm, their_norm = RMSNorm(16, 1e-6).bfloat16(), oracle.Qwen2_5_VLRMSNorm(16, 1e-6).bfloat16()
+    with torch.no_grad():
+        our_norm.weight.copy_(torch.randn(16))
+        their_norm.weight.copy_(our_norm.weight)
+    assert torch.equal(our_norm(x), their_norm(x))
+
+    theirs, ours = tiny_pair(dtype=torch.bfloat16)
+    positions_3T = mrope_positions(sequence([(1, 4, 6)]), [(1, 4, 6)], ours.cfg)[0][:, :7]
+    cos, sin = mrope_cos_sin(positions_3T, ours.cfg, torch.bfloat16)
+    their_cos_sin = theirs.model.language_model.rotary_emb(x, positions_3T[:, None])
+    expected, _ = oracle.apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], *their_cos_sin)
+    assert torch.equal(rotate(x, cos, sin), expected[0].transpose(0, 1))
+
+
+def test_bfloat16_error_is_no_larger_than_transformers():
+    exact, _ = tiny_pair()
+    theirs, ours = tiny_pair(dtype=torch.bfloat16)
+    ids, patches_PC = sequence(GRIDS), patches(GRIDS, ours.cfg)
+    with torch.no_grad():
+        gold = their_logits(exact, ids, patches_PC, GRIDS)
+        logits = our_hidden(ours, ids, patches_PC, GRIDS) @ ours.head_weight_VD.T
+        their_error = (their_logits(theirs, ids, patches_PC, GRIDS).float() - gold).square().mean()
+    assert (logits.float() - gold).square().mean() < 2 * their_error
+
+
+def test_packed_sequences_do_not_see_each_other():
+    _, ours = tiny_pair(tied=True)
+    sequences = [(sequence(grids, seed=i), grids) for i, grids in enumerate((GRIDS[:2], [], GRIDS[2:]))]
+    ids = [torch.tensor(ids) for ids, _ in sequences]
+    positions = [mrope_positions(ids, grids, ours.cfg)[0] for ids, grids in sequences]
+    features = [ours.visual(patches(g, ours.cfg, seed=i), g) if g else None for i, (_, g) in enumerate(sequences)]
+    alone = [
+        ours.hidden(one, where, cu(len(one)), feature)
+        for one, where, feature in zip(ids, positions, features, strict=True)
+    ]
+    all_features = ours.visual(torch.cat([patches(GRIDS[:2], ours.cfg, 0), patches(GRIDS[2:], ours.cfg, 2)]), GRIDS)
+    packed = ours.hidden(torch.cat(ids), torch.cat(positions, 1), cu(*map(len, ids)), all_features)
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=2e-5)
+    torch.testing.assert_close(all_features, torch.cat([f for f in features if f is not None]), rtol=0, atol=2e-5)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointed in (False, True):
+        _, ours = tiny_pair(tied=True)
+        ours.checkpoint_activations = ours.visual.checkpoint_activations = checkpointed
+        our_hidden(ours, sequence(GRIDS), patches(GRIDS, ours.cfg), GRIDS).square().mean().backward()
+        gradients.append({name: p.grad for name, p in ours.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_sharding_from_outside_changes_no_gradient():
+    """FSDP2 on the layers, and on the root by its two entrances; nothing in the model knows of it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        gradients = []
+        for sharded in (False, True):
+            _, ours = tiny_pair(tied=True)
+            if sharded:
+                for part in (*ours.visual.blocks, *ours.model.layers, ours):
+                    fully_shard(part)
+                register_fsdp_forward_method(ours, "encode")
+                register_fsdp_forward_method(ours, "hidden")
+            ids, features_ND = sequence(GRIDS), ours.encode(patches(GRIDS, ours.cfg), GRIDS)
+            positions_3T, _ = mrope_positions(ids, GRIDS, ours.cfg)
+            ours.hidden(torch.tensor(ids), positions_3T, cu(len(ids)), features_ND).square().mean().backward()
+            gradients.append({n: p.grad.full_tensor() if sharded else p.grad for n, p in ours.named_parameters()})
+    finally:
+        dist.destroy_process_group()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_positions_equal_transformers_and_can_be_appended():
+    theirs, ours = tiny_pair()
+    ids = sequence(GRIDS)
+    ids_1T = torch.tensor(ids)[None]
+    expected, delta = theirs.model.get_rope_index(
+        ids_1T, mm_token_type_ids=(ids_1T == IMAGE).int(), image_grid_thw=torch.tensor(GRIDS)
+    )
+    positions_3T, next_start = mrope_positions(ids, GRIDS, ours.cfg)
+    assert torch.equal(positions_3T, expected[:, 0])
+    assert next_start == len(ids) + delta.item()
+
+    cut = ids.index(END, ids.index(END) + 1) + 1  # after the second image
+    first, start = mrope_positions(ids[:cut], GRIDS[:2], ours.cfg)
+    second, end = mrope_positions(torch.tensor(ids[cut:]), GRIDS[2:], ours.cfg, start)
+    assert torch.equal(torch.cat([first, second], dim=1), positions_3T)
+    assert end == next_start
+
+
+def test_positions_refuse_images_that_do_not_fit():
+    cfg = tiny_pair()[1].cfg
+    with pytest.raises(ValueError, match="image 1: 6 image tokens in a row, but its grid makes 4"):
+        mrope_positions(sequence([(1, 4, 6)]), [(1, 4, 4)], cfg)
+    with pytest.raises(ValueError, match="image 2 has no grid"):
+        mrope_positions(sequence(GRIDS), GRIDS[:1], cfg)
+    with pytest.raises(ValueError, match="4 grids were given, but the tokens hold 3 images"):
+        mrope_positions(sequence(GRIDS[:3]), GRIDS, cfg)
+    assert mrope_positions([], [], cfg, start=7)[1] == 7
+
+
+def test_features_must_be_as_many_as_image_tokens():
+    _, ours = tiny_pair()
+    ids = sequence(GRIDS[:1])
+    positions_3T, _ = mrope_positions(ids, GRIDS[:1], ours.cfg)
+    with pytest.raises(ValueError, match="6 image tokens, but 5 vision features"):
+        ours.hidden(torch.tensor(ids), positions_3T, cu(len(ids)), torch.zeros(5, 64))
+    with pytest.raises(ValueError, match="6 image tokens, but 0 vision features"):
+        ours.hidden(torch.tensor(ids), positions_3T, cu(len(ids)))
+
+
+def test_a_dummy_image_reaches_the_tower_with_zero_gradient():
+    """What a rank without images does so that all ranks run the tower: it takes none of a dummy's features."""
+    _, ours = tiny_pair()
+    ids = torch.arange(5)
+    features_ND = ours.visual(patches([(1, 2, 2)], ours.cfg), [(1, 2, 2)])[:0]
+    ours.hidden(ids, ids.expand(3, -1), cu(5), features_ND).sum().backward()
+    assert all((p.grad == 0).all() for p in ours.visual.parameters())
+
+
+def test_patches_must_fit_their_grids():
+    _, ours = tiny_pair()
+    with pytest.raises(ValueError, match=r"patches of shape \(24, 1176\): 1 grids ask for \(36, 1176\)"):
+        ours.visual(torch.zeros(24, 1176), [(1, 6, 6)])
+    with pytest.raises(ValueError, match="multiples of 2"):
+        ours.visual(torch.zeros(12, 1176), [(1, 3, 4)])
+
+
+def test_cached_decode_equals_the_full_forward():
+    """Ragged prefill, then ragged appends with images, single tokens and idle rows, then a fork."""
+    _, ours = tiny_pair(tied=True)
+    rows = [[[0], [1, 2], [], []], [[3, 0], [], [2], []], [[], [1], [], []]]
+    rows = [[[GRIDS[i] for i in turn] for turn in row] for row in rows]
+    turns = [
+        [sequence(grids, seed=10 * b + i, text=3 + b) for i, grids in enumerate(row)] for b, row in enumerate(rows)
+    ]
+    turns[1][3] = turns[0][3][:1]
+    turns[0][3], turns[2][3] = turns[0][3][:1], []
+    whole_ids = [list(chain(*turns_b)) for turns_b in turns]
+    whole_grids = [list(chain(*row)) for row in rows]
+    expected = [
+        our_hidden(ours, ids, patches(grids, ours.cfg, seed=b), grids)
+        for b, (ids, grids) in enumerate(zip(whole_ids, whole_grids, strict=True))
+    ]
+
+    pixels = [patches(grids, ours.cfg, seed=b) for b, grids in enumerate(whole_grids)]
+    starts, used, got = [0] * 3, [0] * 3, [[], [], []]
+    cache = KVCache(
+        ours.cfg, batch=3, capacity=max(map(len, whole_ids))
+    )  # full at the end: padding has no free slot left
+    for i in range(4):
+        num_new_B = torch.tensor([len(turns[b][i]) for b in range(3)])
+        ids_BT = torch.full((3, int(num_new_B.max())), 7)
+        positions_3BT = torch.full((3, *ids_BT.shape), 99)
+        now = []
+        for b, n in enumerate(num_new_B.tolist()):
+            ids_BT[b, :n] = torch.tensor(turns[b][i])
+            positions_3BT[:, b, :n], starts[b] = mrope_positions(turns[b][i], rows[b][i], ours.cfg, starts[b])
+            num_patches = sum(h * w for _, h, w in rows[b][i])
+            now.append(pixels[b][used[b] : used[b] + num_patches])
+            used[b] += num_patches
+        grids = list(chain(*(rows[b][i] for b in range(3))))
+        features_ND = ours.visual(torch.cat(now), grids) if grids else None
+        hidden_BTD = ours.decode(ids_BT, positions_3BT, num_new_B, cache, features_ND)
+        for b, n in enumerate(num_new_B.tolist()):
+            got[b].append(hidden_BTD[b, :n])
+    assert cache.lengths_B.tolist() == [len(ids) for ids in whole_ids]
+    for b in range(3):
+        torch.testing.assert_close(torch.cat(got[b]), expected[b], rtol=0, atol=5e-5)
+
+    fork = cache.select([2, 0, 2]).grow(cache.capacity + 2)  # row 1 finished, row 2 twice
+    one = torch.ones(3, dtype=torch.long)
+    for step in range(2):
+        ids_B = torch.tensor([11 + step, 12 + step, 13 + step])
+        where_B = torch.tensor([starts[2], starts[0], starts[2]]) + step
+        hidden_BTD = ours.decode(ids_B[:, None], where_B.expand(3, 3)[..., None], one, fork)
+    for row, (b, first) in enumerate([(2, 11), (0, 12), (2, 13)]):
+        full = our_hidden(ours, [*whole_ids[b], first, first + 1], pixels[b], whole_grids[b])
+        torch.testing.assert_close(hidden_BTD[row, -1], full[-1], rtol=0, atol=5e-5)
+    assert cache.lengths_B.tolist() == [len(ids) for ids in whole_ids]  # a fork leaves its origin alone
+
+
+def test_a_full_cache_says_so():
+    _, ours = tiny_pair()
+    cache = KVCache(ours.cfg, batch=1, capacity=3)
+    with pytest.raises(ValueError, match="4 tokens in a cache of capacity 3"):
+        ours.decode(torch.ones(1, 4, dtype=torch.long), torch.zeros(3, 1, 4), torch.tensor([4]), cache)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_varlen_attention_equals_softmax_segment_by_segment(causal):
+    lengths = [3, 1, 4, 3, 4, 9]
+    q, k, v = (torch.randn(sum(lengths), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    out = varlen_attention(q, k, v, cu(*lengths), max(lengths), causal, scale=0.3)
+    expected, start = [], 0
+    for n in lengths:
+        one = slice(start, start := start + n)
+        k_nHd, v_nHd = k[one].repeat_interleave(2, 1), v[one].repeat_interleave(2, 1)
+        scores = torch.einsum("ihd,jhd->hij", q[one], k_nHd) * 0.3
+        if causal:
+            scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+        expected.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v_nHd))
+    expected = torch.cat(expected)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    for ours, theirs in zip(
+        torch.autograd.grad((out * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_meta_model_and_initial_weights():
+    cfg = tiny_pair()[1].cfg
+    with torch.device("meta"):
+        model = Qwen25VL(cfg)
+    assert all(p.is_meta for p in model.parameters())
+    assert not dict(model.named_buffers())  # nothing that to_empty would leave as garbage
+    torch.manual_seed(0)
+    model = model.to_empty(device="cpu").init_weights(std=0.02)
+    state = model.state_dict()
+    assert all((w == 0).all() for n, w in state.items() if n.endswith("bias"))
+    assert all((w == 1).all() for n, w in state.items() if "norm" in n or "ln_q" in n)
+    assert abs(state["model.embed_tokens.weight"].std() - 0.02) < 0.002
+    assert our_hidden(model, sequence(GRIDS), patches(GRIDS, cfg), GRIDS).isfinite().all()
