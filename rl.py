@@ -1,6 +1,6 @@
 """Stage 2: GRPO with the gated tool-use reward, on whole multi-turn episodes.
 
-    python rl.py                                       # from out/sft, on the built-in arena; both are made where missing
+    python rl.py                                       # from out/sft (else the shipped SFT model), on the built-in arena
     torchrun --nproc-per-node 8 rl.py --model out/sft-7b/model --data my/rl.jsonl --lr 5e-7 --num-prompts 32
     python rl.py --resume
 
@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import train
 from data_prep import arena
 from kernels.policy_loss import linear_logprobs, linear_policy_loss
 from nanosport import checkpoint, cli, dist, optim
@@ -35,8 +34,8 @@ from nanosport.video import ImageConfig
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "out/sft/model"
-    """The SFT model: a folder, or a hub id. The default is trained by train.py where it is missing."""
+    model: str | None = None
+    """The SFT model: a folder, or a hub id. Default: out/sft/model where train.py left one, else the shipped assets/nano-sft."""
     data: Path = Path("out/arena/rl.jsonl")
     """Questions with checkable answers, one JSON object a line."""
     out: Path = Path("out/rl")
@@ -120,15 +119,14 @@ def main(cfg: Config) -> None:
     rank, world, device = dist.start()
     if cfg.num_prompts % (world * cfg.updates):
         raise ValueError(f"--num-prompts {cfg.num_prompts}: must divide evenly among {world} processes × {cfg.updates} updates")
-    if cfg.model == Config.model and not Path(cfg.model).exists():
-        if rank == 0:
-            print(f"{cfg.model} is not there: training it first (train.py)")
-        train.main(train.Config(seed=cfg.seed))
     if cfg.data == Config.data and not cfg.data.exists():
         if rank == 0:
             arena.main(arena.Config())
         dist.barrier()
 
+    if cfg.model is None:
+        default = "out/sft/model" if Path("out/sft/model").exists() else "assets/nano-sft"
+        cfg = replace(cfg, model=default)
     source = resolve(cfg.model)
     run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if rank == 0 else None
     dist.barrier()
@@ -189,7 +187,7 @@ def main(cfg: Config) -> None:
         sums = dict.fromkeys(("loss", "kl", "entropy", "clipped", "gap_text", "gap_image", "tokens", "image_tokens"), 0.0)
         grad_norm = 0.0
         with clock("train"):
-            for u, (part, batches) in enumerate(zip(parts, work)):
+            for part, batches in zip(parts, work):
                 lengths = {k: sum(episodes[k].mask) for k in part}
                 num_episodes, num_tokens = dist.total([float(len(part)), float(sum(lengths.values()))], device)
                 limit = cfg.max_new_tokens * cfg.max_turns

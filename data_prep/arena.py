@@ -11,6 +11,7 @@ The three sets share no clip and no seed; the test set also has venue layouts th
 
 import json
 import math
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -23,6 +24,8 @@ from tqdm import tqdm
 
 from data_prep import draw
 from nanosport.episode import Question
+from nanosport.log import write_atomically
+from nanosport.report import png
 
 FPS = 12
 EVENT_FRAMES = 4
@@ -215,15 +218,6 @@ def write_video(path: Path, frames, fps: int = FPS) -> None:
         container.mux(stream.encode())
 
 
-def write_png(path: Path, picture: np.ndarray) -> None:
-    """uint8 (H, W, 3) → PNG."""
-    with av.open(str(path), "w", format="image2") as container:
-        stream = container.add_stream("png", rate=1)
-        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "rgb24"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
-        container.mux(stream.encode())
-
-
 def clip_rng(seed: int, split: str, number: int) -> np.random.Generator:
     """Each clip's own stream, so that more clips leave the first ones as they are."""
     return np.random.default_rng([seed, ("sft", "rl", "test", "pretrain").index(split), number])
@@ -260,6 +254,7 @@ def main(cfg: Config) -> None:
     for name, count in (("sft_clips", cfg.sft_clips), ("rl_clips", cfg.rl_clips), ("test_clips", cfg.test_clips), ("workers", cfg.workers)):
         if count < 1:
             raise ValueError(f"--{name.replace('_', '-')} {count}: must be at least 1")
+    began = time.time()
     (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
     jobs = [
         (cfg.out, split, cfg.seed, k)
@@ -274,7 +269,9 @@ def main(cfg: Config) -> None:
             for plan, asked in rows:
                 plans.write(json.dumps({"video": asked[0].video, **asdict(plan)}) + "\n")
                 questions.writelines(json.dumps(asdict(q)) + "\n" for q in asked)
-    write_png(cfg.out / "contact_sheet.png", contact_sheet([m[0] for m in made[:6]]))
+    (cfg.out / "contact_sheet.png").write_bytes(png(contact_sheet([m[0] for m in made[:6]])))
+    report = {"clips": len(jobs), "seed": cfg.seed, "seconds": round(time.time() - began, 1)}
+    write_atomically(cfg.out / "arena.json", json.dumps(report) + "\n")
     print(f"{len(jobs)} clips, {sum(len(m[1]) for m in made)} questions in {cfg.out}")
 
 

@@ -9,6 +9,7 @@ measured at the end on unseen plans, and is stored beside the weights.
 
 import json
 import math
+import re
 import tempfile
 import time
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ IMAGE = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pi
 IMAGE |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 TOKENS_PER_FRAME = 6  # 168×112 pixels in 2×2 squares of 28-pixel patches
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-DIGIT_WEIGHT = 4.0  # digits are the hardest to see and the fewest: unweighted, 600 steps left them at chance, all else right
+HARD_WEIGHT = 4.0  # digits, places and option letters are few and the hardest: unweighted, 600 steps left digits at chance
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>")
 
 
@@ -110,37 +111,36 @@ def write_config(folder: Path) -> None:
 def frames_and_task(rng: np.random.Generator, stage: int):
     """(plan, shown frame indices, prompt, reply) of one example."""
     plan = arena.make_plan(rng, arena.TRAIN_LAYOUTS)
-    chat = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
-    if stage == 1:
-        t = int(rng.integers(plan.start, plan.end + 1) if rng.random() < 0.5 else rng.integers(plan.num_frames))
-        reply = arena.describe(plan, t) if plan.in_event(t) else f"{arena.scene(plan)}, {arena.describe(plan, t)}"
-        return plan, [t], chat.format(frame_text([t], [TOKENS_PER_FRAME]), "Describe the frame."), reply
-
-    draw = rng.random()
-    if draw < 0.4:  # a uniform overview
-        shown = np.round(np.linspace(0, plan.num_frames - 1, 8)).astype(int)
-    elif draw < 0.5:
-        shown = np.round(np.linspace(0, plan.num_frames - 1, 16)).astype(int)
+    draw, task = rng.random(), rng.random()
+    single = stage == 1 or rng.random() < 0.7
+    if single:
+        shown = np.array([rng.integers(plan.start, plan.end + 1) if draw < 0.5 else rng.integers(plan.num_frames)])
+    elif draw < 0.5:  # a uniform overview
+        shown = np.linspace(0, plan.num_frames - 1, 16 if draw < 0.1 else 8)
     else:  # a closer look at the play
-        a = int(rng.integers(max(0, plan.start - 20), plan.start + 1))
-        shown = np.round(np.linspace(a, min(a + int(rng.integers(18, 28)), plan.num_frames - 1), 8)).astype(int)
-    shown = [int(t) for t in shown]
-    labelled = frame_text(shown, [TOKENS_PER_FRAME] * len(shown))
-    task = rng.random()
-    if task < 0.35:
-        return plan, shown, chat.format(labelled, "List the frames."), teacher.listing(plan, shown)
-    if task < 0.5 and shown[0] < plan.start and shown[-1] > plan.end:
-        k = teacher.change(plan, shown)
-        after = next(t for t in shown if t > plan.end)
-        reply = f"{teacher.listing(plan, shown)}. the score changes between {max(t for t in shown[: k + 1])} and {after}."
-        return plan, shown, chat.format(labelled, "When does the score change?"), reply
-    questions = arena.make_questions(plan, rng, "", "")
+        first = int(rng.integers(max(0, plan.start - 20), plan.start + 1))
+        shown = np.linspace(first, min(first + int(rng.integers(18, 28)), plan.num_frames - 1), 8)
+    shown = [int(t) for t in np.round(shown)]
+    sizes = [TOKENS_PER_FRAME] * len(shown)
     sees = any(plan.in_event(t) for t in shown)
+
+    def chat(request: str) -> str:
+        return f"<|im_start|>user\n{frame_text(shown, sizes)}{request}<|im_end|>\n<|im_start|>assistant\n"
+
+    if task < (0.7 if stage == 1 else 0.4) and single:
+        reply = teacher.listing(plan, shown) if sees else f"{arena.scene(plan)}, {teacher.listing(plan, shown)}"
+        return plan, shown, chat("Describe the frame."), reply
+    if task < 0.3 and not single:
+        return plan, shown, chat("List the frames."), teacher.listing(plan, shown)
+    if task < 0.6 and shown[0] < plan.start and shown[-1] > plan.end:
+        before, after = max(t for t in shown if t <= plan.end), min(t for t in shown if t > plan.end)
+        reply = f"{teacher.listing(plan, shown)}. the score changes between {before} and {after}."
+        return plan, shown, chat("When does the score change?"), reply
     # what the frames do not show is asked for rarely: the answer is then a guess
-    fitting = [q for q in questions if q.needs_tool == sees or rng.random() < 0.1]
-    question = fitting[int(rng.integers(len(fitting)))]
+    asked = [q for q in arena.make_questions(plan, rng, "", "") if q.needs_tool == sees or rng.random() < 0.1]
+    question = asked[int(rng.integers(len(asked)))]
     reply = teacher.answer_turn(teacher.evidence(plan, question, shown), question.answer)
-    return plan, shown, opening(question, shown, [TOKENS_PER_FRAME] * len(shown), plan.num_frames, use_tool=False), reply
+    return plan, shown, opening(question, shown, sizes, plan.num_frames, use_tool=False), reply
 
 
 class Examples(IterableDataset):
@@ -155,7 +155,7 @@ class Examples(IterableDataset):
         rng = np.random.default_rng([self.seed, self.stage, info.id if info else 0])
         tokenizer = load_tokenizer(self.folder)
         cfg = load_config(self.folder)
-        numbers = {i for token, i in tokenizer.get_vocab().items() if token.lstrip("Ġ").isdigit()}
+        hard = {i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ?([0-9]+|deep|high|[A-D])", token)}
         while True:
             ids, mask, positions, lengths, pixels = [], [], [], [0], []
             for _ in range(self.batch):
@@ -163,7 +163,7 @@ class Examples(IterableDataset):
                 before = tokenizer.encode(prompt, add_special_tokens=False)
                 said = tokenizer.encode(reply + "<|im_end|>", add_special_tokens=False)
                 ids += before + said
-                mask += [0.0] * len(before) + [DIGIT_WEIGHT if token in numbers else 1.0 for token in said]
+                mask += [0.0] * len(before) + [HARD_WEIGHT if token in hard else 1.0 for token in said]
                 positions.append(mrope_positions(before + said, [(1, 4, 6)] * len(shown), cfg)[0])
                 lengths.append(len(before) + len(said))
                 pixels += [arena.render(plan, t) for t in shown]
@@ -209,9 +209,9 @@ def perception(model, folder: Path, image: ImageConfig, stage: int, batches: int
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("assets/nano-backbone")
-    single_steps: int = 900
+    single_steps: int = 750
     """Steps on single frames."""
-    multi_steps: int = 1800
+    multi_steps: int = 600
     """Steps on several frames."""
     lr: float = 2e-3
     """Peak learning rate; linear warm-up, cosine decay to a tenth, over both stages each."""
@@ -229,7 +229,7 @@ def main(cfg: Config) -> None:
     model = Qwen25VL(load_config(source)).init_weights()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     report = {"command": "python -m data_prep.pretrain", "seed": cfg.seed, "steps": [cfg.single_steps, cfg.multi_steps]}
-    for stage, steps, size in ((1, cfg.single_steps, 96), (2, cfg.multi_steps, 24)):
+    for stage, steps, size in ((1, cfg.single_steps, 96), (2, cfg.multi_steps, 40)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
         peak = cfg.lr if stage == 1 else cfg.lr / 2
         loader = iter(DataLoader(Examples(source, stage, size, cfg.seed), batch_size=None, num_workers=cfg.workers, prefetch_factor=4))

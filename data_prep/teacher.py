@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data_prep.arena import SANCTION, SHOTS, BALANCE, Plan, describe, scene
+from data_prep.arena import BALANCE, SANCTION, SHOTS, Plan, describe, scene
 from nanosport.episode import Question, read_questions
 from nanosport.tools import tool_call
 from nanosport.video import Video
@@ -35,11 +35,12 @@ def change(plan: Plan, shown) -> int:
 
 
 def evidence(plan: Plan, question: Question, shown) -> str:
-    """What the frames say about the question, in one sentence."""
+    """What the frames say about the question, and what follows from it."""
+    truth = question.options["ABCD".index(question.answer)] if question.options else question.answer
     if not question.needs_tool:
-        return f"{scene(plan)}, {describe(plan, shown[-1])} at the end."
+        return f"{scene(plan)}, {describe(plan, shown[-1])} at the end. so {truth}."
     seen = [t for t in shown if plan.in_event(t)]
-    return f"frame {seen[0]} shows {describe(plan, seen[0])}." if seen else "no frame shows the play."
+    return f"frame {seen[0]} shows {describe(plan, seen[0])}. so {truth}." if seen else "no frame shows the play."
 
 
 def guess(plan: Plan, question: Question, rng: np.random.Generator) -> str:

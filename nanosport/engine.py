@@ -155,13 +155,15 @@ class Engine:
         if cfg.temperature == 0:
             token_B = log_p_BV.argmax(-1)
         else:
-            p_BV, order_BV = log_p_BV.double().exp().sort(-1, descending=True, stable=True)
-            before_BV = p_BV.cumsum(-1) - p_BV
-            p_BV = p_BV.masked_fill(before_BV >= cfg.top_p, 0.0)
+            p_BV = log_p_BV.double().exp()
+            if cfg.top_p < 1:
+                sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+                outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= cfg.top_p
+                p_BV = p_BV.masked_fill(outside_BV.gather(1, order_BV.argsort(-1)), 0.0)
             cumulative_BV = p_BV.cumsum(-1)
-            rank_B = torch.searchsorted(cumulative_BV, draw_B[:, None] * cumulative_BV[:, -1:], right=True)
-            last_B = (p_BV > 0).sum(-1, keepdim=True) - 1  # rounding must not reach a token of probability 0
-            token_B = order_BV.gather(1, rank_B.minimum(last_B))[:, 0]
+            # a draw below the total lands on a token whose probability is above 0: banned ones add nothing to the sum
+            point_B1 = (draw_B[:, None] * cumulative_BV[:, -1:]).minimum(cumulative_BV[:, -1:] * (1 - 1e-12))
+            token_B = torch.searchsorted(cumulative_BV, point_B1, right=True)[:, 0]
         return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
 
     def _ends(self, ids: list[int]) -> bool:

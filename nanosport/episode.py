@@ -6,6 +6,7 @@ Shape letters used in the whole project:
 """
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -94,22 +95,43 @@ def read_records(path: Path) -> list[tuple[Question, list[str]]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; `python -m data_prep.arena` makes the built-in data")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):  # of bytes: in text U+2028 would end a line too
         try:
             row = json.loads(line)
-            messages = row.get("messages", []) if isinstance(row, dict) else []
-            records.append((_question(row["question"] if "messages" in row else row, path.parent), messages))
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(row, dict):
+                raise ValueError("must be a JSON object")
+            messages = row.get("messages", [])
+            if not isinstance(messages, list):
+                raise ValueError("messages: must be a list of texts")
+            question = _question(row["question"] if "messages" in row else row, path.parent)
+            records.append((question, [check_text(m) for m in messages]))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a question: {error}") from None
     if not records:
         raise ValueError(f"{path}: holds no question")
     return records
 
 
+def check_text(text: str) -> str:
+    """Refuse a text from outside that would forge the template's special tokens, such as <|im_end|> or <|image_pad|>."""
+    if forged := re.search(r"<\|\w+\|>", text):
+        raise ValueError(f"the text {text[:60]!r} contains the special token {forged[0]}: remove it")
+    return text
+
+
 def _question(row: dict, folder: Path) -> Question:
+    if not isinstance(row, dict):
+        raise ValueError("the question must be a JSON object")
     known = {f.name for f in fields(Question)}
     if unknown := set(row) - known:
         raise ValueError(f"unknown field {sorted(unknown)[0]!r}; known are {', '.join(sorted(known))}")
+    for name in ("id", "video", "sport", "dimension", "question", "answer"):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{name} {row.get(name)!r}: must be a text")
+    if not isinstance(options := row.get("options"), list) or len(options) > 10:
+        raise ValueError(f"options {options!r}: must be a list of at most ten texts, empty for an open question")
+    for text in (row["question"], *options):
+        check_text(text)
     question = Question(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
     if question.dimension not in DIMENSIONS:
         raise ValueError(f"dimension {question.dimension!r}: must be one of {', '.join(DIMENSIONS)}")

@@ -55,7 +55,7 @@ class FrameEncoder:
             keys = missing[start : start + CHUNK]
             with torch.no_grad():
                 encoded = self._encode(keys).split([self.tokens_per_frame(path) for path, _ in keys])
-            self.cache.update(zip(keys, encoded))
+            self.cache.update((key, part.clone()) for key, part in zip(keys, encoded))  # a view would keep the whole chunk
         found = [self.cache[key] for key in wanted]
         for key in wanted:
             self.cache.move_to_end(key)

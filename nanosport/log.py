@@ -50,10 +50,16 @@ class Run:
         self.log = self.folder / "log.jsonl"
         if not resume:
             self.log.write_text("")
-        write_atomically(self.folder / "run.json", json.dumps({**provenance(), "config": self.config}, indent=2) + "\n")
+            (self.model / "trainer.json").unlink(missing_ok=True)  # else --resume would go on with the run replaced here
+            self._describe()
+
+    def _describe(self, **more) -> None:
+        text = json.dumps({**provenance(), "config": self.config, **more}, indent=2)
+        write_atomically(self.folder / "run.json", text + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the log's lines from `step` on: they are about to be written again."""
+        """A resume was accepted: drop the log's lines from `step` on, they are about to be written again."""
+        self._describe()
         rows = [line for line in self.log.read_text().splitlines() if json.loads(line)["step"] < step]
         write_atomically(self.log, "".join(row + "\n" for row in rows))
 
@@ -62,7 +68,4 @@ class Run:
             file.write(json.dumps({k: round(v, 6) if isinstance(v, float) and k != "loss" else v for k, v in row.items()}) + "\n")
 
     def close(self) -> None:
-        seconds = round(time.time() - self.began, 1)
-        write_atomically(
-            self.folder / "run.json", json.dumps({**provenance(), "config": self.config, "seconds": seconds}, indent=2) + "\n"
-        )
+        self._describe(seconds=round(time.time() - self.began, 1))

@@ -15,11 +15,11 @@ VARIANTS = ("grpo", "dapo", "dr_grpo")
 
 def group_advantages(rewards: Sequence[float], group_size: int, variant: str = "grpo", eps: float = 1e-4) -> torch.Tensor:
     """A_i = (r_i − mean) / (std + eps) inside each group of `group_size` neighbours; dr_grpo leaves the std out."""
-    r_GN = torch.tensor(rewards, dtype=torch.float32).view(-1, group_size)
+    r_GN = torch.tensor(rewards, dtype=torch.float64).view(-1, group_size)  # in float32 equal rewards gave advantages of 1e-3
     centred_GN = r_GN - r_GN.mean(1, keepdim=True)
     if variant != "dr_grpo":
         centred_GN = centred_GN / (r_GN.std(1, keepdim=True, unbiased=False) + eps)
-    return centred_GN.flatten()
+    return centred_GN.flatten().float()
 
 
 def token_scale(variant: str, length: int, num_episodes: int, num_tokens: int, max_length: int) -> float:

@@ -8,7 +8,7 @@ the ids of the whole text.
 import json
 from collections.abc import Sequence
 
-from nanosport.episode import Question
+from nanosport.episode import Question, check_text
 from nanosport.tools import SCHEMA
 
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
@@ -32,7 +32,9 @@ def frame_text(indices: Sequence[int], tokens_per_frame: Sequence[int]) -> str:
 
 
 def question_text(question: Question, num_frames: int) -> str:
-    """The question with its lettered options and how to answer."""
+    """The question with its lettered options and how to answer. Raises ValueError where they forge special tokens."""
+    for text in (question.question, *question.options):
+        check_text(text)
     options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", question.options))
     how = "Answer with the letter." if question.options else "Answer in a few words."
     return f"The video has {num_frames} frames. {question.question}{options}\n{how}"
@@ -50,11 +52,3 @@ def tool_result(content: str) -> str:
     return (
         f"<|im_end|>\n<|im_start|>user\n<tool_response>\n{content.rstrip()}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-def check_text(text: str) -> str:
-    """Refuse a user's text that would forge the template's special tokens."""
-    for forbidden in ("<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>"):
-        if forbidden in text:
-            raise ValueError(f"the text {text[:60]!r} contains the special token {forbidden}: remove it")
-    return text

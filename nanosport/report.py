@@ -1,6 +1,7 @@
 """Where people would rather look than read: the demo's table, the reward curve, an episode with its frames.
 
-    python -m nanosport.report out/demo          # eval_*.json + rl/log.jsonl → report.json, index.html
+    python -m nanosport.report out/demo                   # eval_*.json + rl/log.jsonl → report.json, index.html
+    python -m nanosport.report results/demo/*.json        # reports of several seeds → the README's table, mean ± std
 """
 
 import base64
@@ -8,14 +9,13 @@ import html
 import io
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import av
 import numpy as np
 
 from nanosport.episode import Episode
-from nanosport.log import write_atomically
+from nanosport.log import provenance, write_atomically
 from nanosport.video import Video
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1b1f24}
@@ -100,3 +100,64 @@ def html_table(rows: dict[str, dict], columns: dict[str, str]) -> str:
         cells = "".join(f"<td>{'–' if row.get(c) is None else format(row[c], '.1f')}</td>" for c in columns)
         body += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
     return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def read(path: Path):
+    """A stage's JSON; ValueError says which stage is missing."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); has the stage that writes it run?") from error
+
+
+def main(folder: Path) -> None:
+    """Put the demo's parts together: the printed table, report.json and index.html."""
+    from eval import table  # the benchmark's own columns
+
+    rows, seconds = {}, {"arena": read(folder / "arena/arena.json")["seconds"]}
+    for name in ("backbone", "no_tool", "sft", "rl"):
+        found = read(folder / f"eval_{name}.json")
+        for label, row in found["rows"].items():
+            seconds[f"eval {label}"] = row["seconds"]
+            rows[label] = {k: v for k, v in row.items() if k not in ("episodes", "seconds")}
+    for stage in ("sft", "rl"):
+        seconds[stage] = read(folder / stage / "run.json")["seconds"]
+    log = [json.loads(line) for line in (folder / "rl/log.jsonl").read_text().splitlines()]
+    seconds["total"] = round(sum(seconds.values()), 1)
+    report = {"rows": rows, "seconds": seconds, "seed": read(folder / "rl/run.json")["config"]["seed"], **provenance()}
+    write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
+
+    columns = {"recognition": "recognition", "rules": "rules", "assessment": "assessment", "commentary": "commentary"}
+    columns |= {"accuracy": "overall", "frames": "frames", "tool_rate": "tool rate", "window_hit_rate": "window hit"}
+    body = "<h1>DeepSport in small</h1><p>Accuracy in percent on held-out clips of the arena.</p>" + html_table(rows, columns)
+    body += "<h2>RL: mean of each step's episodes</h2>" + curve(log, ("reward", "accuracy", "tool_rate", "format_rate"))
+    body += '<h2>One episode</h2><p>The outlined frames show the decisive event.</p><iframe src="episode.html" width="100%" height="900"></iframe>'
+    write_atomically(folder / "index.html", page("nanosport demo", body))
+    write_atomically(folder / "reward_curve.svg", curve(log, ("reward", "accuracy", "tool_rate", "format_rate")))
+    print(table(rows))
+    print(f"{seconds['total'] / 60:.1f} minutes; open {folder / 'index.html'}")
+
+
+def seeds_table(reports: list[dict]) -> str:
+    """Markdown, mean ± standard deviation over the reports."""
+    columns = ("recognition", "rules", "assessment", "commentary", "accuracy", "accuracy_tool_needed", "frames", "tool_rate", "window_hit_rate")
+    heads = ("recognition", "rules", "assessment", "commentary", "overall", "tool needed", "frames", "tool rate", "window hit")
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for label in reports[0]["rows"]:
+        cells = []
+        for column in columns:
+            values = [r["rows"][label][column] for r in reports]
+            cells.append("–" if None in values else f"{np.mean(values):.1f} ± {np.std(values):.1f}")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        given = [Path(argument) for argument in sys.argv[1:]] or [Path("out/demo")]
+        if given[0].suffix == ".json":
+            print(seeds_table([read(path) for path in given]))
+        else:
+            main(given[0])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

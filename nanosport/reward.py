@@ -36,9 +36,11 @@ def accuracy(answer: str | None, question: Question) -> float:
         return 0.0
     if question.options:
         letter = re.match(r"\(?([A-J])\)?(?:[.:,)]|\s|$)", answer.strip())
-        if letter:
-            return float(letter[1] == question.answer)
-        return float(normalise(answer) == normalise(question.options[ord(question.answer) - ord("A")]))
+        words, options = normalise(answer), [normalise(option) for option in question.options]
+        # "A dig" is the text of an option, not the letter A; a bare letter is a letter, whatever the options say
+        if words in options and not (letter and letter.end() == len(answer.strip())):
+            return float(words == options[ord(question.answer) - ord("A")])
+        return float(letter is not None and letter[1] == question.answer)
     said, true = Counter(normalise(answer)), Counter(normalise(question.answer))
     common = (said & true).total()
     return 2 * common / (said.total() + true.total()) if common else 0.0

@@ -1,0 +1,43 @@
+# make demo: the whole story in small, from the shipped backbone.   make demo SMOKE=1: every stage, few steps.
+# make test: the tests.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
+PYTHON ?= python3
+SEED ?= 0
+OUT ?= out/demo
+PY := .venv/bin/python
+ifdef SMOKE
+ARENA := --sft-clips 12 --rl-clips 6 --test-clips 3
+SFT := --steps 12
+RL := --steps 2 --num-prompts 2 --min-format-rate 0 --min-tool-rate 0
+else
+ARENA :=
+SFT :=
+RL :=
+endif
+
+.PHONY: demo test lint clean
+demo: .venv/.installed
+	rm -rf $(OUT)
+	$(PY) -m data_prep.arena --out $(OUT)/arena --seed $(SEED) $(ARENA)
+	$(PY) -m data_prep.teacher --data $(OUT)/arena --seed $(SEED)
+	$(PY) train.py --data $(OUT)/arena/trajectories.jsonl --out $(OUT)/sft --seed $(SEED) $(SFT)
+	$(PY) rl.py --model $(OUT)/sft/model --data $(OUT)/arena/rl.jsonl --out $(OUT)/rl --seed $(SEED) $(RL)
+	$(PY) eval.py --model assets/nano-backbone --name backbone --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_backbone.json
+	$(PY) eval.py --model $(OUT)/sft/model --name SFT --modes tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_sft.json
+	$(PY) eval.py --model $(OUT)/rl/model --name SFT+RL --modes no-tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_no_tool.json
+	$(PY) eval.py --model $(OUT)/rl/model --name SFT+RL --modes tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_rl.json
+	$(PY) infer.py $(OUT)/arena/clips/test_00000.mp4 "Call the decisive play." --model $(OUT)/rl/model --page $(OUT)/episode.html
+	$(PY) -m nanosport.report $(OUT)
+
+test: .venv/.installed
+	$(PY) -m pytest -q
+
+lint: .venv/.installed
+	$(PY) -m ruff check .
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv out

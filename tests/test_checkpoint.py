@@ -1,0 +1,224 @@
+"""Runs that are killed go on as if nothing had happened, and two processes compute what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import rl
+import train
+from nanosport import dist, optim
+from nanosport.load import load_model, load_tokenizer
+from nanosport.log import Run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def sft(nano_folder, arena_folder, tmp_path_factory) -> train.Config:
+    out = tmp_path_factory.mktemp("sft")
+    data = arena_folder / "trajectories.jsonl"
+    return train.Config(str(nano_folder), data, out / "run", steps=4, batch_size=3, warmup=2, save_every=2, max_tokens=800)
+
+
+@pytest.fixture(scope="module")
+def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
+    """From the taught model, which answers and calls the tool at random: rewards differ inside a group."""
+    out = tmp_path_factory.mktemp("rl")
+    return rl.Config(
+        str(taught_folder), arena_folder / "rl.jsonl", out / "run", steps=4, num_prompts=2, group_size=4, updates=2, kl=0.05, lr=3e-4,
+        warmup=1, temperature=0.8, max_new_tokens=40, max_tokens=1500, min_format_rate=0, min_tool_rate=0, save_every=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(sft, grpo):
+    """{script: (its main, its Config, the log of the undisturbed run)}"""
+    made = {}
+    for script, cfg in ((train, sft), (rl, grpo)):
+        script.main(cfg)
+        made[script.__name__] = script.main, cfg, log(cfg.out)
+    return made
+
+
+SECONDS = ("seconds", "tokens_per_s")
+
+
+def log(folder: Path) -> list[dict]:
+    """The lines without what a clock measured."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not (k.startswith(SECONDS) or k.endswith(("_s", "seconds")))} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    """Weights and optimizer state, bit for bit."""
+    files = ("model.safetensors", "optimizer.safetensors")
+    pairs = [(load_file(a / f), load_file(b / f)) for f in files]
+    return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
+
+
+def killed(main, cfg, monkeypatch, step: int) -> None:
+    """Run and die in the middle of `step`: gradients are there, the update is not."""
+    whole = optim.set_lr
+
+    def die(optimizer, now, *rest, **kwargs):
+        if now == step:
+            raise KeyboardInterrupt
+        return whole(optimizer, now, *rest, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "set_lr", die)
+        with pytest.raises(KeyboardInterrupt):
+            main(cfg)
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_a_killed_run_goes_on_bit_for_bit(script, runs, monkeypatch, tmp_path):
+    main, cfg, straight = runs[script]
+    cut = replace(cfg, out=tmp_path / "cut")
+    killed(main, cut, monkeypatch, step=3)
+    assert [row["step"] for row in log(cut.out)] == [0, 1, 2]  # step 2 was logged, but not saved
+    main(replace(cut, resume=True))
+    assert log(cut.out) == straight
+    assert same(cut.out / "model", cfg.out / "model")
+    assert [row["step"] for row in straight] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_there_was_something_to_learn(script, runs):
+    """Else the tests above compare nothing with nothing."""
+    _, cfg, straight = runs[script]
+    assert all(row["grad_norm"] > 0 for row in straight) and len({row["loss"] for row in straight}) == 4
+    before, after = weights(Path(cfg.model)), weights(cfg.out / "model")
+    assert any(not torch.equal(before[k], after[k]) for k in before)
+    if script == "train":
+        assert straight[-1]["loss"] < straight[0]["loss"]
+    else:
+        assert all(0 < row["kl"] < 5 for row in straight[1:]) and any(row["clip_fraction"] > 0 for row in straight)
+        assert any(0 < row["tool_rate"] for row in straight) and any(0 < row["format_rate"] < 1 for row in straight)
+        assert all(max(row["logprob_gap_text"], row["logprob_gap_after_image"]) < 1e-4 for row in straight)
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_a_finished_run_resumed_changes_nothing(script, runs):
+    main, cfg, straight = runs[script]
+    before = weights(cfg.out / "model")
+    main(replace(cfg, resume=True))
+    assert log(cfg.out) == straight
+    assert all(torch.equal(before[k], w) for k, w in weights(cfg.out / "model").items())
+
+
+@pytest.mark.parametrize("script, change", [("train", {"lr": 3e-4}), ("train", {"batch_size": 2}), ("rl", {"kl": 0.0}), ("rl", {"group_size": 8}), ("rl", {"seed": 1})])
+def test_changed_settings_are_refused(script, change, runs):
+    main, cfg, straight = runs[script]
+    (name, value), *_ = change.items()
+    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value}.*resume with the same"):
+        main(replace(cfg, resume=True, **change))
+    assert log(cfg.out) == straight
+    assert json.loads((cfg.out / "run.json").read_text())["config"][name] == getattr(cfg, name)  # not the refused one
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_a_run_is_not_overwritten_unless_told_to(script, runs, tmp_path):
+    main, cfg, straight = runs[script]
+    with pytest.raises(ValueError, match="holds a run already.*--resume.*--overwrite"):
+        main(cfg)
+    assert log(cfg.out) == straight
+    with pytest.raises(ValueError, match="no run to resume"):
+        main(replace(cfg, out=tmp_path / "none", resume=True))
+
+
+def test_a_replaced_run_is_not_resumed(runs, monkeypatch, tmp_path):
+    """--overwrite, killed before the first save: the old model is still there, but not as this run's checkpoint."""
+    main, cfg, _ = runs["train"]
+    cfg = replace(cfg, out=tmp_path / "twice", steps=1)
+    main(cfg)
+    killed(main, replace(cfg, overwrite=True), monkeypatch, step=0)
+    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+        main(replace(cfg, resume=True))
+    main(replace(cfg, overwrite=True))
+    assert len(log(cfg.out)) == 1
+
+
+def test_a_run_says_what_it_was(runs):
+    _, cfg, _ = runs["rl"]
+    report = json.loads((cfg.out / "run.json").read_text())
+    assert report["config"]["kl"] == 0.05 and report["config"]["data"] == str(cfg.data)
+    assert {"command", "commit", "torch", "device", "date", "seconds"} <= report.keys()
+    assert Run(cfg.out.parent / "new", cfg, resume=False, overwrite=False).log.read_text() == ""
+
+
+def test_a_checkpoint_is_a_model_folder(runs):
+    """For us and for transformers: nothing to merge or convert."""
+    for _, cfg, _ in runs.values():
+        ours, tokenizer = load_model(cfg.out / "model"), load_tokenizer(cfg.out / "model")
+        theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(cfg.out / "model").eval()
+        ids = torch.tensor(tokenizer.encode("<|im_start|>user\nWho scored?<|im_end|>\n"))
+        positions = torch.arange(len(ids)).expand(3, -1)
+        with torch.no_grad():
+            hidden = ours.hidden(ids, positions, torch.tensor([0, len(ids)], dtype=torch.int32))
+            torch.testing.assert_close(hidden @ ours.head_weight_VD.T, theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_the_tower_stays_or_learns_as_asked(script, runs, tmp_path):
+    main, cfg, _ = runs[script]
+    before, frozen = weights(Path(cfg.model)), weights(cfg.out / "model")
+    tower = [k for k in before if k.startswith("visual.")]
+    assert tower and all(torch.equal(before[k], frozen[k]) for k in tower)
+    free = replace(cfg, out=tmp_path / "free", freeze_vision=False, steps=1, **({} if script == "train" else {"group_size": 2}))
+    main(free)
+    (row,) = log(free.out)
+    assert row["grad_norm"] > 0
+    moments = load_file(free.out / "model" / "optimizer.safetensors")
+    still = [k for k in tower if moments[f"{k}.exp_avg"].abs().max() == 0]
+    assert not still, f"no gradient reached {still}"
+
+
+def test_a_trained_tower_sees_every_frame_where_a_frozen_one_looks_it_up(runs, tmp_path):
+    """The first step's loss is the same either way: only what is updated differs."""
+    main, cfg, straight = runs["train"]
+    free = replace(cfg, out=tmp_path / "free", freeze_vision=False, steps=1, overwrite=True)
+    main(free)
+    assert log(free.out)[0]["loss"] == pytest.approx(straight[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_two_processes_compute_what_one_does(script, runs, tmp_path):
+    """torchrun with gloo. An odd batch gives the ranks unequal shares, and the sums must not care."""
+    _, cfg, straight = runs[script]
+    flags = {k: v for k, v in vars(cfg).items() if v != getattr(type(cfg), k)} | {"out": tmp_path / "two"}
+    flags["steps"] = 4 if script == "train" else 2
+    if script == "rl":  # two prompts on two ranks leave one update a step
+        flags["updates"] = 1
+        rl.main(replace(cfg, out=tmp_path / "one", updates=1, steps=2))
+        straight = log(tmp_path / "one")
+    argv = [part for k, v in flags.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", f"{script}.py", *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = log(tmp_path / "two")
+    assert len(rows) == len(straight[: flags["steps"]])
+    for ours, alone in zip(rows, straight):
+        for key in alone:
+            assert ours[key] == pytest.approx(alone[key], rel=1e-3, abs=2e-5), key
+
+
+def test_gradients_are_whole_without_torchrun():
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    before = model.weight.grad.clone()
+    dist.sum_gradients(model)
+    assert torch.equal(model.weight.grad, before) and dist.total([1.5, 2.0]) == [1.5, 2.0] and dist.largest(3.0) == 3.0

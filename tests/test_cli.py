@@ -1,0 +1,105 @@
+"""The command lines as a user meets them: right answers, clear errors, no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import arena
+
+ROOT = Path(__file__).parents[1]
+CLIPS = ROOT.parent / "shared" / "data" / "clips"
+
+
+def call(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A held-out clip: its seed, plan and layout were in no training set."""
+    plan = arena.make_plan(np.random.default_rng(12345), arena.TEST_LAYOUTS)
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    arena.write_video(path, (arena.render(plan, t) for t in range(plan.num_frames)))
+    return plan, path
+
+
+def test_infer_answers_an_arena_clip_correctly_in_under_10_seconds(clip, tmp_path):
+    plan, path = clip
+    page = tmp_path / "episode.html"
+    done = call("infer.py", path, "Call the decisive play.", "--json", "--page", page)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    kit, shot = plan.kits[plan.scorer], arena.SHOTS[plan.sport][plan.shot]
+    assert said["answer"] == f"{kit} {plan.number} {shot}"
+    window = next(t["window"] for t in said["turns"] if t["action"] == "tool")
+    assert window[0] <= plan.start and plan.end <= window[1]
+    assert len(said["frames"]) >= 16 and said["seconds"] < 10
+    assert page.read_text().count("<img") == len(said["frames"])
+
+
+def test_infer_prints_turns_and_the_options_text(clip):
+    plan, path = clip
+    shots = arena.SHOTS[plan.sport]
+    done = call("infer.py", path, "How was the point scored?", "--options", *shots)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[:3]] == ["video", "think", "look"]
+    assert f"answer  {'ABC'[plan.shot]}  {shots[plan.shot]}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("missing.mp4", "Who?"), "missing.mp4"),
+        (("README.md", "Who?"), "README.md"),
+        (("CLIP", " "), "question is empty"),
+        (("CLIP", "Who <|image_pad|>?"), "special token"),
+        (("CLIP", "Who?", "--options", "one"), "--options"),
+        (("CLIP", "Who?", "--model", "no/such/folder"), "no such folder"),
+        (("CLIP", "Who?", "--model", "tests"), "config.json"),
+        (("CLIP", "Who?", "--temperature", "-1"), "temperature"),
+        (("CLIP", "Who?", "--top-p", "0"), "top_p"),
+        (("CLIP", "Who?", "--num-frames", "0"), "num_frames"),
+    ],
+)
+def test_infer_wrong_use_gives_one_clear_line(arguments, words, clip):
+    done = call("infer.py", *[clip[1] if a == "CLIP" else a for a in arguments])
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert words in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "rl.py", "eval.py"])
+def test_scripts_refuse_a_missing_model_in_one_line(script, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    done = call(script, "--model", tmp_path / "none", "--data", data, *(() if script == "eval.py" else ("--out", tmp_path / "out")))
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no such folder" in done.stderr
+
+
+def test_eval_leaves_out_a_broken_video_and_says_so(clip, tmp_path):
+    rng = np.random.default_rng(0)
+    questions = arena.make_questions(clip[0], rng, "good", str(clip[1]))[:2]
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    questions += arena.make_questions(clip[0], rng, "bad", "broken.mp4")[:1]
+    data = tmp_path / "test.jsonl"
+    data.write_text("".join(json.dumps(arena.asdict(q)) + "\n" for q in questions))
+    done = call("eval.py", "--data", data, "--out", tmp_path / "report.json")
+    assert done.returncode == 0, done.stderr
+    assert "left out" in done.stdout and "broken.mp4" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert all(row["questions"] == 2 for row in report["rows"].values())
+    assert {"command", "commit", "device"} <= report.keys()
+
+
+@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not beside this checkout")
+def test_infer_takes_every_real_clip(capsys):
+    import infer
+
+    for path in sorted(CLIPS.iterdir()):
+        infer.main(infer.Config(path, "Which sport is this?", json=True))
+        said = json.loads(capsys.readouterr().out)
+        assert said["status"] in ("answered", "format_error", "out_of_turns", "out_of_tokens") and said["frames"]
