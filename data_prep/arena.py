@@ -50,7 +50,7 @@ class Plan:
     kits: tuple[str, str]
     """Left team, right team."""
     deep: tuple[bool, bool]
-    """Whether each team stands back at its end, or presses up to the middle."""
+    """Whether each team stands back at its end, or up at the middle: variety for the eye, no question asks for it."""
     num_frames: int
     score: tuple[int, int]
     """Before the decisive play."""
@@ -143,9 +143,8 @@ def describe(plan: Plan, frame: int) -> str:
 
 
 def scene(plan: Plan) -> str:
-    """What every wide frame shows: the sport, and where each team stands."""
-    left, right = ("deep" if d else "high" for d in plan.deep)
-    return f"{plan.sport}, {plan.kits[0]} {left}, {plan.kits[1]} {right}"
+    """What every wide frame shows: the sport and the two teams."""
+    return f"{plan.sport}, {plan.kits[0]} left, {plan.kits[1]} right"
 
 
 def make_questions(plan: Plan, rng: np.random.Generator, clip: str, video: str) -> list[Question]:
@@ -154,7 +153,7 @@ def make_questions(plan: Plan, rng: np.random.Generator, clip: str, video: str) 
     kit, shot = plan.kits[plan.scorer], shots[plan.shot]
     final = plan.score_at(plan.num_frames)
     leader = "level" if final[0] == final[1] else plan.kits[int(final[1] > final[0])]
-    deeper = {(1, 1): "both", (0, 0): "neither", (1, 0): plan.kits[0], (0, 1): plan.kits[1]}[plan.deep]
+    behind = "neither" if final[0] == final[1] else plan.kits[int(final[1] < final[0])]
     call = f"{kit} {plan.number} {shot}"
     others = [int(n) for n in rng.permutation([n for n in range(1, 10) if n != plan.number])[:3]]
     wrong_calls = [
@@ -184,7 +183,7 @@ def make_questions(plan: Plan, rng: np.random.Generator, clip: str, video: str) 
     overview = {
         "recognition": ("Which sport is this?", plan.sport, [s for s in SHOTS if s != plan.sport]),
         "rules": ("Who leads at the end?", leader, [o for o in (*plan.kits, "level") if o != leader]),
-        "assessment": ("Which team stands deep?", deeper, [o for o in (*plan.kits, "both", "neither") if o != deeper]),
+        "assessment": ("Which team must score more?", behind, [o for o in (*plan.kits, "neither") if o != behind]),
         "commentary": ("Give the final score.", f"{plan.kits[0]} {final[0]} {plan.kits[1]} {final[1]}", None),
     }
     drawn = [(d, kinds[int(rng.integers(len(kinds)))], True) for d, kinds in closeup.items()]
@@ -239,9 +238,9 @@ def _make_clip(job: tuple[Path, str, int, int]) -> tuple[Plan, list[Question]]:
 class Config:
     out: Path = Path("out/arena")
     """Folder to write."""
-    sft_clips: int = 120
+    sft_clips: int = 100
     """Clips for teacher trajectories, six questions each."""
-    rl_clips: int = 160
+    rl_clips: int = 120
     """Clips for reinforcement learning."""
     test_clips: int = 50
     """Held-out clips."""

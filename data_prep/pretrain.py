@@ -8,7 +8,6 @@ measured at the end on unseen plans, and is stored beside the weights.
 """
 
 import json
-import math
 import re
 import tempfile
 import time
@@ -23,7 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from data_prep import arena, teacher
-from nanosport.load import load_config, load_tokenizer, save_model
+from nanosport import optim
+from nanosport.load import load_config, load_model, load_tokenizer, save_model
+from nanosport.log import provenance
 from nanosport.model import Qwen25VL, mrope_positions
 from nanosport.prompt import SYSTEM, frame_text, opening, tool_result
 from nanosport.tools import tool_call
@@ -34,7 +35,7 @@ IMAGE = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pi
 IMAGE |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 TOKENS_PER_FRAME = 6  # 168×112 pixels in 2×2 squares of 28-pixel patches
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-HARD_WEIGHT = 4.0  # digits, places and option letters are few and the hardest: unweighted, 600 steps left digits at chance
+HARD_WEIGHT = 4.0  # digits are few and the hardest to see: unweighted, 600 steps left them at chance and all else right
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>")
 
 
@@ -55,7 +56,7 @@ def build_tokenizer(folder: Path, vocab_size: int = 1280) -> None:
         plan = arena.make_plan(rng, arena.TRAIN_LAYOUTS)
         for question in arena.make_questions(plan, rng, "", ""):
             corpus.append(opening(question, (0, 30), (1, 1), plan.num_frames, use_tool=False))
-            corpus.append(teacher.answer_turn(teacher.evidence(plan, question, range(plan.num_frames)), question.answer))
+            corpus.append(teacher.answer_turn(teacher.evidence(plan, question, range(plan.num_frames)), teacher.truth(question)))
     corpus += ["the score changes between no frame shows the play. i look at more frames. Describe the frame. List the frames."] * 50
     corpus += ["When does the score change? abcdefghijklmnopqrstuvwxyz ABCDEFGHIJ"] * 50
     trainer = trainers.BpeTrainer(
@@ -112,7 +113,7 @@ def frames_and_task(rng: np.random.Generator, stage: int):
     """(plan, shown frame indices, prompt, reply) of one example."""
     plan = arena.make_plan(rng, arena.TRAIN_LAYOUTS)
     draw, task = rng.random(), rng.random()
-    single = stage == 1 or rng.random() < 0.7
+    single = stage == 1 or (stage == 2 and rng.random() < 0.7)
     if single:
         shown = np.array([rng.integers(plan.start, plan.end + 1) if draw < 0.5 else rng.integers(plan.num_frames)])
     elif draw < 0.5:  # a uniform overview
@@ -130,16 +131,16 @@ def frames_and_task(rng: np.random.Generator, stage: int):
     if task < (0.7 if stage == 1 else 0.4) and single:
         reply = teacher.listing(plan, shown) if sees else f"{arena.scene(plan)}, {teacher.listing(plan, shown)}"
         return plan, shown, chat("Describe the frame."), reply
-    if task < 0.3 and not single:
+    if task < 0.2 and not single:
         return plan, shown, chat("List the frames."), teacher.listing(plan, shown)
-    if task < 0.6 and shown[0] < plan.start and shown[-1] > plan.end:
+    if task < 0.7 and shown[0] < plan.start and shown[-1] > plan.end:
         before, after = max(t for t in shown if t <= plan.end), min(t for t in shown if t > plan.end)
         reply = f"{teacher.listing(plan, shown)}. the score changes between {before} and {after}."
         return plan, shown, chat("When does the score change?"), reply
     # what the frames do not show is asked for rarely: the answer is then a guess
     asked = [q for q in arena.make_questions(plan, rng, "", "") if q.needs_tool == sees or rng.random() < 0.1]
     question = asked[int(rng.integers(len(asked)))]
-    reply = teacher.answer_turn(teacher.evidence(plan, question, shown), question.answer)
+    reply = teacher.answer_turn(teacher.evidence(plan, question, shown), teacher.truth(question))
     return plan, shown, opening(question, shown, sizes, plan.num_frames, use_tool=False), reply
 
 
@@ -155,7 +156,7 @@ class Examples(IterableDataset):
         rng = np.random.default_rng([self.seed, self.stage, info.id if info else 0])
         tokenizer = load_tokenizer(self.folder)
         cfg = load_config(self.folder)
-        hard = {i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ?([0-9]+|deep|high|[A-D])", token)}
+        hard = {i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ?[0-9]+", token)}
         while True:
             ids, mask, positions, lengths, pixels = [], [], [], [0], []
             for _ in range(self.batch):
@@ -180,7 +181,9 @@ def losses(model: Qwen25VL, batch, image: ImageConfig):
     """(weighted mean cross entropy of the reply's tokens, whether each is the argmax, which positions predict them)."""
     ids_T, positions_3T, cu_seqlens, weights_T, pixels = batch
     patches_PC, grids = preprocess(pixels, image)
-    hidden_TD = model.hidden(ids_T, positions_3T, cu_seqlens, model.visual(patches_PC, grids))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.visual.merger.ln_q.weight.requires_grad):
+        features_ND = model.encode(patches_PC, grids)
+    hidden_TD = model.hidden(ids_T, positions_3T, cu_seqlens, features_ND)
     rows = weights_T.roll(-1) > 0
     rows[-1] = False
     logits_MV = hidden_TD[rows] @ model.head_weight_VD.T
@@ -191,7 +194,7 @@ def losses(model: Qwen25VL, batch, image: ImageConfig):
 
 
 @torch.no_grad()
-def perception(model, folder: Path, image: ImageConfig, stage: int, batches: int = 4) -> float:
+def perception(model, folder: Path, image: ImageConfig, stage: int, batches: int = 6) -> float:
     """Share of unseen examples whose whole reply is the argmax, token by token (teacher forced)."""
     right = total = 0
     stream = iter(Examples(folder, stage, 64 if stage == 1 else 32, seed=990))
@@ -211,10 +214,14 @@ class Config:
     out: Path = Path("assets/nano-backbone")
     single_steps: int = 750
     """Steps on single frames."""
+    mixed_steps: int = 600
+    """Steps on single frames and several."""
     multi_steps: int = 600
-    """Steps on several frames."""
+    """Steps on several frames, with the vision tower as it is."""
+    start: Path | None = None
+    """Go on from this folder's weights and tokenizer, with the last stage only."""
     lr: float = 2e-3
-    """Peak learning rate; linear warm-up, cosine decay to a tenth, over both stages each."""
+    """Peak learning rate of the first stage, twice that of the others; linear warm-up, cosine decay to a tenth."""
     seed: int = 0
     workers: int = 1
 
@@ -223,24 +230,30 @@ def main(cfg: Config) -> None:
     began = time.time()
     torch.manual_seed(cfg.seed)
     source = Path(tempfile.mkdtemp())  # tokenizer and config, which save_model puts beside the weights
-    build_tokenizer(source)
-    write_config(source)
+    if cfg.start is None:
+        build_tokenizer(source)
+        write_config(source)
+        model = Qwen25VL(load_config(source)).init_weights()
+    else:
+        source, model = cfg.start, load_model(cfg.start)
     image = ImageConfig.from_folder(source)
-    model = Qwen25VL(load_config(source)).init_weights()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    report = {"command": "python -m data_prep.pretrain", "seed": cfg.seed, "steps": [cfg.single_steps, cfg.multi_steps]}
-    for stage, steps, size in ((1, cfg.single_steps, 96), (2, cfg.multi_steps, 40)):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    steps = {1: cfg.single_steps, 2: cfg.mixed_steps, 3: cfg.multi_steps}
+    report = {"command": provenance()["command"], "commit": provenance()["commit"], "seed": cfg.seed, "steps": steps}
+    for stage, size in ((1, 96), (2, 40), (3, 24)):
+        if cfg.start is not None and stage < 3:
+            continue
+        optim.trainable(model, freeze_vision=stage == 3)
+        optimizer = optim.build(model, weight_decay=0.01)
         peak = cfg.lr if stage == 1 else cfg.lr / 2
         loader = iter(DataLoader(Examples(source, stage, size, cfg.seed), batch_size=None, num_workers=cfg.workers, prefetch_factor=4))
-        bar = tqdm(range(steps), desc=f"stage {stage}")
+        bar = tqdm(range(steps[stage]), desc=f"stage {stage}")
         for step in bar:
-            for group in optimizer.param_groups:
-                group["lr"] = peak * min(1, (step + 1) / 50, 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+            optim.set_lr(optimizer, step, peak, warmup=50, total=steps[stage], cosine=True)
             loss, hit_M, _ = losses(model, next(loader), image)
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
             optimizer.step()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", tokens_right=f"{hit_M.float().mean():.3f}")
@@ -249,6 +262,8 @@ def main(cfg: Config) -> None:
         print(f"stage {stage}: whole replies right {report[f'stage_{stage}_right']:.3f}")
         save_model(model, cfg.out, source=source, dtype=torch.bfloat16)
     report["seconds"] = round(time.time() - began)
+    if cfg.start is not None:
+        report["started_from"] = json.loads((cfg.start / "pretrain.json").read_text())
     (cfg.out / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n")
 
 

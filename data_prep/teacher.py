@@ -34,19 +34,23 @@ def change(plan: Plan, shown) -> int:
     return max(k for k, t in enumerate(shown[:-1]) if t < plan.start)
 
 
+def truth(question: Question) -> str:
+    """The answer in words: the text of the right option, or the reference."""
+    return question.options["ABCD".index(question.answer)] if question.options else question.answer
+
+
 def evidence(plan: Plan, question: Question, shown) -> str:
     """What the frames say about the question, and what follows from it."""
-    truth = question.options["ABCD".index(question.answer)] if question.options else question.answer
     if not question.needs_tool:
-        return f"{scene(plan)}, {describe(plan, shown[-1])} at the end. so {truth}."
+        return f"{scene(plan)}, {describe(plan, shown[-1])} at the end. so {truth(question)}."
     seen = [t for t in shown if plan.in_event(t)]
-    return f"frame {seen[0]} shows {describe(plan, seen[0])}. so {truth}." if seen else "no frame shows the play."
+    return f"frame {seen[0]} shows {describe(plan, seen[0])}. so {truth(question)}." if seen else "no frame shows the play."
 
 
 def guess(plan: Plan, question: Question, rng: np.random.Generator) -> str:
     """An answer of the right form, by chance."""
     if question.options:
-        return "ABCD"[int(rng.integers(len(question.options)))]
+        return str(rng.choice(question.options))
     if question.dimension == "recognition":
         return str(rng.integers(1, 10))
     if question.dimension == "rules":
@@ -84,7 +88,7 @@ def trajectory(plan: Plan, question: Question, video: Video, cfg: Config, rng: n
     shown = video.sample(NUM_FRAMES)
     gaps = list(zip(shown, shown[1:]))
     if not question.needs_tool:
-        final = answer_turn(evidence(plan, question, shown), question.answer)
+        final = answer_turn(evidence(plan, question, shown), truth(question))
         if rng.random() >= cfg.needless:
             return [final]
         return [tool_turn("i look at more frames.", *gaps[int(rng.integers(len(gaps)))]), final]
@@ -105,7 +109,7 @@ def trajectory(plan: Plan, question: Question, video: Video, cfg: Config, rng: n
     else:
         turns.append(tool_turn(f"{think}. the score changes between {window[0]} and {window[1]}.", *window))
     seen = video.sample(NUM_FRAMES, *window)
-    return [*turns, answer_turn(evidence(plan, question, seen), question.answer)]
+    return [*turns, answer_turn(evidence(plan, question, seen), truth(question))]
 
 
 def read_plans(path: Path) -> dict[str, Plan]:

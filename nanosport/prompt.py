@@ -36,7 +36,7 @@ def question_text(question: Question, num_frames: int) -> str:
     for text in (question.question, *question.options):
         check_text(text)
     options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCDEFGHIJ", question.options))
-    how = "Answer with the letter." if question.options else "Answer in a few words."
+    how = "Answer with one option." if question.options else "Answer in a few words."
     return f"The video has {num_frames} frames. {question.question}{options}\n{how}"
 
 

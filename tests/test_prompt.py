@@ -82,7 +82,7 @@ def test_ids_of_the_pieces_are_the_ids_of_the_whole(which, use_tool, nano_folder
 
 
 def test_options_are_lettered_and_the_way_to_answer_is_said():
-    assert question_text(QUESTION, 41).endswith("Who scored?\n(A) red 7\n(B) blue 9\nAnswer with the letter.")
+    assert question_text(QUESTION, 41).endswith("Who scored?\n(A) red 7\n(B) blue 9\nAnswer with one option.")
     assert question_text(Question("q", "v", "s", "rules", "Why?", (), "foul"), 41).endswith("Why?\nAnswer in a few words.")
 
 

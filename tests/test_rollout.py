@@ -77,7 +77,7 @@ def test_the_mask_of_a_two_tool_episode_token_by_token(questions, encoder, token
 
     (overview, shown_0), (window_1, shown_1), (window_2, shown_2) = frames(0, total - 1), frames(20, 60), frames(60, 100)
     options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCD", question.options))
-    asked = f"The video has {total} frames. {question.question}{options}\nAnswer with the letter."
+    asked = f"The video has {total} frames. {question.question}{options}\nAnswer with one option."
     between = "<|im_end|>\n<|im_start|>user\n<tool_response>\n{}</tool_response><|im_end|>\n<|im_start|>assistant\n"
     expected = [
         (0, f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{shown_0}{asked}<|im_end|>\n<|im_start|>assistant\n"),
