@@ -31,7 +31,7 @@ from nanosport.video import ImageConfig, VideoError
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "assets/nano-deepsport"
+    model: str = "assets/nano-sft"
     """A model folder, or a Hugging Face hub id."""
     data: Path = Path("out/arena/test.jsonl")
     """Questions, one JSON object a line. The default is rendered where it is missing."""

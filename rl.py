@@ -40,7 +40,7 @@ class Config:
     """Questions with checkable answers, one JSON object a line."""
     out: Path = Path("out/rl")
     """Run folder: model/, log.jsonl, run.json."""
-    steps: int = 80
+    steps: int = 60
     num_prompts: int = 8
     """Questions a step, over all ranks."""
     group_size: int = 8
@@ -51,9 +51,9 @@ class Config:
     clip_low: float = 0.2
     clip_high: float | None = None
     """None: as clip_low, but 0.28 for dapo (clip-higher)."""
-    kl: float = 0.01
+    kl: float = 0.005
     """β, weight of KL(policy ‖ SFT model)."""
-    lr: float = 2e-4
+    lr: float = 1.5e-4
     warmup: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -64,7 +64,7 @@ class Config:
     max_tokens: int = 16_384
     """Tokens a micro-batch holds at most, on one rank; it changes memory, not gradients."""
     freeze_vision: bool = True
-    min_format_rate: float = 0.8
+    min_format_rate: float = 0.65
     """RL does not start below this share of valid episodes in its first rollouts: a half-done SFT loses the tool."""
     min_tool_rate: float = 0.05
     """RL stops when five steps in a row call the tool less often."""

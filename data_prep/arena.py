@@ -238,7 +238,7 @@ def _make_clip(job: tuple[Path, str, int, int]) -> tuple[Plan, list[Question]]:
 class Config:
     out: Path = Path("out/arena")
     """Folder to write."""
-    sft_clips: int = 100
+    sft_clips: int = 240
     """Clips for teacher trajectories, six questions each."""
     rl_clips: int = 120
     """Clips for reinforcement learning."""

@@ -8,13 +8,15 @@ Batches, rollouts and learning rates are functions of (seed, step): there is no 
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanosport.load import check_replaceable, move_into_place, save_model, sync
+from nanosport.load import check_replaceable, load_model, move_into_place, save_model, sync
+from nanosport.log import write_atomically
 
 
 def save(folder: Path, model, optimizer: torch.optim.Optimizer, source: Path, state: dict) -> None:
@@ -64,3 +66,16 @@ def load(folder: Path, model, optimizer: torch.optim.Optimizer, settings: dict) 
     if moments:
         raise ValueError(f"{folder}: the optimizer's state names weights the model has not: {next(iter(moments))}")
     return state["step"]
+
+
+def export(folder: Path, out: Path) -> None:
+    """A run's model alone, in bfloat16, with how it was made (made.json): what assets/ holds."""
+    save_model(load_model(folder), out, source=folder, dtype=torch.bfloat16)
+    write_atomically(out / "made.json", (folder.parent / "run.json").read_text())
+
+
+if __name__ == "__main__":  # python -m nanosport.checkpoint out/rl/model out/nano
+    try:
+        export(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (ValueError, OSError, IndexError) as error:
+        sys.exit(f"error: {error}; usage: python -m nanosport.checkpoint RUN/model OUT")
