@@ -53,7 +53,8 @@ class Config:
     """Questions in flight."""
     seed: int = 0
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
         cli.at_least(1, num_frames=self.num_frames, batch_size=self.batch_size)
         if not self.modes:
             raise ValueError("--modes: name at least one of tool, no-tool")
@@ -144,6 +145,7 @@ def table(rows: dict[str, dict]) -> str:
 
 
 def main(cfg: Config) -> None:
+    cfg.check()
     if cfg.data == Config.data and not cfg.data.exists():
         arena.main(arena.Config())
     source = resolve(cfg.model)

@@ -52,7 +52,8 @@ class Config:
     page: Path | None = None
     """Write the episode with its frames as a web page."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
         cli.at_least(1, max_turns=self.max_turns)
         if len(self.options) > 10 or len(self.options) == 1:
             raise ValueError(f"--options: {len(self.options)} given; give two to ten, or none for an open question")
@@ -91,13 +92,15 @@ def as_json(episode: Episode, seconds: float) -> dict:
 
 
 def main(cfg: Config) -> None:
+    cfg.check()
     began = time.time()
     source = resolve(cfg.model)
     model = load_model(source, "cuda" if torch.cuda.is_available() else "cpu")
     encoder = FrameEncoder(model, ImageConfig.from_folder(source))
     engine = Engine(model, load_tokenizer(source), Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens))
     question = Question("infer", str(cfg.video), "", "recognition", cfg.question.strip(), cfg.options, "")
-    loop = Loop(num_frames=cfg.num_frames or (8 if cfg.tool else 16), max_turns=cfg.max_turns, use_tool=cfg.tool)
+    num_frames = (8 if cfg.tool else 16) if cfg.num_frames is None else cfg.num_frames
+    loop = Loop(num_frames=num_frames, max_turns=cfg.max_turns, use_tool=cfg.tool)
 
     def on_turn(session: Session) -> None:
         if not cfg.json:

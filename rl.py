@@ -77,7 +77,8 @@ class Config:
     overwrite: bool = False
     """Replace the run in `out`."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
         cli.at_least(1, steps=self.steps, num_prompts=self.num_prompts, updates=self.updates, save_every=self.save_every)
         cli.at_least(2, group_size=self.group_size)
         cli.above(0, lr=self.lr, temperature=self.temperature, max_grad_norm=self.max_grad_norm, clip_low=self.clip_low)
@@ -116,6 +117,7 @@ def logprobs(model, batch, temperature: float, banned: torch.Tensor) -> torch.Te
 
 
 def main(cfg: Config) -> None:
+    cfg.check()
     rank, world, device = dist.start()
     if cfg.num_prompts % (world * cfg.updates):
         raise ValueError(f"--num-prompts {cfg.num_prompts}: must divide evenly among {world} processes × {cfg.updates} updates")

@@ -52,7 +52,8 @@ class Config:
     overwrite: bool = False
     """Replace the run in `out`."""
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
         cli.at_least(1, steps=self.steps, batch_size=self.batch_size, max_tokens=self.max_tokens, save_every=self.save_every)
         cli.above(0, lr=self.lr, max_grad_norm=self.max_grad_norm)
 
@@ -61,6 +62,7 @@ RESUMABLE = ("model", "data", "steps", "batch_size", "lr", "warmup", "weight_dec
 
 
 def main(cfg: Config) -> None:
+    cfg.check()
     rank, world, device = dist.start()
     torch.manual_seed(cfg.seed)
     if cfg.data == Config.data and not cfg.data.exists():
