@@ -71,12 +71,6 @@ def usable(questions: list[Question], encoder: FrameEncoder) -> tuple[list[Quest
     return [q for q in questions if q.video not in broken], list(broken.values())
 
 
-def hits(episode: Episode) -> bool:
-    """Whether frames returned for a requested window could show the event: window and event overlap."""
-    first, last = episode.question.window
-    return any(t.action == "tool" and t.frames and t.window[0] <= last and first <= t.window[1] for t in episode.turns)
-
-
 def contained(episode: Episode) -> bool:
     """Whether one requested window held the whole event."""
     first, last = episode.question.window
