@@ -2,8 +2,8 @@
 
     python -m data_prep.pretrain                # → assets/nano-backbone
 
-Order matters more than size: first single frames ("Describe the frame."), then several frames (list them, say when the
-score changes, answer plain questions). Every example is rendered afresh, so nothing is seen twice. Its perception is
+Order matters more than size: first single frames (describe them, answer plain questions), then single frames and several
+(list them, say when the score changes), then several with the vision tower as it is. Every example is rendered afresh, so nothing is seen twice. Its perception is
 measured at the end on unseen plans, and is stored beside the weights.
 """
 

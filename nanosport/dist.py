@@ -35,14 +35,6 @@ def total(values: list[float], device="cpu") -> list[float]:
     return sums.tolist()
 
 
-def largest(value: float, device="cpu") -> float:
-    """Maximum over all ranks."""
-    top = torch.tensor(value, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    return top.item()
-
-
 def sum_gradients(model: torch.nn.Module) -> None:
     """Add up every rank's gradients; the losses are already divided by global counts."""
     if not dist.is_initialized():

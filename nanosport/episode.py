@@ -1,4 +1,4 @@
-"""What the stages hand on, as frozen records: Question → Prompt → Turn → Episode.
+"""What the stages hand on, as frozen records: Question → Turn → Episode.
 
 Shape letters used in the whole project:
     B batch rows   T tokens   S cached tokens   D hidden   H heads   K key/value heads   d head width   V vocabulary
