@@ -22,11 +22,12 @@ from nanosport import cli
 from nanosport.engine import Engine, Sampling
 from nanosport.episode import DIMENSIONS, Episode, Question, read_questions
 from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer, resolve
 from nanosport.log import provenance, write_atomically
 from nanosport.reward import accuracy, format_valid
 from nanosport.rollout import Loop, rollout
-from nanosport.video import ImageConfig, VideoError
+from nanosport.video import VideoError
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from nanosport import cli
 from nanosport.engine import Engine, Sampling
 from nanosport.episode import Episode, Question, Turn, check_text
 from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer, resolve
 from nanosport.log import write_atomically
 from nanosport.report import episode_page
 from nanosport.rollout import Loop, Session, rollout
 from nanosport.tools import split_think
-from nanosport.video import ImageConfig
 
 
 @dataclass(frozen=True)

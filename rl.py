@@ -24,12 +24,12 @@ from nanosport.batch import data_order, micro_batches, pack
 from nanosport.engine import Engine, Sampling
 from nanosport.episode import read_questions
 from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer, resolve
 from nanosport.log import Run
 from nanosport.loss import group_advantages, token_scale
 from nanosport.reward import gated_reward
 from nanosport.rollout import Loop, rollout
-from nanosport.video import ImageConfig
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def main(cfg: Config) -> None:
     optim.trainable(model, cfg.freeze_vision)
     optimizer = optim.build(model, cfg.weight_decay)
     settings = {key: str(getattr(cfg, key)) for key in RESUMABLE}
-    first = checkpoint.load(cfg.out / "model", model, optimizer, settings) if cfg.resume else 0
+    state = checkpoint.load(cfg.out / "model", model, optimizer, settings) if cfg.resume else {"step": 0, "starved": 0}
+    first, starved = state["step"], state["starved"]
     if run and cfg.resume:
         run.rewind(first)
 
@@ -148,7 +149,6 @@ def main(cfg: Config) -> None:
     engine = Engine(model, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
     loop = Loop(max_turns=cfg.max_turns)
     questions = read_questions(cfg.data)
-    starved = 0
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="RL", disable=rank > 0)
     for step in bar:
         clock = Clock()
@@ -253,7 +253,8 @@ def main(cfg: Config) -> None:
             run.write(row)
             bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "accuracy", "tool_rate", "format_rate")})
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                checkpoint.save(run.model, model, optimizer, source, {"step": step + 1, "settings": settings})
+                state = {"step": step + 1, "starved": starved, "settings": settings}
+                checkpoint.save(run.model, model, optimizer, source, state)
     if run:
         run.close()
         print(f"RL model in {run.model}")

@@ -18,10 +18,10 @@ from nanosport import checkpoint, cli, dist, optim
 from nanosport.batch import data_order, micro_batches, pack
 from nanosport.episode import read_records
 from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer, resolve
 from nanosport.log import Run
 from nanosport.rollout import Loop, replay
-from nanosport.video import ImageConfig
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def main(cfg: Config) -> None:
     optim.trainable(model, cfg.freeze_vision)
     optimizer = optim.build(model, cfg.weight_decay)
     settings = {key: str(getattr(cfg, key)) for key in RESUMABLE}
-    first = checkpoint.load(cfg.out / "model", model, optimizer, settings) if cfg.resume else 0
+    first = checkpoint.load(cfg.out / "model", model, optimizer, settings)["step"] if cfg.resume else 0
     if run and cfg.resume:
         run.rewind(first)
 

@@ -220,5 +220,5 @@ def closeup(canvas: np.ndarray, sport: str, kit: str, number: int, height: int, 
         capsule(canvas, x - 16, 124, x - 24, 168, 10, SKIN)
     else:
         capsule(canvas, x + 14, 124, x + 26, 88, 10, SKIN)
-        rect(canvas, x + 8, 58, x + 40, 94, INK)
-        rect(canvas, x + 10, 60, x + 38, 92, {"yellow": (255, 222, 0), "red": (235, 16, 24)}[card])
+        rect(canvas, x - 4, 56, x + 46, 104, INK)
+        rect(canvas, x - 1, 59, x + 43, 101, {"yellow": (255, 222, 0), "red": (235, 16, 24)}[card])

@@ -1,10 +1,11 @@
 """Pre-train the nano backbone: a Qwen2.5-VL of two million parameters that sees and speaks of the arena, but knows no tool.
 
-    python -m data_prep.pretrain                # → assets/nano-backbone
+    python -m data_prep.pretrain                                  # → assets/nano-backbone
+    python -m data_prep.pretrain --start out/pre --out out/pre3   # goes on after the stages that out/pre has been through
 
 Order matters more than size: first single frames (describe them, answer plain questions), then single frames and several
-(list them, say when the score changes), then several with the vision tower as it is. Every example is rendered afresh, so nothing is seen twice. Its perception is
-measured at the end on unseen plans, and is stored beside the weights.
+(list them, say when the score changes), then whole conversations, with the vision tower as it is. Every example is rendered
+afresh, so nothing is seen twice. After each stage its perception is measured on unseen plans and stored beside the weights.
 """
 
 import json
@@ -23,19 +24,21 @@ from tqdm import tqdm
 
 from data_prep import arena, teacher
 from nanosport import optim
+from nanosport.episode import Question
+from nanosport.image import ImageConfig, preprocess
 from nanosport.load import load_config, load_model, load_tokenizer, save_model
-from nanosport.log import provenance
+from nanosport.log import provenance, write_atomically
 from nanosport.model import Qwen25VL, mrope_positions
-from nanosport.prompt import SYSTEM, frame_text, opening, tool_result
+from nanosport.prompt import SYSTEM, SYSTEM_NO_TOOL, frame_text, opening, question_text, tool_result
 from nanosport.tools import tool_call
-from nanosport.video import ImageConfig, preprocess
 
 PATCH = 28
 IMAGE = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 56 * 56, "max_pixels": 168 * 112}
 IMAGE |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 TOKENS_PER_FRAME = 6  # 168×112 pixels in 2×2 squares of 28-pixel patches
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-HARD_WEIGHT = 4.0  # digits are few and the hardest to see: unweighted, 600 steps left them at chance and all else right
+HARD = "Ġ?([0-9]+|no|yellow|red)"  # digits and cards
+HARD_WEIGHT = 4.0  # they are few and the hardest to see: unweighted, 600 steps left them at chance and all else right
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>")
 
 
@@ -109,43 +112,96 @@ def write_config(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
 
 
-def frames_and_task(rng: np.random.Generator, stage: int):
-    """(plan, shown frame indices, prompt, reply) of one example."""
+@dataclass(frozen=True)
+class Reply:
+    """One exchange: what is said to the model in full, what it should say, and which skill that is."""
+
+    prompt: str
+    text: str
+    skill: str
+
+
+def frames(shown) -> str:
+    return frame_text(shown, [TOKENS_PER_FRAME] * len(shown))
+
+
+def user(request: str, system: str | None = None) -> str:
+    before = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+    return f"{before}<|im_start|>user\n{request}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def uniform(first: int, last: int, count: int) -> list[int]:
+    return [int(t) for t in np.round(np.linspace(first, last, count))]
+
+
+def asked(rng: np.random.Generator, plan: arena.Plan, shown) -> tuple[Question, str, str]:
+    """(question, reply, skill). What the frames do not show is asked for rarely: the answer is then a guess."""
+    sees = any(plan.in_event(t) for t in shown)
+    fitting = [q for q in arena.make_questions(plan, rng, "", "") if q.needs_tool == sees or rng.random() < 0.1]
+    question = fitting[int(rng.integers(len(fitting)))]
+    reply = teacher.answer_turn(teacher.evidence(plan, question, shown), teacher.truth(question))
+    return question, reply, ("close-up answers" if sees else "guesses") if question.needs_tool else "overview answers"
+
+
+def short_example(rng: np.random.Generator, stage: int) -> tuple[arena.Plan, list[int], list[Reply]]:
+    """(plan, shown frame indices, exchanges): one request about one frame, or in stage 2 about several."""
     plan = arena.make_plan(rng, arena.TRAIN_LAYOUTS)
     draw, task = rng.random(), rng.random()
-    single = stage == 1 or (stage == 2 and rng.random() < 0.7)
+    single = stage == 1 or rng.random() < 0.7
     if single:
-        shown = np.array([rng.integers(plan.start, plan.end + 1) if draw < 0.5 else rng.integers(plan.num_frames)])
-    elif draw < 0.5:  # a uniform overview
-        shown = np.linspace(0, plan.num_frames - 1, 16 if draw < 0.1 else 8)
+        shown = [int(rng.integers(plan.start, plan.end + 1) if draw < 0.5 else rng.integers(plan.num_frames))]
+    elif draw < 0.5:
+        shown = uniform(0, plan.num_frames - 1, 16 if draw < 0.1 else 8)
     else:  # a closer look at the play
         first = int(rng.integers(max(0, plan.start - 20), plan.start + 1))
-        shown = np.linspace(first, min(first + int(rng.integers(18, 28)), plan.num_frames - 1), 8)
-    shown = [int(t) for t in np.round(shown)]
-    sizes = [TOKENS_PER_FRAME] * len(shown)
+        shown = uniform(first, min(first + int(rng.integers(18, 28)), plan.num_frames - 1), 8)
     sees = any(plan.in_event(t) for t in shown)
-
-    def chat(request: str) -> str:
-        return f"<|im_start|>user\n{frame_text(shown, sizes)}{request}<|im_end|>\n<|im_start|>assistant\n"
-
     if task < (0.7 if stage == 1 else 0.4) and single:
-        reply = teacher.listing(plan, shown) if sees else f"{arena.scene(plan)}, {teacher.listing(plan, shown)}"
-        return plan, shown, chat("Describe the frame."), reply
+        text = teacher.listing(plan, shown) if sees else f"{arena.scene(plan)}, {teacher.listing(plan, shown)}"
+        return plan, shown, [Reply(user(frames(shown) + "Describe the frame."), text, "descriptions")]
     if task < 0.2 and not single:
-        return plan, shown, chat("List the frames."), teacher.listing(plan, shown)
+        return plan, shown, [Reply(user(frames(shown) + "List the frames."), teacher.listing(plan, shown), "lists")]
     if task < 0.7 and shown[0] < plan.start and shown[-1] > plan.end:
-        before, after = max(t for t in shown if t <= plan.end), min(t for t in shown if t > plan.end)
-        reply = f"{teacher.listing(plan, shown)}. the score changes between {before} and {after}."
-        return plan, shown, chat("When does the score change?"), reply
-    # what the frames do not show is asked for rarely: the answer is then a guess
-    asked = [q for q in arena.make_questions(plan, rng, "", "") if q.needs_tool == sees or rng.random() < 0.1]
-    question = asked[int(rng.integers(len(asked)))]
-    reply = teacher.answer_turn(teacher.evidence(plan, question, shown), teacher.truth(question))
-    return plan, shown, opening(question, shown, sizes, plan.num_frames, use_tool=False), reply
+        text = teacher.notice(plan, shown, teacher.change(plan, shown))
+        return plan, shown, [Reply(user(frames(shown) + "When does the score change?"), text, "score changes")]
+    question, text, skill = asked(rng, plan, shown)
+    return plan, shown, [Reply(user(frames(shown) + question_text(question, plan.num_frames), SYSTEM_NO_TOOL), text, skill)]
+
+
+def conversation(rng: np.random.Generator) -> tuple[arena.Plan, list[int], list[Reply]]:
+    """Stage 3: several frames, often two looks, under any system prompt. The tool's prompt is read too, but no call is ever
+    made: what is asked is answered in words."""
+    plan = arena.make_plan(rng, arena.TRAIN_LAYOUTS)
+    system = (None, SYSTEM_NO_TOOL, SYSTEM)[int(rng.integers(3))]
+    overview = uniform(0, plan.num_frames - 1, 16 if rng.random() < 0.15 else 8)
+    k = teacher.change(plan, overview)
+    text, gap = teacher.notice(plan, overview, k), (overview[k], overview[k + 1])
+    closer = uniform(*gap, 8)
+    kind = rng.random()
+    if kind < 0.15:
+        question, reply, skill = asked(rng, plan, overview)
+        return plan, overview, [Reply(user(frames(overview) + question_text(question, plan.num_frames), system), reply, skill)]
+    if kind < 0.3:
+        question, reply, skill = asked(rng, plan, closer)
+        return plan, closer, [Reply(user(frames(closer) + question_text(question, plan.num_frames), system), reply, skill)]
+    if kind < 0.4:
+        shown = closer if rng.random() < 0.5 else overview
+        return plan, shown, [Reply(user(frames(shown) + "List the frames.", system), teacher.listing(plan, shown), "lists")]
+    question, reply, skill = asked(rng, plan, closer)
+    if kind < 0.7:  # the question first, then the frames that answer it
+        request = question_text(question, plan.num_frames) + " First say when the score changes."
+        turns = [Reply(user(frames(overview) + request, system), text, "score changes")]
+        return plan, overview + closer, [*turns, Reply(user(frames(closer)), reply, skill)]
+    turns = [Reply(user(frames(overview) + "When does the score change?", system), text, "score changes")]
+    indices = json.dumps({"idx_start": gap[0], "idx_end": gap[1]})
+    turns.append(Reply(user("Write it as JSON."), indices, "JSON"))
+    if kind < 0.85:
+        return plan, overview, turns
+    return plan, overview + closer, [*turns, Reply(user(frames(closer) + question_text(question, plan.num_frames)), reply, skill)]
 
 
 class Examples(IterableDataset):
-    """Endless batches: (ids_T, positions_3T, cu_seqlens, weights_T, pixels_FCHW uint8)."""
+    """Endless batches: (ids_T, positions_3T, cu_seqlens, weights_T, pixels_FCHW uint8, [(skill, from, to), …])."""
 
     def __init__(self, folder: Path, stage: int, batch: int, seed: int):
         self.folder, self.stage, self.batch, self.seed = folder, stage, batch, seed
@@ -156,30 +212,34 @@ class Examples(IterableDataset):
         rng = np.random.default_rng([self.seed, self.stage, info.id if info else 0])
         tokenizer = load_tokenizer(self.folder)
         cfg = load_config(self.folder)
-        hard = {i for token, i in tokenizer.get_vocab().items() if re.fullmatch("Ġ?[0-9]+", token)}
+        hard = {i for token, i in tokenizer.get_vocab().items() if re.fullmatch(HARD, token)}
         while True:
-            ids, mask, positions, lengths, pixels = [], [], [], [0], []
+            ids, weights, positions, lengths, pixels, spans = [], [], [], [0], [], []
             for _ in range(self.batch):
-                plan, shown, prompt, reply = frames_and_task(rng, self.stage)
-                before = tokenizer.encode(prompt, add_special_tokens=False)
-                said = tokenizer.encode(reply + "<|im_end|>", add_special_tokens=False)
-                ids += before + said
-                mask += [0.0] * len(before) + [HARD_WEIGHT if token in hard else 1.0 for token in said]
-                positions.append(mrope_positions(before + said, [(1, 4, 6)] * len(shown), cfg)[0])
-                lengths.append(len(before) + len(said))
+                plan, shown, exchanges = conversation(rng) if self.stage == 3 else short_example(rng, self.stage)
+                start = len(ids)
+                for k, exchange in enumerate(exchanges):
+                    before = tokenizer.encode("\n" * (k > 0) + exchange.prompt, add_special_tokens=False)
+                    said = tokenizer.encode(exchange.text + "<|im_end|>", add_special_tokens=False)
+                    spans.append((exchange.skill, len(ids) + len(before), len(ids) + len(before) + len(said)))
+                    ids += before + said
+                    weights += [0.0] * len(before) + [HARD_WEIGHT if token in hard else 1.0 for token in said]
+                positions.append(mrope_positions(ids[start:], [(1, 4, 6)] * len(shown), cfg)[0])
+                lengths.append(len(ids))
                 pixels += [arena.render(plan, t) for t in shown]
             yield (
                 torch.tensor(ids),
                 torch.cat(positions, 1),
-                torch.tensor(lengths).cumsum(0).int(),
-                torch.tensor(mask),
+                torch.tensor(lengths).int(),
+                torch.tensor(weights),
                 torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2),
+                spans,
             )
 
 
 def losses(model: Qwen25VL, batch, image: ImageConfig):
-    """(weighted mean cross entropy of the reply's tokens, whether each is the argmax, which positions predict them)."""
-    ids_T, positions_3T, cu_seqlens, weights_T, pixels = batch
+    """(weighted mean cross entropy of the replies' tokens, whether each is the argmax, which positions predict them)."""
+    ids_T, positions_3T, cu_seqlens, weights_T, pixels, _ = batch
     patches_PC, grids = preprocess(pixels, image)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.visual.merger.ln_q.weight.requires_grad):
         features_ND = model.encode(patches_PC, grids)
@@ -194,32 +254,31 @@ def losses(model: Qwen25VL, batch, image: ImageConfig):
 
 
 @torch.no_grad()
-def perception(model, folder: Path, image: ImageConfig, stage: int, batches: int = 6) -> float:
-    """Share of unseen examples whose whole reply is the argmax, token by token (teacher forced)."""
-    right = total = 0
+def perception(model, folder: Path, image: ImageConfig, stage: int, batches: int = 6) -> dict[str, float]:
+    """By skill, the share of unseen replies whose every token is the argmax (teacher forced). Guesses cannot be right."""
+    found: dict[str, list[bool]] = {}
     stream = iter(Examples(folder, stage, 64 if stage == 1 else 32, seed=990))
     for _ in range(batches):
         batch = next(stream)
         _, hit_M, rows = losses(model, batch, image)
-        wrong_T = torch.zeros(len(rows), dtype=torch.long)
-        wrong_T[rows] = (~hit_M).long()
-        for a, b in zip(batch[2], batch[2][1:]):
-            right += int(wrong_T[a:b].sum() == 0)
-            total += 1
-    return right / total
+        right_T = torch.ones(len(rows), dtype=torch.bool)
+        right_T[rows.roll(1)] = hit_M
+        for skill, start, end in batch[5]:
+            found.setdefault(skill, []).append(bool(right_T[start:end].all()))
+    return {skill: round(sum(hits) / len(hits), 3) for skill, hits in sorted(found.items())}
+
+
+STAGES = {1: "single frames", 2: "single frames and several", 3: "conversations"}
+BATCH = {1: 96, 2: 40, 3: 24}
 
 
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("assets/nano-backbone")
-    single_steps: int = 750
-    """Steps on single frames."""
-    mixed_steps: int = 600
-    """Steps on single frames and several."""
-    multi_steps: int = 600
-    """Steps on several frames, with the vision tower as it is."""
+    steps: tuple[int, int, int] = (750, 600, 600)
+    """Of the three stages."""
     start: Path | None = None
-    """Go on from this folder's weights and tokenizer, with the last stage only."""
+    """Go on from this folder, with the stage after the last in its pretrain.json."""
     lr: float = 2e-3
     """Peak learning rate of the first stage, twice that of the others; linear warm-up, cosine decay to a tenth."""
     seed: int = 0
@@ -227,44 +286,41 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    began = time.time()
     torch.manual_seed(cfg.seed)
-    source = Path(tempfile.mkdtemp())  # tokenizer and config, which save_model puts beside the weights
     if cfg.start is None:
-        build_tokenizer(source)
-        write_config(source)
-        model = Qwen25VL(load_config(source)).init_weights()
+        source, done = cfg.out, []
+        with tempfile.TemporaryDirectory() as files:
+            build_tokenizer(Path(files))
+            write_config(Path(files))
+            save_model(Qwen25VL(load_config(files)).init_weights(), cfg.out, source=files)
     else:
-        source, model = cfg.start, load_model(cfg.start)
+        source, done = cfg.start, json.loads((cfg.start / "pretrain.json").read_text())["stages"]
     image = ImageConfig.from_folder(source)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    steps = {1: cfg.single_steps, 2: cfg.mixed_steps, 3: cfg.multi_steps}
-    report = {"command": provenance()["command"], "commit": provenance()["commit"], "seed": cfg.seed, "steps": steps}
-    for stage, size in ((1, 96), (2, 40), (3, 24)):
-        if cfg.start is not None and stage < 3:
-            continue
+    for stage in range(len(done) + 1, 4):
+        # from the folder every time: a stage goes on from the same bits whether or not the ones before ran just now
+        model, began, steps = load_model(source), time.time(), cfg.steps[stage - 1]
         optim.trainable(model, freeze_vision=stage == 3)
         optimizer = optim.build(model, weight_decay=0.01)
         peak = cfg.lr if stage == 1 else cfg.lr / 2
-        loader = iter(DataLoader(Examples(source, stage, size, cfg.seed), batch_size=None, num_workers=cfg.workers, prefetch_factor=4))
-        bar = tqdm(range(steps[stage]), desc=f"stage {stage}")
-        for step in bar:
-            optim.set_lr(optimizer, step, peak, warmup=50, total=steps[stage], cosine=True)
-            loss, hit_M, _ = losses(model, next(loader), image)
+        loader = DataLoader(Examples(source, stage, BATCH[stage], cfg.seed), batch_size=None, num_workers=cfg.workers, prefetch_factor=4)
+        bar = tqdm(zip(range(steps), loader), total=steps, desc=f"stage {stage}, {STAGES[stage]}")
+        for step, batch in bar:
+            optim.set_lr(optimizer, step, peak, warmup=50, total=steps, cosine=True)
+            loss, hit_M, _ = losses(model, batch, image)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
             optimizer.step()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", tokens_right=f"{hit_M.float().mean():.3f}")
-        del loader
-        report[f"stage_{stage}_right"] = perception(model, source, image, stage)
-        print(f"stage {stage}: whole replies right {report[f'stage_{stage}_right']:.3f}")
+        right = perception(model, source, image, stage)
+        print(f"stage {stage}: whole replies right {right}")
         save_model(model, cfg.out, source=source, dtype=torch.bfloat16)
-    report["seconds"] = round(time.time() - began)
-    if cfg.start is not None:
-        report["started_from"] = json.loads((cfg.start / "pretrain.json").read_text())
-    (cfg.out / "pretrain.json").write_text(json.dumps(report, indent=2) + "\n")
+        source = cfg.out
+        made = {key: provenance()[key] for key in ("command", "commit", "torch", "device")}
+        row = {"stage": STAGES[stage], "steps": steps, "batch": BATCH[stage], "seed": cfg.seed, "seconds": round(time.time() - began)}
+        done.append({**row, "whole_replies_right": right, **made})
+        write_atomically(cfg.out / "pretrain.json", json.dumps({"stages": done}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

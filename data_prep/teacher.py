@@ -2,9 +2,10 @@
 
     python -m data_prep.teacher                 # out/arena/sft.jsonl → out/arena/trajectories.jsonl
 
-It knows each clip's plan. With probability `wrong_window` it asks for the interval beside the right one, sees nothing,
-and then answers by guessing or (with probability `retry`) asks again; with probability `guess` it answers without
-looking; with probability `needless` it calls the tool where the overview was enough. One line a trajectory:
+It knows each clip's plan. With probability `wrong_window` it notices the change a frame early or late, asks for the
+interval beside the right one, sees nothing, and then answers by guessing or (with probability `retry`) asks again; with
+probability `guess` it answers without looking; with probability `needless` it calls the tool where the overview was
+enough. One line a trajectory:
 {"question": {…}, "messages": ["assistant turn", …]}, the form that distillation from a real teacher has.
 """
 
@@ -25,13 +26,18 @@ NUM_FRAMES = 8
 
 
 def listing(plan: Plan, shown) -> str:
-    """The reasoning that grounds a window: what each overview frame shows."""
+    """What each frame shows."""
     return ", ".join(f"{t} {describe(plan, t)}" for t in shown)
 
 
 def change(plan: Plan, shown) -> int:
     """Position k of the gap shown[k] … shown[k+1] in which the score changes."""
-    return max(k for k, t in enumerate(shown[:-1]) if t < plan.start)
+    return max(k for k, t in enumerate(shown[:-1]) if t <= plan.end)
+
+
+def notice(plan: Plan, shown, k: int) -> str:
+    """The reasoning that grounds a window: frame after frame, until one shows another score than the one before it."""
+    return f"{listing(plan, shown[: k + 2])}. the score changes between {shown[k]} and {shown[k + 1]}."
 
 
 def truth(question: Question) -> str:
@@ -96,19 +102,17 @@ def trajectory(plan: Plan, question: Question, video: Video, cfg: Config, rng: n
     if rng.random() < cfg.guess:
         return [answer_turn("no frame shows the play.", guess(plan, question, rng))]
     right = change(plan, shown)
-    turns, window = [], gaps[right]
-    think = listing(plan, shown)
+    turns, first = [], right
     if rng.random() < cfg.wrong_window / (1 - cfg.guess):
         beside = [k for k in (right - 1, right + 1) if 0 <= k < len(gaps)]
-        window = gaps[beside[int(rng.integers(len(beside)))]]
-        turns.append(tool_turn(f"{think}. the score changes between {window[0]} and {window[1]}.", *window))
+        first = beside[int(rng.integers(len(beside)))]
+        turns.append(tool_turn(notice(plan, shown, first), *gaps[first]))
         if rng.random() >= cfg.retry:
             return [*turns, answer_turn("no frame shows the play.", guess(plan, question, rng))]
-        window = gaps[right]
-        turns.append(tool_turn(f"no frame shows the play. i look between {window[0]} and {window[1]}.", *window))
+        turns.append(tool_turn("no frame shows the play. i look between {} and {}.".format(*gaps[right]), *gaps[right]))
     else:
-        turns.append(tool_turn(f"{think}. the score changes between {window[0]} and {window[1]}.", *window))
-    seen = video.sample(NUM_FRAMES, *window)
+        turns.append(tool_turn(notice(plan, shown, right), *gaps[right]))
+    seen = video.sample(NUM_FRAMES, *gaps[right])
     return [*turns, answer_turn(evidence(plan, question, seen), truth(question))]
 
 

@@ -44,8 +44,8 @@ def save(folder: Path, model, optimizer: torch.optim.Optimizer, source: Path, st
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def load(folder: Path, model, optimizer: torch.optim.Optimizer, settings: dict) -> int:
-    """Fill `optimizer` and return the step to do next; `model` already holds the folder's weights.
+def load(folder: Path, model, optimizer: torch.optim.Optimizer, settings: dict) -> dict:
+    """Fill `optimizer` and return the saved state (`step`: the one to do next); `model` already holds the folder's weights.
 
     Raises ValueError where the run was made with other `settings`, naming the first that differs.
     """
@@ -65,7 +65,7 @@ def load(folder: Path, model, optimizer: torch.optim.Optimizer, settings: dict) 
             optimizer.state[parameter] = {"step": step, **{k: v.to(parameter.device) for k, v in entry.items()}}
     if moments:
         raise ValueError(f"{folder}: the optimizer's state names weights the model has not: {next(iter(moments))}")
-    return state["step"]
+    return state
 
 
 def export(folder: Path, out: Path) -> None:

@@ -10,10 +10,18 @@ from itertools import groupby
 
 import torch
 
+from nanosport.episode import Frames
+from nanosport.image import ImageConfig, preprocess, smart_resize
 from nanosport.model import Qwen25VL
-from nanosport.video import ImageConfig, Video, load_frames, smart_resize
+from nanosport.video import Video
 
 CHUNK = 64  # frames through the tower at a time
+
+
+def load_frames(video: Video, indices: Sequence[int], cfg: ImageConfig) -> Frames:
+    """Decode and preprocess: what the model takes."""
+    indices = tuple(int(i) for i in indices)
+    return Frames(indices, *preprocess(video.frames(indices), cfg))
 
 
 class FrameEncoder:

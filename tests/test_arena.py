@@ -11,10 +11,11 @@ import pytest
 from data_prep import arena, draw, teacher
 from nanosport.episode import DIMENSIONS, Question, read_questions, read_records
 from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer
 from nanosport.rollout import Loop, replay
 from nanosport.tools import parse
-from nanosport.video import ImageConfig, Video
+from nanosport.video import Video
 
 SPLITS = ("sft", "rl", "test")
 

@@ -8,10 +8,10 @@ from kernels.policy_loss import linear_cross_entropy, linear_logprobs, linear_po
 from nanosport.batch import micro_batches, pack
 from nanosport.episode import read_records
 from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer
 from nanosport.loss import token_scale
 from nanosport.rollout import Loop, replay
-from nanosport.video import ImageConfig
 
 M, D, V = 37, 24, 101  # none a multiple of anything
 BANNED = torch.tensor([0, 17, 100])

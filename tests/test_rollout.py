@@ -13,13 +13,13 @@ from nanosport.batch import pack
 from nanosport.engine import Engine, Generated, Piece, Sampling
 from nanosport.episode import read_questions
 from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer
 from nanosport.model import mrope_positions
 from nanosport.prompt import IMAGE_PAD, SYSTEM, VISION_END, VISION_START
 from nanosport.reward import format_valid, gated_reward
 from nanosport.rollout import Loop, Session, replay, rollout
 from nanosport.tools import tool_call
-from nanosport.video import ImageConfig
 
 QWEN = Path(__file__).parents[2] / "shared" / "data" / "qwen" / "Qwen2.5-VL-7B-Instruct"
 FIRST = f"<think>between 20 and 60.</think>\n{tool_call(20, 60)}"

@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from nanosport import video as V
-from nanosport.video import ImageConfig, Video, VideoError, load_frames, preprocess, smart_resize
+from nanosport.frames import load_frames
+from nanosport.image import ImageConfig, preprocess, smart_resize
+from nanosport.video import Video, VideoError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REJECTED = "audio_only audio_with_cover_art encrypted_cenc git_lfs_pointer html_404_page random_bytes truncated_no_moov"
