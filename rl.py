@@ -51,20 +51,21 @@ class Config:
     clip_low: float = 0.2
     clip_high: float | None = None
     """None: as clip_low, but 0.28 for dapo (clip-higher)."""
-    kl: float = 0.005
+    kl: float = 0.02
     """β, weight of KL(policy ‖ SFT model)."""
-    lr: float = 1.5e-4
-    warmup: int = 5
+    lr: float = 5e-5
+    warmup: int = 10
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     temperature: float = 1.0
+    """Of the sampler, and of the log-probs in the loss."""
     max_new_tokens: int = 160
     """Of one assistant turn."""
     max_turns: int = 5
     max_tokens: int = 16_384
     """Tokens a micro-batch holds at most, on one rank; it changes memory, not gradients."""
     freeze_vision: bool = True
-    min_format_rate: float = 0.65
+    min_format_rate: float = 0.8
     """RL does not start below this share of valid episodes in its first rollouts: a half-done SFT loses the tool."""
     min_tool_rate: float = 0.05
     """RL stops when five steps in a row call the tool less often."""

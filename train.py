@@ -32,13 +32,13 @@ class Config:
     """Teacher trajectories, one JSON object a line. The default is rendered where it is missing."""
     out: Path = Path("out/sft")
     """Run folder: model/, log.jsonl, run.json."""
-    steps: int = 160
+    steps: int = 180
     """Optimizer steps; the data is gone through as often as that takes."""
     batch_size: int = 24
     """Trajectories a step, over all ranks."""
     max_tokens: int = 16_384
     """Tokens a micro-batch holds at most, on one rank; it changes memory, not gradients."""
-    lr: float = 1.5e-3
+    lr: float = 1e-3
     """Peak learning rate: linear warm-up, cosine decay to a tenth."""
     warmup: int = 10
     weight_decay: float = 0.01

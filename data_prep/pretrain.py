@@ -207,8 +207,9 @@ class Examples(IterableDataset):
         self.folder, self.stage, self.batch, self.seed = folder, stage, batch, seed
 
     def __iter__(self):
-        torch.set_num_threads(1)
         info = get_worker_info()
+        if info:  # the other cores are the trainer's
+            torch.set_num_threads(1)
         rng = np.random.default_rng([self.seed, self.stage, info.id if info else 0])
         tokenizer = load_tokenizer(self.folder)
         cfg = load_config(self.folder)

@@ -2,15 +2,15 @@
 
     python -m data_prep.teacher                 # out/arena/sft.jsonl → out/arena/trajectories.jsonl
 
-It knows each clip's plan. With probability `wrong_window` it notices the change a frame early or late, asks for the
-interval beside the right one, sees nothing, and then answers by guessing or (with probability `retry`) asks again; with
-probability `guess` it answers without looking; with probability `needless` it calls the tool where the overview was
-enough. One line a trajectory:
+It knows each clip's plan. With probability `wrong_window` it misreads a score, so that the change seems to come a frame
+early or late: it asks for the interval beside the right one, sees nothing, and then answers by guessing or (with
+probability `retry`) asks again; with probability `guess` it answers without looking; with probability `needless` it calls
+the tool where the overview was enough. One line a trajectory:
 {"question": {…}, "messages": ["assistant turn", …]}, the form that distillation from a real teacher has.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -78,14 +78,16 @@ def tool_turn(think: str, start: int, end: int) -> str:
 class Config:
     data: Path = Path("out/arena")
     """Folder with sft.jsonl and sft_plans.jsonl."""
-    wrong_window: float = 0.4
-    """Share of the questions that need the tool where it asks for a neighbouring interval first."""
+    wrong_window: float = 0.3
+    """Share of the questions that need the tool where it misreads a score and asks for a neighbouring interval first."""
     retry: float = 0.2
     """Share of those where it then asks for the right one."""
     guess: float = 0.2
     """Share of the questions that need the tool which it answers without looking."""
     needless: float = 0.2
     """Share of the other questions where it calls the tool all the same."""
+    draws: int = 3
+    """Trajectories a question: of one alone, a student learns the slips by heart."""
     seed: int = 0
 
 
@@ -106,7 +108,8 @@ def trajectory(plan: Plan, question: Question, video: Video, cfg: Config, rng: n
     if rng.random() < cfg.wrong_window / (1 - cfg.guess):
         beside = [k for k in (right - 1, right + 1) if 0 <= k < len(gaps)]
         first = beside[int(rng.integers(len(beside)))]
-        turns.append(tool_turn(notice(plan, shown, first), *gaps[first]))
+        misread = replace(plan, start=shown[first] + 2)  # the score as it would stand, had it changed in that gap
+        turns.append(tool_turn(notice(misread, shown, first), *gaps[first]))
         if rng.random() >= cfg.retry:
             return [*turns, answer_turn("no frame shows the play.", guess(plan, question, rng))]
         turns.append(tool_turn("no frame shows the play. i look between {} and {}.".format(*gaps[right]), *gaps[right]))
@@ -132,12 +135,16 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a share between 0 and 1")
     if cfg.wrong_window + cfg.guess > 1:
         raise ValueError("--wrong-window and --guess together must not pass 1")
+    if cfg.draws < 1:
+        raise ValueError(f"--draws {cfg.draws}: must be at least 1")
     plans = read_plans(cfg.data / "sft_plans.jsonl")
     rng = np.random.default_rng([cfg.seed, 5])
-    lines = []
-    for question in tqdm(read_questions(cfg.data / "sft.jsonl"), desc="teacher", unit="trajectory"):
+    lines, opened = [], {}
+    for question in tqdm(read_questions(cfg.data / "sft.jsonl") * cfg.draws, desc="teacher", unit="trajectory"):
         key = str(Path(question.video).relative_to(cfg.data))
-        messages = trajectory(plans[key], question, Video(question.video), cfg, rng)
+        if key not in opened:
+            opened[key] = Video(question.video)
+        messages = trajectory(plans[key], question, opened[key], cfg, rng)
         lines.append(json.dumps({"question": {**asdict(question), "video": key}, "messages": messages}))
     out = cfg.data / "trajectories.jsonl"
     partial = out.with_suffix(".partial")

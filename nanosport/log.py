@@ -1,6 +1,7 @@
 """A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the checkpoint (model/)."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def provenance() -> dict:
         commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], root), *sys.argv[1:]]),
         "commit": commit or "unknown",
         "torch": torch.__version__,
         "device": device,

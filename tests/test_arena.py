@@ -215,7 +215,7 @@ def test_trajectories_replay_without_an_error(arena_folder, nano_folder, taught)
     model, tokenizer = load_model(nano_folder), load_tokenizer(nano_folder)
     encoder = FrameEncoder(model, ImageConfig.from_folder(nano_folder))
     records = read_records(arena_folder / "trajectories.jsonl")
-    assert [q for q, _ in records] == read_questions(arena_folder / "sft.jsonl")
+    assert [q for q, _ in records] == read_questions(arena_folder / "sft.jsonl") * teacher.Config().draws
     rng = np.random.default_rng(1)
     records += [(q, teacher.trajectory(plan, q, video, teacher.Config(), rng)) for plan, q, video in taught * 3]
     for question, messages in records:
@@ -224,7 +224,7 @@ def test_trajectories_replay_without_an_error(arena_folder, nano_folder, taught)
         assert [t.text for t in episode.turns] == messages
 
 
-@pytest.mark.parametrize("wrong", [{"guess": 1.5}, {"retry": -0.1}, {"guess": 0.7, "wrong_window": 0.7}])
+@pytest.mark.parametrize("wrong", [{"guess": 1.5}, {"retry": -0.1}, {"guess": 0.7, "wrong_window": 0.7}, {"draws": 0}])
 def test_teacher_settings_out_of_range(wrong, arena_folder):
     with pytest.raises(ValueError, match="--"):
         teacher.main(teacher.Config(data=arena_folder, **wrong))
