@@ -177,7 +177,7 @@ def test_the_tower_stays_or_learns_as_asked(script, runs, tmp_path):
     before, frozen = weights(Path(cfg.model)), weights(cfg.out / "model")
     tower = [k for k in before if k.startswith("visual.")]
     assert tower and all(torch.equal(before[k], frozen[k]) for k in tower)
-    free = replace(cfg, out=tmp_path / "free", freeze_vision=False, steps=1, **({} if script == "train" else {"group_size": 2}))
+    free = replace(cfg, out=tmp_path / "free", freeze_vision=False, steps=1)
     main(free)
     (row,) = log(free.out)
     assert row["grad_norm"] > 0
