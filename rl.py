@@ -53,8 +53,8 @@ class Config:
     """None: as clip_low, but 0.28 for dapo (clip-higher)."""
     kl: float = 0.02
     """β, weight of KL(policy ‖ SFT model)."""
-    lr: float = 5e-5
-    warmup: int = 10
+    lr: float = 1e-4
+    warmup: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     temperature: float = 1.0
