@@ -19,10 +19,10 @@ from pathlib import Path
 
 import av
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from data_prep import draw
+from nanosport import cli
 from nanosport.episode import Question
 from nanosport.log import write_atomically
 from nanosport.report import png
@@ -288,4 +288,4 @@ def contact_sheet(plans: list[Plan]) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.run(main, Config)

@@ -18,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from data_prep import arena, teacher
-from nanosport import optim
+from nanosport import cli, optim
 from nanosport.episode import Question
 from nanosport.image import ImageConfig, preprocess
 from nanosport.load import load_config, load_model, load_tokenizer, save_model
@@ -38,7 +37,7 @@ IMAGE |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.268
 TOKENS_PER_FRAME = 6  # 168×112 pixels in 2×2 squares of 28-pixel patches
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 HARD = "Ġ?([0-9]+|no|yellow|red)"  # digits and cards
-HARD_WEIGHT = 4.0  # they are few and the hardest to see: unweighted, 600 steps left them at chance and all else right
+HARD_WEIGHT = 4.0  # the hardest to see: unweighted, 600 steps left digits at chance; weighted, they are read, cards' colours not yet
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>")
 
 
@@ -296,6 +295,8 @@ def main(cfg: Config) -> None:
             save_model(Qwen25VL(load_config(files)).init_weights(), cfg.out, source=files)
     else:
         source, done = cfg.start, json.loads((cfg.start / "pretrain.json").read_text())["stages"]
+    if len(done) >= 3:
+        raise ValueError(f"--start {source}: has been through all stages already")
     image = ImageConfig.from_folder(source)
     for stage in range(len(done) + 1, 4):
         # from the folder every time: a stage goes on from the same bits whether or not the ones before ran just now
@@ -325,4 +326,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.run(main, Config)

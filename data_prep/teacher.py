@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from data_prep.arena import BALANCE, SANCTION, SHOTS, Plan, describe, scene
+from nanosport import cli
 from nanosport.episode import Question, read_questions
 from nanosport.tools import tool_call
 from nanosport.video import Video
@@ -154,4 +154,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    cli.run(main, Config)

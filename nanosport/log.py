@@ -21,14 +21,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 def provenance() -> dict:
     """Command, commit, versions and hardware: what a number needs beside it."""
-    root = Path(__file__).parent.parent
+    root, module = Path(__file__).parent.parent, sys.modules["__main__"].__spec__  # a module where python -m ran one
+    script = ["-m", module.name] if module else [os.path.relpath(sys.argv[0], root)]
     try:
         commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0], root), *sys.argv[1:]]),
+        "command": shlex.join(["python", *script, *sys.argv[1:]]),
         "commit": commit or "unknown",
         "torch": torch.__version__,
         "device": device,

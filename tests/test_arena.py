@@ -198,6 +198,9 @@ def test_the_teachers_error_rates_are_as_stated(taught):
                 continue
             needed += 1
             guessed += not windows
+            if windows:  # right or misread, the reasoning stops at the first other score
+                scores = [seen.split()[1] for seen in actions[0].think.split(". the score")[0].split(", ")]
+                assert len(set(scores[:-1])) == 1 and scores[-1] != scores[-2]
             wrong += found[:1] == [False]
             retried += found == [False, True]
             assert found in ([], [True], [False], [False, True])
