@@ -135,11 +135,12 @@ def _wide_shot(canvas: np.ndarray, plan: Plan, frame: int) -> None:
 
 
 def describe(plan: Plan, frame: int) -> str:
-    """What one frame shows, in the few words that matter: the score, or the close-up."""
+    """What one frame shows, in the few words that matter: the score, or the close-up. The card has words of its own: in
+    those of the kits, red and yellow, the backbone never learnt to say its colour."""
     if not plan.in_event(frame):
         return "{}-{}".format(*plan.score_at(frame))
-    shot, card = SHOTS[plan.sport][plan.shot], "no" if plan.card == "none" else plan.card
-    return f"{plan.kits[plan.scorer]} {plan.number}, {shot}, {BALANCE[plan.lean]}, {card} card"
+    shot = SHOTS[plan.sport][plan.shot]
+    return f"{plan.kits[plan.scorer]} {plan.number}, {shot}, {BALANCE[plan.lean]}, {SANCTION[plan.card]}"
 
 
 def scene(plan: Plan) -> str:

@@ -147,10 +147,10 @@ def test_answers_agree_with_the_plan():
 def test_descriptions_say_what_a_frame_shows():
     plan = arena.Plan("soccer", 0, ("red", "blue"), (True, False), 150, (1, 2), 1, 7, 0, -1, "yellow", 50, 3)
     assert [arena.describe(plan, t) for t in (0, 49, 54, 149)] == ["1-2", "1-2", "1-3", "1-3"]
-    assert {arena.describe(plan, t) for t in range(50, 54)} == {"blue 7, header, leans left, yellow card"}
+    assert {arena.describe(plan, t) for t in range(50, 54)} == {"blue 7, header, leans left, a warning"}
     assert arena.scene(plan) == "soccer, red left, blue right"
     needs = Question("q", "v", "soccer", "rules", "Which card did the official show?", (), "yellow", True)
-    assert teacher.evidence(plan, needs, (40, 51, 60)).startswith("frame 51 shows blue 7, header, leans left, yellow card.")
+    assert teacher.evidence(plan, needs, (40, 51, 60)).startswith("frame 51 shows blue 7, header, leans left, a warning.")
     assert teacher.evidence(plan, needs, (40, 60)) == "no frame shows the play."
     other = Question("q", "v", "soccer", "rules", "Who leads at the end?", (), "blue", False)
     assert teacher.evidence(plan, other, (0, 149)).startswith("soccer, red left, blue right, 1-3 at the end.")
