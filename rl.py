@@ -54,6 +54,7 @@ class Config:
     kl: float = 0.02
     """β, weight of KL(policy ‖ SFT model)."""
     lr: float = 1e-3
+    """Peak learning rate: linear warm-up, cosine decay to a tenth."""
     warmup: int = 5
     weight_decay: float = 0.0
     adam_eps: float = 3e-3
@@ -95,7 +96,7 @@ class Config:
 
 
 RESUMABLE = (
-    "model", "data", "num_prompts", "group_size", "updates", "loss", "clip_low", "clip_high", "kl", "lr", "warmup",
+    "model", "data", "steps", "num_prompts", "group_size", "updates", "loss", "clip_low", "clip_high", "kl", "lr", "warmup",
     "weight_decay", "adam_eps", "max_grad_norm", "temperature", "max_new_tokens", "max_turns", "freeze_vision", "seed",
 )  # fmt: skip
 
@@ -229,7 +230,7 @@ def main(cfg: Config) -> None:
                     sums["image_tokens"] += batch.after_image_M.sum().item()
                 dist.sum_gradients(model)
                 grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.max_grad_norm)
-                lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps, cosine=True)
+                lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps)
                 optimizer.step()
 
         sums = dict(zip(sums, dist.total(list(sums.values()), device)))

@@ -108,7 +108,7 @@ def main(cfg: Config) -> None:
             loss_sum += loss.item()
         dist.sum_gradients(model)
         grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.max_grad_norm)
-        lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps, cosine=True)
+        lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps)
         optimizer.step()
 
         (loss_sum,) = dist.total([loss_sum], device)

@@ -313,7 +313,7 @@ def main(cfg: Config) -> None:
         loader = DataLoader(Examples(source, stage, BATCH[stage], cfg.seed), batch_size=None, num_workers=cfg.workers, prefetch_factor=4)
         bar = tqdm(zip(range(steps), loader), total=steps, desc=f"stage {stage}, {STAGES[stage]}")
         for step, batch in bar:
-            optim.set_lr(optimizer, step, peak, warmup=50, total=steps, cosine=True)
+            optim.set_lr(optimizer, step, peak, warmup=50, total=steps)
             loss, hit_M, _ = losses(model, batch, image)
             optimizer.zero_grad()
             loss.backward()

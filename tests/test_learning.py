@@ -21,8 +21,8 @@ def two_questions(arena_folder, tmp_path_factory) -> Path:
 
 def test_the_reward_of_a_tiny_run_rises(taught_folder, two_questions, tmp_path):
     cfg = rl.Config(
-        model=str(taught_folder), data=two_questions, out=tmp_path / "rl", steps=24, num_prompts=2, lr=5e-4, warmup=1,
-        max_new_tokens=60, min_format_rate=0, min_tool_rate=0,
+        model=str(taught_folder), data=two_questions, out=tmp_path / "rl", steps=24, num_prompts=2, lr=5e-4, adam_eps=1e-8, temperature=1.0,
+        warmup=1, max_new_tokens=60, min_format_rate=0, min_tool_rate=0,
     )  # fmt: skip
     rl.main(cfg)
     rows = [json.loads(line) for line in (tmp_path / "rl/log.jsonl").read_text().splitlines()]
