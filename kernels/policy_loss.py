@@ -24,7 +24,6 @@ C rows of a chunk, D width, V vocabulary. `torch_rows` is the reference and what
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch.distributed.tensor import DTensor, Partial
 
 CHUNK_BYTES = {"cuda": 5 << 28, "cpu": 8 << 20}  # of logits; large on a GPU, since each chunk reads and writes all of dW
 
@@ -178,7 +177,9 @@ class HeadLoss(torch.autograd.Function):
 
 def whole(weight_VD: torch.Tensor, hidden_MD: torch.Tensor) -> torch.Tensor:
     """The head as one tensor in the dtype of the hidden states; of a shard of FSDP2, gathered, its gradient summed back."""
-    if isinstance(weight_VD, DTensor):
+    if hasattr(weight_VD, "full_tensor"):
+        from torch.distributed.tensor import Partial  # slow to import, and only a sharded run needs it
+
         weight_VD = weight_VD.full_tensor(grad_placements=[Partial()] * weight_VD.device_mesh.ndim)
     return weight_VD.to(hidden_MD.dtype)
 

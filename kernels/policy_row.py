@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK, NUM_WARPS = 4096, 8
+BLOCK, NUM_WARPS = 2048, 8
 
 
 @triton.jit
