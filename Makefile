@@ -11,7 +11,7 @@ RL := --steps 2 --num-prompts 2 --min-format-rate 0 --min-tool-rate 0
 else
 ARENA :=
 SFT :=
-RL := --loss dr_grpo --num-prompts 16
+RL :=
 endif
 
 .PHONY: demo test lint clean

@@ -40,8 +40,8 @@ class Config:
     """Questions with checkable answers, one JSON object a line."""
     out: Path = Path("out/rl")
     """Run folder: model/, log.jsonl, run.json."""
-    steps: int = 60
-    num_prompts: int = 8
+    steps: int = 30
+    num_prompts: int = 16
     """Questions a step, over all ranks."""
     group_size: int = 8
     """Episodes of each question."""
@@ -58,11 +58,14 @@ class Config:
     """η, weight of the policy's entropy; 0.001 is a usual start."""
     rollout_cap: float | None = None
     """Weigh each token by min(trainer's ÷ sampler's probability, this), for samplers that drift from the trainer. None: do not."""
-    lr: float = 1e-4
+    lr: float = 1e-3
     warmup: int = 5
     weight_decay: float = 0.0
+    adam_eps: float = 3e-3
+    """Adam divides by √v + this. At 1e-8 every weight moves by about lr, signal or noise; at ten times the gradient's root mean
+    square the update follows the gradient itself."""
     max_grad_norm: float = 1.0
-    temperature: float = 1.0
+    temperature: float = 0.8
     """Of the sampler, and of the log-probs in the loss."""
     max_new_tokens: int = 160
     """Of one assistant turn."""
@@ -103,7 +106,7 @@ class Config:
 
 RESUMABLE = (
     "model", "data", "num_prompts", "group_size", "updates", "loss", "clip_low", "clip_high", "kl", "entropy_bonus", "rollout_cap",
-    "lr", "warmup", "weight_decay", "max_grad_norm", "temperature", "max_new_tokens", "max_turns", "freeze_vision", "seed",
+    "lr", "warmup", "weight_decay", "adam_eps", "max_grad_norm", "temperature", "max_new_tokens", "max_turns", "freeze_vision", "seed",
 )  # fmt: skip
 
 
@@ -148,7 +151,7 @@ def main(cfg: Config) -> None:
     reference = load_model(source, device).requires_grad_(False)
     tokenizer, image = load_tokenizer(source), ImageConfig.from_folder(source)
     optim.trainable(model, cfg.freeze_vision)
-    optimizer = optim.build(model, cfg.weight_decay)
+    optimizer = optim.build(model, cfg.weight_decay, cfg.adam_eps)
     settings = {key: str(getattr(cfg, key)) for key in RESUMABLE}
     state = checkpoint.load(cfg.out / "model", model, optimizer, settings) if cfg.resume else {"step": 0, "starved": 0}
     first, starved = state["step"], state["starved"]
@@ -235,7 +238,7 @@ def main(cfg: Config) -> None:
                     sums["image_tokens"] += batch.after_image_M.sum().item()
                 dist.sum_gradients(model)
                 grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.max_grad_norm)
-                lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps, cosine=False)
+                lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps, cosine=True)
                 optimizer.step()
 
         sums = dict(zip(sums, dist.total(list(sums.values()), device)))

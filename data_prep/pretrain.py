@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from data_prep import arena, teacher
+from data_prep import arena, draw, teacher
 from nanosport import cli, optim
 from nanosport.episode import Question
 from nanosport.image import ImageConfig, preprocess
@@ -36,8 +36,8 @@ IMAGE = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2, "min_pi
 IMAGE |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 TOKENS_PER_FRAME = 6  # 168×112 pixels in 2×2 squares of 28-pixel patches
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-HARD = r"Ġ?([0-9]+|no|a|sent|\.)"  # digits, sanctions, where a list ends
-HARD_WEIGHT = 4.0  # the hardest to see: unweighted, 600 steps left digits at chance
+HARD = rf"Ġ?([0-9]+|no|a|sent|{'|'.join(draw.KITS)}|\.)"  # digits, sanctions, kits, where a list ends
+HARD_WEIGHT = 4.0  # the hardest to see: of these, any that was left out stayed at chance through the first stage
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<answer>", "</answer>")
 
 
@@ -133,6 +133,10 @@ def uniform(first: int, last: int, count: int) -> list[int]:
     return [int(t) for t in np.round(np.linspace(first, last, count))]
 
 
+def interval(start: int, end: int) -> str:
+    return json.dumps({"idx_start": start, "idx_end": end})
+
+
 def asked(rng: np.random.Generator, plan: arena.Plan, shown) -> tuple[Question, str, str]:
     """(question, reply, skill). What the frames do not show is asked for rarely: the answer is then a guess."""
     sees = any(plan.in_event(t) for t in shown)
@@ -171,6 +175,9 @@ def conversation(rng: np.random.Generator) -> tuple[arena.Plan, list[int], list[
     """Stage 3: several frames, often two looks, under any system prompt. The tool's prompt is read too, but no call is ever
     made: what is asked is answered in words."""
     plan = arena.make_plan(rng, arena.TRAIN_LAYOUTS)
+    if rng.random() < 0.25:  # words alone: cheap, and copying a number must not fail
+        gaps = [sorted(int(t) for t in rng.choice(plan.num_frames, 2, replace=False)) for _ in range(4)]
+        return plan, [], [Reply(user(f"the score changes between {a} and {b}. Write it as JSON."), interval(a, b), "JSON") for a, b in gaps]
     system = (None, SYSTEM_NO_TOOL, SYSTEM)[int(rng.integers(3))]
     overview = uniform(0, plan.num_frames - 1, 16 if rng.random() < 0.15 else 8)
     k = teacher.change(plan, overview)
@@ -192,8 +199,7 @@ def conversation(rng: np.random.Generator) -> tuple[arena.Plan, list[int], list[
         turns = [Reply(user(frames(overview) + request, system), text, "score changes")]
         return plan, overview + closer, [*turns, Reply(user(frames(closer)), reply, skill)]
     turns = [Reply(user(frames(overview) + "When does the score change?", system), text, "score changes")]
-    indices = json.dumps({"idx_start": gap[0], "idx_end": gap[1]})
-    turns.append(Reply(user("Write it as JSON."), indices, "JSON"))
+    turns.append(Reply(user("Write it as JSON."), interval(*gap), "JSON"))
     if kind < 0.85:
         return plan, overview, turns
     return plan, overview + closer, [*turns, Reply(user(frames(closer) + question_text(question, plan.num_frames)), reply, skill)]
@@ -275,7 +281,7 @@ BATCH = {1: 96, 2: 40, 3: 24}
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("assets/nano-backbone")
-    steps: tuple[int, int, int] = (750, 600, 900)
+    steps: tuple[int, int, int] = (900, 500, 900)
     """Of the three stages."""
     start: Path | None = None
     """Go on from this folder, with the stage after the last in its pretrain.json."""

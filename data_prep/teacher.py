@@ -78,15 +78,15 @@ def tool_turn(think: str, start: int, end: int) -> str:
 class Config:
     data: Path = Path("out/arena")
     """Folder with sft.jsonl and sft_plans.jsonl."""
-    wrong_window: float = 0.3
+    wrong_window: float = 0.1
     """Share of the questions that need the tool where it misreads a score and asks for a neighbouring interval first."""
     retry: float = 0.2
     """Share of those where it then asks for the right one."""
-    guess: float = 0.2
+    guess: float = 0.5
     """Share of the questions that need the tool which it answers without looking."""
     needless: float = 0.2
     """Share of the other questions where it calls the tool all the same."""
-    draws: int = 3
+    draws: int = 4
     """Trajectories a question: of one alone, a student learns the slips by heart."""
     seed: int = 0
 

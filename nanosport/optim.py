@@ -11,14 +11,14 @@ def trainable(model: torch.nn.Module, freeze_vision: bool) -> None:
         parameter.requires_grad_(not (freeze_vision and name.startswith("visual.")))
 
 
-def build(model: torch.nn.Module, weight_decay: float) -> torch.optim.AdamW:
+def build(model: torch.nn.Module, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW over the trained parameters; matrices decay, vectors do not."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-8)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=eps)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, peak: float, warmup: int, total: int, cosine: bool) -> float:
