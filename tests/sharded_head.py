@@ -32,7 +32,8 @@ def main() -> None:
     want.backward()
 
     fully_shard(embedding, mesh=init_device_mesh("cpu", (world,)), reshard_after_forward=True)
-    embedding.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already
+    embedding.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already …
+    embedding.set_force_sum_reduction_for_comms(True)  # … and gloo can only sum
     mine = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     hidden_MD = embedding(ids)
     assert isinstance(embedding.weight, DTensor), "the head is a shard when the loss comes to it"
