@@ -107,12 +107,17 @@ CASES = {
 }
 
 
+def inputs_of(case: str, seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    objective, _, banned = CASES[case]
+    return inputs(seed, rows, size, dtype, objective.temperature, () if banned is None else banned)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chunk", [1 << 20, 16, 1])
 def test_against_float64_with_all_logits(case, chunk, rows_by, monkeypatch):
     monkeypatch.setattr(policy_loss, "chunk_rows", lambda *_: chunk)
     for seed in range(3 if rows_by == "torch" else 1):
-        x = inputs(seed)
+        x = inputs_of(case, seed)
         (got, _), want = ours(x, *CASES[case]), plain(x, *CASES[case])
         for a, b in zip(got, want):
             torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
@@ -131,7 +136,7 @@ def test_error_is_at_most_twice_plain_torchs(case, dtype, rows, size, rows_by):
     objective, given, banned = CASES[case]
     worst = {}
     for seed in range(3 if rows > 1 else 10):
-        x = inputs(seed, rows, size, dtype, objective.temperature, () if banned is None else banned)
+        x = inputs_of(case, seed, rows, size, dtype)
         if size > 1:
             assert (x["hidden"].double() @ x["weight"].double().T).abs().max() > 80
         (got, _), want = ours(x, objective, given, banned), plain(x, objective, given, banned)
@@ -166,7 +171,7 @@ def test_gradients_equal_finite_differences(case):
 
 def test_a_wrong_reference_is_told_apart():
     """The comparisons above are worth something: each setting shows."""
-    x = inputs()
+    x = inputs_of("all")
     objective, given, banned = CASES["all"]
     (got, _), right = ours(x, objective, given, banned), plain(x, objective, given, banned)
     torch.testing.assert_close(got[1].double(), right[1], rtol=2e-5, atol=2e-6)
@@ -205,7 +210,7 @@ def test_planted_bugs_are_caught(file, right, wrong, tmp_path, monkeypatch):
     monkeypatch.setitem(importlib.import_module("sys").modules, "planted", planted)
     spec.loader.exec_module(planted)
     monkeypatch.setattr(policy_loss, "torch_rows", planted.triton_rows if file == "policy_row.py" else planted.torch_rows)
-    x = inputs()
+    x = inputs_of("all")
     got, want = ours(x, *CASES["all"])[0], plain(x, *CASES["all"])
     with pytest.raises(AssertionError):
         for a, b in zip(got, want):
