@@ -175,7 +175,7 @@ def test_a_wrong_reference_is_told_apart():
     objective, given, banned = CASES["all"]
     (got, _), right = ours(x, objective, given, banned), plain(x, objective, given, banned)
     torch.testing.assert_close(got[1].double(), right[1], rtol=2e-5, atol=2e-6)
-    changed = [Objective(*(getattr(objective, f) * (1.3 if f == g else 1) for f in FIELDS)) for g in FIELDS]
+    changed = [Objective(*(getattr(objective, f) * (2 if f == g else 1) for f in FIELDS)) for g in FIELDS]
     wrong = [plain(x, o, given, banned) for o in changed]
     wrong += [plain(x, objective, tuple(g for g in given if g != left), banned) for left in given]
     wrong += [plain(x, objective, given, None), plain(x, objective, given, banned, sign=-1.0), plain(x, objective, given, banned, shift=1)]
