@@ -32,7 +32,7 @@ from nanosport.video import VideoError
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "assets/nano-sft"
+    model: str = "assets/nano-deepsport"
     """A model folder, or a Hugging Face hub id."""
     data: Path = Path("out/arena/test.jsonl")
     """Questions, one JSON object a line. The default is rendered where it is missing."""

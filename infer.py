@@ -34,7 +34,7 @@ class Config:
     question: Annotated[str, tyro.conf.Positional]
     options: tuple[str, ...] = ()
     """Options to choose from; they are lettered (A), (B), …"""
-    model: str = str(Path(__file__).parent / "assets" / "nano-sft")
+    model: str = str(Path(__file__).parent / "assets" / "nano-deepsport")
     """A model folder, or a Hugging Face hub id. The default knows the arena and nothing else."""
     tool: bool = True
     """Whether the model may ask for more frames."""

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data_prep import arena
-from kernels.policy_loss import linear_logprobs, linear_policy_loss
+from kernels.policy_loss import Objective, fused_linear_policy_loss, linear_logprobs
 from nanosport import checkpoint, cli, dist, optim
 from nanosport.batch import data_order, micro_batches, pack
 from nanosport.engine import Engine, Sampling
@@ -47,12 +47,17 @@ class Config:
     """Episodes of each question."""
     updates: int = 1
     """Optimizer updates a step: the episodes are cut into as many parts; with more than 1 the ratio leaves 1 and is clipped."""
-    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    clip_low: float = 0.2
+    loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
+    clip_low: float | None = None
+    """The ratio is clipped to 1 − clip_low … 1 + clip_high. None: 0.2; gspo 0.0003 (its ratio is a whole sequence's); cispo 1, no bound."""
     clip_high: float | None = None
-    """None: as clip_low, but 0.28 for dapo (clip-higher)."""
+    """None: as clip_low; dapo 0.28 (clip-higher), gspo 0.0004, cispo 4."""
     kl: float = 0.02
     """β, weight of KL(policy ‖ SFT model)."""
+    entropy_bonus: float = 0.0
+    """η, weight of the policy's entropy; 0.001 is a usual start."""
+    rollout_cap: float | None = None
+    """Weigh each token by min(trainer's ÷ sampler's probability, this), for samplers that drift from the trainer. None: do not."""
     lr: float = 1e-3
     """Peak learning rate: linear warm-up, cosine decay to a tenth."""
     warmup: int = 5
@@ -86,18 +91,24 @@ class Config:
         """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
         cli.at_least(1, steps=self.steps, num_prompts=self.num_prompts, updates=self.updates, save_every=self.save_every)
         cli.at_least(2, group_size=self.group_size)
-        cli.above(0, lr=self.lr, temperature=self.temperature, max_grad_norm=self.max_grad_norm, clip_low=self.clip_low)
+        cli.above(0, lr=self.lr, temperature=self.temperature, max_grad_norm=self.max_grad_norm)
+        cli.above(0, clip_low=self.objective.clip_low, clip_high=self.objective.clip_high, rollout_cap=self.objective.rollout_cap)
         if self.updates > self.num_prompts:
             raise ValueError(f"--updates {self.updates}: at most one for each of --num-prompts {self.num_prompts}")
 
     @property
-    def high(self) -> float:
-        return self.clip_high if self.clip_high is not None else 0.28 if self.loss == "dapo" else self.clip_low
+    def objective(self) -> Objective:
+        low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}.get(self.loss, (0.2, None))
+        low = low if self.clip_low is None else self.clip_low
+        high = self.clip_high if self.clip_high is not None else low if high is None else high
+        cap = 2.0 if self.rollout_cap is None else self.rollout_cap
+        return Objective(self.temperature, low, high, self.kl, self.entropy_bonus, cap, likelihood=self.loss == "cispo")
 
 
 RESUMABLE = (
-    "model", "data", "steps", "num_prompts", "group_size", "updates", "loss", "clip_low", "clip_high", "kl", "lr", "warmup",
-    "weight_decay", "adam_eps", "max_grad_norm", "temperature", "max_new_tokens", "max_turns", "freeze_vision", "seed",
+    "model", "data", "steps", "num_prompts", "group_size", "updates", "loss", "clip_low", "clip_high", "kl", "entropy_bonus",
+    "rollout_cap", "lr", "warmup", "weight_decay", "adam_eps", "max_grad_norm", "temperature", "max_new_tokens", "max_turns",
+    "freeze_vision", "seed",
 )  # fmt: skip
 
 
@@ -204,19 +215,18 @@ def main(cfg: Config) -> None:
                         batch = pack([episodes[k] for k in chosen], encoder, model.cfg, device)
                     hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND)
                     weigh = [token_scale(cfg.loss, lengths[k], int(num_episodes), int(num_tokens), limit) for k in chosen]
-                    loss, out = linear_policy_loss(
+                    loss, out = fused_linear_policy_loss(
                         hidden_TD[batch.rows_M],
                         model.head_weight_VD,
                         batch.targets_M,
                         advantages[chosen].to(device)[batch.episode_M],
                         old,
                         ref,
+                        batch.sampled_logp_M if cfg.rollout_cap is not None else None,
                         torch.tensor(weigh, device=device)[batch.episode_M],
-                        clip_low=cfg.clip_low,
-                        clip_high=cfg.high,
-                        beta=cfg.kl,
-                        temperature=cfg.temperature,
+                        cfg.objective,
                         banned=engine.banned,
+                        sequence_M=batch.episode_M if cfg.loss == "gspo" else None,
                     )
                     loss.backward()
                     gap_M = ((old if old is not None else out.logp_M) - batch.sampled_logp_M).abs()

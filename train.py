@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data_prep import arena, teacher
-from kernels.policy_loss import linear_cross_entropy
+from kernels.policy_loss import fused_linear_cross_entropy
 from nanosport import checkpoint, cli, dist, optim
 from nanosport.batch import data_order, micro_batches, pack
 from nanosport.episode import read_records
@@ -103,7 +103,7 @@ def main(cfg: Config) -> None:
             batch = pack([mine[k] for k in part], encoder, model.cfg, device)
             hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND)
             scale_M = torch.full_like(batch.sampled_logp_M, 1 / num_tokens)
-            loss, _ = linear_cross_entropy(hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M, scale_M)
+            loss, _ = fused_linear_cross_entropy(hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M, scale_M)
             loss.backward()
             loss_sum += loss.item()
         dist.sum_gradients(model)

@@ -4,13 +4,15 @@ Let L_i be the trainable tokens of episode i, N the episodes and T = Σ L_i, all
     grpo      scale = 1 / (N · L_i)             each episode weighs the same        advantage (r − mean) / std
     dapo      scale = 1 / T, clip-higher        each token weighs the same          advantage (r − mean) / std
     dr_grpo   scale = 1 / (N · L_max)           no length bias                      advantage  r − mean
+    cispo     as dapo, but the clipped ratio weighs log π instead of stopping the gradient (MiniMax-M1)
+    gspo      as grpo, but one ratio for the sequence, the geometric mean of its tokens' (Qwen)
 """
 
 from collections.abc import Sequence
 
 import torch
 
-VARIANTS = ("grpo", "dapo", "dr_grpo")
+VARIANTS = ("grpo", "dapo", "dr_grpo", "cispo", "gspo")
 
 
 def group_advantages(rewards: Sequence[float], group_size: int, variant: str = "grpo", eps: float = 1e-4) -> torch.Tensor:
@@ -24,8 +26,8 @@ def group_advantages(rewards: Sequence[float], group_size: int, variant: str = "
 
 def token_scale(variant: str, length: int, num_episodes: int, num_tokens: int, max_length: int) -> float:
     """What one trainable token of an episode of `length` such tokens weighs; the counts are global."""
-    if variant == "grpo":
+    if variant in ("grpo", "gspo"):
         return 1.0 / (num_episodes * length)
-    if variant == "dapo":
+    if variant in ("dapo", "cispo"):
         return 1.0 / num_tokens
     return 1.0 / (num_episodes * max_length)

@@ -1,112 +1,233 @@
-"""The fused head and loss against plain float64 autograd with all the logits, and what must hold whatever the numbers."""
+"""The fused head and loss, in torch and in Triton's interpreter, against plain autograd over all the logits in float64."""
+
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels import policy_loss
-from kernels.policy_loss import linear_cross_entropy, linear_logprobs, linear_policy_loss
+from kernels import policy_loss, policy_row
+from kernels.policy_loss import Objective, fused_linear_cross_entropy, fused_linear_policy_loss, linear_logprobs
+from nanosport import optim
 from nanosport.batch import micro_batches, pack
 from nanosport.episode import read_records
 from nanosport.frames import FrameEncoder
 from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer
-from nanosport.loss import token_scale
+from nanosport.loss import VARIANTS, token_scale
 from nanosport.rollout import Loop, replay
 
 M, D, V = 37, 24, 101  # none a multiple of anything
 BANNED = torch.tensor([0, 17, 100])
 
 
-def inputs(seed: int = 0, rows: int = M) -> dict[str, torch.Tensor]:
+@pytest.fixture(params=["torch", "triton"])
+def rows_by(request, monkeypatch):
+    """Both implementations of the row; the interpreter walks the 101 columns in blocks of 32."""
+    if request.param == "triton":
+        monkeypatch.setattr(policy_loss, "torch_rows", policy_row.triton_rows)
+        monkeypatch.setattr(policy_row, "BLOCK", 32)
+    return request.param
+
+
+def inputs(seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32, temperature=1.0, banned=()) -> dict[str, torch.Tensor]:
     """Old log-probs near the policy's own, so that ratios fall inside the clip range and on both sides of it."""
     g = torch.Generator().manual_seed(seed)
-    x = {"hidden": torch.randn(rows, D, generator=g), "weight": torch.randn(V, D, generator=g) * 0.5}
+    x = {"hidden": torch.randn(rows, D, generator=g) * size, "weight": torch.randn(V, D, generator=g) * 0.5}
     x["targets"] = torch.randint(1, 17, (rows,), generator=g)
-    x["advantages"] = torch.randn(rows, generator=g)
-    x["scale"] = torch.rand(rows, generator=g) / max(rows, 1)
-    for name in ("old", "ref"):
-        logp, _ = linear_logprobs(x["hidden"], x["weight"], x["targets"], 0.7, BANNED)
+    x["sequence"] = torch.arange(rows) // 4  # of which all tokens share their advantage and scale
+    x["advantages"] = torch.randn(rows, generator=g)[x["sequence"]]
+    x["scale"] = (torch.rand(rows, generator=g) / max(rows, 1))[x["sequence"]]
+    logits = (x["hidden"] @ x["weight"].T / temperature).index_fill(1, torch.as_tensor(banned, dtype=torch.long), -1e30)
+    logp = logits.log_softmax(-1)[torch.arange(rows), x["targets"]]
+    for name in ("old", "ref", "rollout"):
         x[name] = logp + 0.4 * torch.randn(rows, generator=g)
-    return x
+    return x | {name: x[name].to(dtype) for name in ("hidden", "weight")}
 
 
-def gold(x, old: bool, ref: bool, low=0.2, high=0.2, beta=0.0, temperature=1.0, banned=None, sign=1.0):
-    """(loss, dhidden, dweight) in float64, the clip written as the gradient's gate, not as a minimum."""
-    x = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+def plain(x, objective: Objective, given=(), banned=None, dtype=torch.float64, sign=1.0, shift=0):
+    """(loss, dhidden, dweight, logp, entropy) by autograd over all the logits; clips are gates here, not minima."""
+    narrow = dtype in (torch.float16, torch.bfloat16)  # products in that type, the row in float32, as is usual
+    x = {k: v.to(torch.float32 if narrow and k not in ("hidden", "weight") else dtype) if v.is_floating_point() else v for k, v in x.items()}
     hidden, weight = x["hidden"].clone().requires_grad_(), x["weight"].clone().requires_grad_()
-    logits = hidden @ weight.T / temperature
+    logits = (hidden @ weight.T).to(torch.float32 if narrow else dtype) / objective.temperature
     if banned is not None:
         keep = torch.ones(V, dtype=torch.bool)
         keep[banned] = False
-        logits = logits.where(keep, torch.tensor(float("-inf"), dtype=torch.float64))
-    logp = logits[torch.arange(len(hidden)), x["targets"]] - logits.logsumexp(-1)
-    ratio = torch.exp(logp - (x["old"] if old else logp.detach()))
-    a = x["advantages"]
-    gained = torch.where(a >= 0, a * ratio.clamp(max=1 + high), a * ratio.clamp(min=1 - low))
-    loss = -sign * gained
-    if ref:
+        logits = logits.masked_fill(~keep, -1e30)
+    log_p = logits.log_softmax(-1)
+    logp = log_p[torch.arange(len(hidden)), x["targets"] + shift]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    old = x["old"] if "old" in given else logp.detach()
+    exponent = logp - old
+    if "sequence" in given:
+        means = [exponent[x["sequence"] == k].mean() for k in x["sequence"]]
+        exponent = torch.stack(means) if means else exponent
+    ratio, a = exponent.exp(), x["advantages"]
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    if objective.likelihood:
+        gain = ratio.detach().clamp(low, high) * a * logp
+    else:
+        gain = torch.where(a >= 0, a * ratio.clamp(max=high), a * ratio.clamp(min=low))
+    if "rollout" in given:
+        gain = gain * (old - x["rollout"]).exp().clamp(max=objective.rollout_cap)
+    loss = -sign * gain - objective.entropy_bonus * entropy
+    if "ref" in given:
         d = x["ref"] - logp
-        loss = loss + beta * (d.exp() - d - 1)
+        loss = loss + objective.beta * (d.exp() - d - 1)
     loss = (loss * x["scale"]).sum()
     loss.backward()
-    return loss.detach(), hidden.grad, weight.grad
+    return loss.detach(), hidden.grad, weight.grad, logp.detach(), entropy.detach()
 
 
-def ours(x, old: bool, ref: bool, low=0.2, high=0.2, beta=0.0, temperature=1.0, banned=None):
+def ours(x, objective: Objective, given=(), banned=None):
     hidden, weight = x["hidden"].clone().requires_grad_(), x["weight"].clone().requires_grad_()
-    loss, stats = linear_policy_loss(
-        hidden, weight, x["targets"], x["advantages"], x["old"] if old else None, x["ref"] if ref else None, x["scale"],
-        clip_low=low, clip_high=high, beta=beta, temperature=temperature, banned=banned,
-    )  # fmt: skip
+    old, ref, rollout, sequence = (x[name] if name in given else None for name in ("old", "ref", "rollout", "sequence"))
+    loss, stats = fused_linear_policy_loss(
+        hidden, weight, x["targets"], x["advantages"], old, ref, rollout, x["scale"], objective, banned=banned, sequence_M=sequence
+    )
     loss.backward()
-    return (loss.detach(), hidden.grad, weight.grad), stats
+    return (loss.detach(), hidden.grad, weight.grad, stats.logp_M, stats.entropy_M), stats
 
 
-OPTIONS = [
-    {"old": False, "ref": False},
-    {"old": True, "ref": False},
-    {"old": True, "ref": False, "low": 0.1, "high": 0.28},
-    {"old": False, "ref": True, "beta": 0.3},
-    {"old": True, "ref": True, "beta": 0.04, "temperature": 0.7},
-    {"old": True, "ref": True, "beta": 0.3, "low": 0.15, "high": 0.35, "temperature": 0.7, "banned": BANNED},
-    {"old": False, "ref": False, "temperature": 1.6, "banned": BANNED},
-]
+CASES = {
+    "on policy": (Objective(), (), None),
+    "old": (Objective(), ("old",), None),
+    "clip higher": (Objective(clip_low=0.1, clip_high=0.28), ("old",), None),
+    "kl": (Objective(beta=0.3), ("ref",), None),
+    "kl, old, temperature": (Objective(0.7, beta=0.04), ("old", "ref"), None),
+    "all": (Objective(0.7, 0.15, 0.35, 0.3, 0.1, 1.2), ("old", "ref", "rollout"), BANNED),
+    "entropy": (Objective(entropy_bonus=0.5), (), None),
+    "importance weight": (Objective(rollout_cap=1.1), ("old", "rollout"), None),
+    "importance weight, on policy": (Objective(rollout_cap=1.1), ("rollout",), None),
+    "cispo": (Objective(clip_low=0.3, clip_high=0.3, likelihood=True), ("old",), None),
+    "cispo, all": (Objective(1.6, 1.0, 0.3, 0.2, 0.1, 1.2, likelihood=True), ("old", "ref", "rollout"), BANNED),
+    "gspo": (Objective(clip_low=0.05, clip_high=0.05), ("old", "sequence"), None),
+    "gspo, kl": (Objective(0.7, 0.05, 0.08, 0.3), ("old", "ref", "sequence"), BANNED),
+}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
-@pytest.mark.parametrize("chunk", [2048, 16, 1])
-def test_against_float64_with_all_logits(options, chunk, monkeypatch):
-    monkeypatch.setattr(policy_loss, "CHUNK", chunk)
-    for seed in range(3):
-        x = inputs(seed)
-        (got, _), want = ours(x, **options), gold(x, **options)
+def inputs_of(case: str, seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    objective, _, banned = CASES[case]
+    return inputs(seed, rows, size, dtype, objective.temperature, () if banned is None else banned)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chunk", [1 << 20, 16, 1])
+def test_against_float64_with_all_logits(case, chunk, rows_by, monkeypatch):
+    monkeypatch.setattr(policy_loss, "chunk_rows", lambda *_: chunk)
+    for seed in range(3 if rows_by == "torch" else 1):
+        x = inputs_of(case, seed)
+        (got, _), want = ours(x, *CASES[case]), plain(x, *CASES[case])
         for a, b in zip(got, want):
             torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
 
 
-def test_a_wrong_sign_or_clip_is_caught():
-    """The comparison above is worth something: it tells these apart."""
-    x = inputs()
-    right = {"old": True, "ref": True, "beta": 0.1, "temperature": 0.7, "banned": BANNED}
-    got, _ = ours(x, **right)
-    torch.testing.assert_close(got[1].double(), gold(x, **right)[1], rtol=2e-5, atol=2e-6)
-    for change in ({"sign": -1.0}, {"high": 0.3}, {"low": 0.3}, {"old": False}, {"ref": False}, {"temperature": 0.72}, {"banned": None}):
-        wrong = gold(x, **(right | change))
+def error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return (got.double() - want).norm().item() / max(want.norm().item(), 1e-12)
+
+
+@pytest.mark.parametrize("case", ["on policy", "all", "cispo, all", "gspo, kl", "importance weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, size", [(M, 1.0), (1, 1.0), (M, 12.0)], ids=["37 rows", "1 row", "extreme logits"])
+def test_error_is_at_most_twice_plain_torchs(case, dtype, rows, size, rows_by):
+    if rows_by == "triton" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter truncates float32 to bfloat16 instead of rounding")
+    objective, given, banned = CASES[case]
+    worst = {}
+    for seed in range(3 if rows > 1 else 10):
+        x = inputs_of(case, seed, rows, size, dtype)
+        if size > 1:
+            assert (x["hidden"].double() @ x["weight"].double().T).abs().max() > 80
+        (got, _), want = ours(x, objective, given, banned), plain(x, objective, given, banned)
+        usual = plain(x, objective, given, banned, dtype)
+        for name, a, b, gold in zip(("loss", "dX", "dW", "logp", "entropy"), got, usual, want):
+            assert a.isfinite().all()
+            worst.setdefault(name, []).append((error(a, gold), error(b, gold)))
+    for name, pairs in worst.items():
+        mine, its = (max(p[k] for p in pairs) for k in (0, 1))
+        assert mine <= 2 * its + 4 * torch.finfo(torch.float32).eps, (name, mine, its)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_finite_differences(case):
+    """In float64, by torch's own gradcheck. What the loss holds constant (old, cispo's ratio) has no gradient to compare."""
+    objective, given, banned = CASES[case]
+    x = {k: v.double() if v.is_floating_point() else v for k, v in inputs(1, 9).items()}
+    logp, _ = linear_logprobs(x["hidden"], x["weight"], x["targets"], objective.temperature, banned)
+    if "old" not in given:  # on policy, the constant is today's log-prob
+        x["old"], given = logp, (*given, "old")
+    if objective.likelihood:  # far outside the clip range the ratio is a constant
+        x["old"] = logp + torch.where(torch.arange(9) % 2 == 0, 3.0, -3.0)
+
+    def loss(hidden, weight):
+        old, ref, rollout, sequence = (x[name] if name in given else None for name in ("old", "ref", "rollout", "sequence"))
+        return fused_linear_policy_loss(
+            hidden, weight, x["targets"], x["advantages"], old, ref, rollout, x["scale"], objective, banned=banned, sequence_M=sequence
+        )[0]
+
+    torch.autograd.gradcheck(loss, (x["hidden"].requires_grad_(), x["weight"].requires_grad_()), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+def test_a_wrong_reference_is_told_apart():
+    """The comparisons above are worth something: each setting shows."""
+    x = inputs_of("all")
+    objective, given, banned = CASES["all"]
+    (got, _), right = ours(x, objective, given, banned), plain(x, objective, given, banned)
+    torch.testing.assert_close(got[1].double(), right[1], rtol=2e-5, atol=2e-6)
+    changed = [Objective(*(getattr(objective, f) * (2 if f == g else 1) for f in FIELDS)) for g in FIELDS]
+    wrong = [plain(x, o, given, banned) for o in changed]
+    wrong += [plain(x, objective, tuple(g for g in given if g != left), banned) for left in given]
+    wrong += [plain(x, objective, given, None), plain(x, objective, given, banned, sign=-1.0), plain(x, objective, given, banned, shift=1)]
+    assert len(wrong) == 6 + 3 + 3
+    for other in wrong:
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(got[1].double(), wrong[1], rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(got[1].double(), other[1], rtol=2e-5, atol=2e-6)
 
 
-def test_a_step_down_the_loss_makes_good_tokens_likelier():
+FIELDS = ("temperature", "clip_low", "clip_high", "beta", "entropy_bonus", "rollout_cap")
+BUGS = [
+    ("policy_row.py", "slope -= beta * (1 - tl.exp(gap))", "slope += beta * (1 - tl.exp(gap))"),
+    ("policy_row.py", "hit_B = (start + columns == target)", "hit_B = (start + columns == target + 1)"),
+    ("policy_row.py", "tl.load(logits_ptr + target)", "tl.load(logits_ptr + target + 1)"),
+    ("policy_row.py", "bonus * spread_B", "-bonus * spread_B"),
+    ("policy_row.py", "slope = ratio * advantage * (1 - clipped)", "slope = ratio * advantage"),
+    ("policy_row.py", "mask=start + columns < V", "mask=start + columns < V - 9"),
+    ("policy_row.py", "pull = -scale * slope / temperature", "pull = -scale * slope"),
+    ("policy_loss.py", "slope_C = slope_C - objective.beta", "slope_C = slope_C + objective.beta"),
+    ("policy_loss.py", "d_CV.scatter_add_(1, rows.targets_M[:, None]", "d_CV.scatter_add_(1, rows.targets_M[:, None] + 1"),
+    ("policy_loss.py", "* ~clipped_C", ""),
+]
+
+
+@pytest.mark.parametrize("file, right, wrong", BUGS, ids=[f"{f[7:-3]}: {w or r}" for f, r, w in BUGS])
+def test_planted_bugs_are_caught(file, right, wrong, tmp_path, monkeypatch):
+    source = Path(policy_loss.__file__).with_name(file).read_text()
+    assert source.count(right) >= 1
+    (tmp_path / file).write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("planted", tmp_path / file)
+    planted = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(importlib.import_module("sys").modules, "planted", planted)
+    spec.loader.exec_module(planted)
+    monkeypatch.setattr(policy_loss, "torch_rows", planted.triton_rows if file == "policy_row.py" else planted.torch_rows)
+    x = inputs_of("all")
+    got, want = ours(x, *CASES["all"])[0], plain(x, *CASES["all"])
+    with pytest.raises(AssertionError):
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
+
+
+def test_a_step_down_the_loss_makes_good_tokens_likelier(rows_by):
     x = inputs()
-    (_, hidden_grad, _), stats = ours(x, False, False)
+    (_, hidden_grad, *_), stats = ours(x, Objective())
     after, _ = linear_logprobs(x["hidden"] - 0.1 * hidden_grad, x["weight"], x["targets"])
     moved = after - stats.logp_M
     assert ((moved > 0) == (x["advantages"] > 0)).all()
 
 
-def test_clipped_rows_have_no_gradient_and_all_others_have():
+def test_clipped_rows_have_no_gradient_and_all_others_have(rows_by):
     x = inputs()
-    (_, hidden_grad, _), stats = ours(x, True, False, temperature=0.7, banned=BANNED)
+    (_, hidden_grad, *_), stats = ours(x, Objective(), ("old",))
     up, down = x["advantages"] > 0, x["advantages"] < 0
     clipped = (up & (stats.ratio_M > 1.2)) | (down & (stats.ratio_M < 0.8))
     assert 0 < (clipped & up).sum() and 0 < (clipped & down).sum() and clipped.sum() < M
@@ -115,18 +236,20 @@ def test_clipped_rows_have_no_gradient_and_all_others_have():
     assert (hidden_grad[~clipped].abs().sum(1) > 0).all()
 
 
-def test_on_policy_ratio_is_one_and_kl_to_itself_is_zero():
-    x = inputs()
-    logp, _ = linear_logprobs(x["hidden"], x["weight"], x["targets"])
-    _, stats = ours(x | {"ref": logp}, False, True, beta=1.0)
-    assert (stats.ratio_M == 1).all() and (stats.clipped_M == 0).all() and (stats.kl_M == 0).all()
-    _, stats = ours(x, True, True, beta=1.0)
+def test_old_and_new_log_probs_are_bitwise_equal_on_policy(rows_by):
+    x = inputs(rows=M)
+    for objective in (Objective(beta=1.0), Objective(0.7, beta=1.0)):
+        logp, entropy = linear_logprobs(x["hidden"], x["weight"], x["targets"], objective.temperature)
+        (_, *_), stats = ours(x | {"old": logp, "ref": logp}, objective, ("old", "ref"))
+        assert torch.equal(stats.logp_M, logp) and torch.equal(stats.entropy_M, entropy)
+        assert (stats.ratio_M == 1).all() and (stats.clipped_M == 0).all() and (stats.kl_M == 0).all()
+    _, stats = ours(x, Objective(beta=1.0), ("old", "ref"))
     assert (stats.kl_M >= 0).all()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_log_probabilities_are_never_positive(size, dtype):
+def test_log_probabilities_are_never_positive(size, dtype, rows_by):
     x = inputs()
     for banned in (None, BANNED):
         logp, entropy = linear_logprobs((x["hidden"] * size).to(dtype), x["weight"].to(dtype), x["targets"], 0.7, banned)
@@ -138,36 +261,48 @@ def test_log_probabilities_are_never_positive(size, dtype):
     assert linear_logprobs(sure, weight, torch.tensor([5]))[0].item() == 0.0
 
 
-def test_probabilities_sum_to_one_over_what_can_be_sampled():
+def test_probabilities_sum_to_one_over_what_can_be_sampled(rows_by):
     x = inputs()
-    every = torch.arange(V)
-    hidden = x["hidden"][:1].expand(V, -1)
-    logp, entropy = linear_logprobs(hidden, x["weight"], every, 0.7, BANNED)
     allowed = torch.ones(V, dtype=torch.bool)
     allowed[BANNED] = False
-    assert (logp[~allowed] == float("-inf")).all()
-    p = logp[allowed].double().exp()
+    every = torch.arange(V)[allowed]
+    hidden = x["hidden"][:1].expand(len(every), -1)
+    logp, entropy = linear_logprobs(hidden, x["weight"], every, 0.7, BANNED)
+    p = logp.double().exp()
     assert p.sum().item() == pytest.approx(1, abs=1e-6)
     assert entropy[0].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-5)
 
 
-def test_no_rows():
+def test_no_rows(rows_by):
+    """A rank without action rows still takes part in the backward pass."""
     x = inputs(rows=0)
-    (loss, hidden_grad, weight_grad), stats = ours(x, True, True, beta=0.1)
+    (loss, hidden_grad, weight_grad, *_), stats = ours(x, Objective(beta=0.1), ("old", "ref", "sequence"))
     assert loss == 0 and hidden_grad.shape == (0, D) and (weight_grad == 0).all() and len(stats.logp_M) == 0
-    loss, logp = linear_cross_entropy(x["hidden"].requires_grad_(), x["weight"].requires_grad_(), x["targets"], x["scale"])
+    loss, logp = fused_linear_cross_entropy(x["hidden"].requires_grad_(), x["weight"].requires_grad_(), x["targets"], x["scale"])
     loss.backward()
     assert loss == 0 and len(logp) == 0
 
 
-def test_cross_entropy_is_torchs():
+def test_rows_of_scale_zero_have_no_gradient(rows_by):
     x = inputs()
-    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
-    loss, _ = linear_cross_entropy(hidden, weight, x["targets"], torch.full((M,), 1 / M))
-    want = torch.nn.functional.cross_entropy(hidden @ weight.T, x["targets"])
-    torch.testing.assert_close(loss, want)
-    for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(want, (hidden, weight))):
-        torch.testing.assert_close(a, b)
+    x["scale"] = x["scale"] * (torch.arange(M) % 2)
+    (_, hidden_grad, *_), _ = ours(x, *CASES["all"])
+    assert (hidden_grad[::2] == 0).all() and (hidden_grad[1::2].abs().sum(1) > 0).all()
+
+
+def test_only_the_gradients_asked_for_are_made(rows_by):
+    x = inputs()
+    for names in (("hidden",), ("weight",), ("hidden", "weight")):
+        leaves = {n: x[n].clone().requires_grad_(n in names) for n in ("hidden", "weight")}
+        loss, _ = fused_linear_cross_entropy(leaves["hidden"], leaves["weight"], x["targets"], x["scale"])
+        (3 * loss).backward()
+        both = [x[n].clone().requires_grad_() for n in ("hidden", "weight")]
+        (3 * (-(both[0] @ both[1].T).log_softmax(-1)[torch.arange(M), x["targets"]] * x["scale"]).sum()).backward()
+        for name, leaf, want in zip(leaves, leaves.values(), both):
+            if name in names:
+                torch.testing.assert_close(leaf.grad, want.grad, rtol=2e-5, atol=2e-6)
+            else:
+                assert leaf.grad is None
 
 
 @pytest.fixture(scope="module")
@@ -189,18 +324,18 @@ def gradients(model, encoder, episodes, max_tokens: int, variant: str | None) ->
         hidden_MD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND)[batch.rows_M]
         if variant is None:
             scale_M = torch.full((len(hidden_MD),), 1 / sum(lengths))
-            loss, _ = linear_cross_entropy(hidden_MD, model.head_weight_VD, batch.targets_M, scale_M)
+            loss, _ = fused_linear_cross_entropy(hidden_MD, model.head_weight_VD, batch.targets_M, scale_M)
         else:
             weigh = torch.tensor([token_scale(variant, lengths[k], len(episodes), sum(lengths), 200) for k in part])
-            loss, _ = linear_policy_loss(
+            loss, _ = fused_linear_policy_loss(
                 hidden_MD, model.head_weight_VD, batch.targets_M, advantages[part][batch.episode_M],
-                None, None, weigh[batch.episode_M], temperature=0.7,
+                None, None, None, weigh[batch.episode_M], Objective(0.7),
             )  # fmt: skip
         loss.backward()
     return [p.grad.clone() for name, p in model.named_parameters() if not name.startswith("visual.")]
 
 
-@pytest.mark.parametrize("variant", [None, "grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("variant", [None, *VARIANTS])
 def test_micro_batches_leave_the_gradients_as_they_are(variant, trained):
     model, encoder, episodes = trained
     assert len({len(e.ids) for e in episodes}) > 1
@@ -209,3 +344,40 @@ def test_micro_batches_leave_the_gradients_as_they_are(variant, trained):
     assert norm > 1e-3
     for a, b in zip(one, four):
         assert (a - b).norm() <= 1e-5 * norm
+
+
+def test_twenty_steps_of_the_nano_model_are_those_of_plain_autograd(nano_folder, trained):
+    """Same parameters to rounding, by the fused loss and by all logits at once; the tied head gets both its gradients."""
+    _, encoder, episodes = trained
+    lengths = [sum(e.mask) for e in episodes]
+    advantages = torch.tensor([1.0, -0.5, 0.3, -0.8])
+    runs = []
+    for fused in (True, False):
+        model = load_model(nano_folder)
+        optim.trainable(model, freeze_vision=True)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        batch = pack(episodes, encoder, model.cfg)
+        scale_M = torch.tensor([token_scale("grpo", n, 4, sum(lengths), 200) for n in lengths])[batch.episode_M]
+        advantages_M = advantages[batch.episode_M]
+        reference_M = None
+        for _ in range(20):
+            hidden_MD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND)[batch.rows_M]
+            if reference_M is None:
+                reference_M, _ = linear_logprobs(hidden_MD, model.head_weight_VD, batch.targets_M)
+            if fused:
+                loss, _ = fused_linear_policy_loss(
+                    hidden_MD, model.head_weight_VD, batch.targets_M, advantages_M, None, reference_M, None, scale_M, Objective(beta=0.1)
+                )
+            else:
+                log_p_MV = (hidden_MD @ model.head_weight_VD.T).log_softmax(-1)
+                logp_M = log_p_MV.gather(1, batch.targets_M[:, None])[:, 0]
+                d_M = reference_M - logp_M
+                loss = (scale_M * (0.1 * (d_M.exp() - d_M - 1) - advantages_M * (logp_M - logp_M.detach()).exp())).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        runs.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    start = dict(load_model(nano_folder).named_parameters())
+    moved = torch.stack([(p - start[n]).norm() for n, p in runs[0].items()]).norm()
+    apart = torch.stack([(p - runs[1][n]).norm() for n, p in runs[0].items()]).norm()
+    assert moved > 0.01 and apart < 1e-4 * moved, (moved, apart)
