@@ -1,7 +1,7 @@
 """Stage 2: GRPO with the gated tool-use reward, on whole multi-turn episodes.
 
     python rl.py                                       # from out/sft (else the shipped SFT model), on the built-in arena
-    torchrun --nproc-per-node 8 rl.py --model out/sft-7b/model --data my/rl.jsonl --lr 5e-7 --num-prompts 32
+    torchrun --nproc-per-node 2 rl.py --model out/my-sft/model --data my/rl.jsonl --lr 1e-6 --adam-eps 1e-8
     python rl.py --resume
 
 A step: sample `group_size` episodes a question → reward each → advantage inside the group → policy loss on the sampled
@@ -93,6 +93,8 @@ class Config:
         cli.at_least(2, group_size=self.group_size)
         cli.above(0, lr=self.lr, temperature=self.temperature, max_grad_norm=self.max_grad_norm)
         cli.above(0, clip_low=self.objective.clip_low, clip_high=self.objective.clip_high, rollout_cap=self.objective.rollout_cap)
+        if self.loss == "gspo" and self.rollout_cap is not None:
+            raise ValueError("--rollout-cap weighs tokens, --loss gspo whole sequences: leave one of them out")
         if self.updates > self.num_prompts:
             raise ValueError(f"--updates {self.updates}: at most one for each of --num-prompts {self.num_prompts}")
 
@@ -122,6 +124,8 @@ class Clock:
     def __call__(self, stage: str):
         began = time.time()
         yield
+        if torch.cuda.is_available():  # else the work of this stage is billed to the next
+            torch.cuda.synchronize()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.time() - began
 
 
@@ -150,7 +154,7 @@ def main(cfg: Config) -> None:
     dist.barrier()
     torch.manual_seed(cfg.seed)
     model = load_model(cfg.out / "model" if cfg.resume else source, device)
-    reference = load_model(source, device).requires_grad_(False)
+    reference = load_model(source, device).requires_grad_(False) if cfg.kl > 0 else None
     tokenizer, image = load_tokenizer(source), ImageConfig.from_folder(source)
     optim.trainable(model, cfg.freeze_vision)
     optimizer = optim.build(model, cfg.weight_decay, cfg.adam_eps)
@@ -161,7 +165,7 @@ def main(cfg: Config) -> None:
         run.rewind(first)
 
     encoder = FrameEncoder(model, image, cfg.freeze_vision)
-    ref_encoder = encoder if cfg.freeze_vision else FrameEncoder(reference, image)
+    ref_encoder = encoder if cfg.freeze_vision or reference is None else FrameEncoder(reference, image)
     engine = Engine(model, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
     loop = Loop(max_turns=cfg.max_turns)
     questions = read_questions(cfg.data)
@@ -197,7 +201,7 @@ def main(cfg: Config) -> None:
                     batch = pack([episodes[k] for k in chosen], encoder, model.cfg, device)
                     old = logprobs(model, batch, cfg.temperature, engine.banned) if cfg.updates > 1 else None
                     ref = None
-                    if cfg.kl > 0:
+                    if reference is not None:
                         features = ref_encoder.features([(episodes[k].question.video, i) for k in chosen for i in episodes[k].frames])
                         ref = logprobs(reference, replace(batch, features_ND=features), cfg.temperature, engine.banned)
                     work[-1].append((batch, chosen, old, ref))
@@ -239,7 +243,7 @@ def main(cfg: Config) -> None:
                     sums["tokens"] += len(gap_M)
                     sums["image_tokens"] += batch.after_image_M.sum().item()
                 dist.sum_gradients(model)
-                grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.max_grad_norm)
+                grad_norm = optim.clip(model, cfg.max_grad_norm, step)
                 lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps)
                 optimizer.step()
 
@@ -254,12 +258,12 @@ def main(cfg: Config) -> None:
             "entropy": sums["entropy"] / tokens,
             "logprob_gap_text": sums["gap_text"] / max(1.0, tokens - image_tokens),
             "logprob_gap_after_image": sums["gap_image"] / max(1.0, image_tokens),
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "lr": lr,
             "tokens": int(tokens),
             **{f"seconds_{stage}": s for stage, s in clock.seconds.items()},
         }
-        if max(row["logprob_gap_text"], row["logprob_gap_after_image"]) > cfg.max_logprob_gap:
+        if not (row["logprob_gap_text"] <= cfg.max_logprob_gap and row["logprob_gap_after_image"] <= cfg.max_logprob_gap):
             raise ValueError(
                 f"step {step}: rollout and trainer log-probs differ by {row['logprob_gap_text']:.3f} (text) and "
                 f"{row['logprob_gap_after_image']:.3f} (after images) on average, above --max-logprob-gap {cfg.max_logprob_gap}"

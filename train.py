@@ -1,7 +1,7 @@
 """Stage 1: supervised fine-tuning on tool trajectories, loss on the assistant's tokens only.
 
     python train.py                                            # nano backbone on the built-in arena
-    torchrun --nproc-per-node 8 train.py --model Qwen/Qwen2.5-VL-7B-Instruct --data my/trajectories.jsonl --lr 1e-5
+    torchrun --nproc-per-node 2 train.py --model my/qwen2.5-vl --data my/trajectories.jsonl --lr 1e-5
     python train.py --resume                                   # go on where it was stopped
 """
 
@@ -107,13 +107,13 @@ def main(cfg: Config) -> None:
             loss.backward()
             loss_sum += loss.item()
         dist.sum_gradients(model)
-        grad_norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], cfg.max_grad_norm)
+        grad_norm = optim.clip(model, cfg.max_grad_norm, step)
         lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps)
         optimizer.step()
 
         (loss_sum,) = dist.total([loss_sum], device)
         if run:
-            row = {"step": step, "loss": loss_sum, "grad_norm": grad_norm.item(), "lr": lr, "tokens": int(num_tokens)}
+            row = {"step": step, "loss": loss_sum, "grad_norm": grad_norm, "lr": lr, "tokens": int(num_tokens)}
             run.write({**row, "seconds": time.time() - began})
             bar.set_postfix(loss=f"{loss_sum:.3f}")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:

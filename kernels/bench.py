@@ -29,7 +29,7 @@ from kernels import policy_loss, policy_row
 from kernels.attention import varlen_attention
 from kernels.policy_loss import Objective, fused_linear_policy_loss
 from nanosport.log import provenance, write_atomically
-from nanosport.model import Layer
+from nanosport.model import Layer, rotate
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -78,11 +78,11 @@ def torch_full(x):
     return policy_terms(full_logits(x["hidden"], x["weight"], x["targets"]), x)
 
 
-compiled_logp = torch.compile(full_logits)
-
-
-def torch_compiled(x):
-    return policy_terms(compiled_logp(x["hidden"], x["weight"], x["targets"]), x)
+def torch_compiled():
+    """Full logits, compiled for the one shape that comes: made anew for each."""
+    torch._dynamo.reset()
+    logp = torch.compile(full_logits, dynamic=False)
+    return lambda x: policy_terms(logp(x["hidden"], x["weight"], x["targets"]), x)
 
 
 def torch_chunked(x):
@@ -114,7 +114,7 @@ def liger():
     return run
 
 
-def measure(step, inputs: tuple, leaves, repeats: int) -> dict[str, float]:
+def measure(step, inputs: tuple, leaves, repeats: int, required: bool = True) -> dict[str, float]:
     """Median milliseconds and peak GiB above what was there, of step(*inputs).backward(); says so where it does not fit."""
     sync = torch.cuda.synchronize if GPU else lambda: None
     try:
@@ -134,6 +134,10 @@ def measure(step, inputs: tuple, leaves, repeats: int) -> dict[str, float]:
         return {"ms": round(median(times[2:]), 3), "ms_min": round(min(times[2:]), 3), "peak_gib": round(peak, 3)}
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
+    except Exception as error:  # another's failure is a row of the table, not the end of the run
+        if required:
+            raise
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     finally:
         for leaf in leaves:
             leaf.grad = None
@@ -157,39 +161,58 @@ def ceiling() -> float:
     return 2 * n**3 / median(times[2:]) / 1e12
 
 
-def check() -> dict[str, float]:
-    """Errors of ours and of plain torch at this dtype against float64, at an odd size; raises where ours are above twice torch's."""
-    x = inputs(17 * LENGTH if not GPU else 3 * LENGTH, 256 if GPU else 24, 5003 if GPU else 101)
-    narrow = {k: v.detach() for k, v in x.items()}
-    gold = {k: v.detach().double() if v.is_floating_point() else v for k, v in x.items()}
-    errors = {}
+VARIANTS = {  # what the check goes through: constants, what is given, banned columns
+    "grpo": (OBJECTIVE, ("old", "ref"), None),
+    "on policy, temperature, banned": (Objective(0.7), (), [0, 7]),
+    "cispo, entropy, importance weight": (Objective(0.7, 1.0, 0.3, 0.1, 0.01, 1.2, True), ("old", "ref", "rollout"), [0, 7]),
+    "gspo": (Objective(clip_low=0.05, clip_high=0.05), ("old", "sequence"), None),
+}
 
-    def gradients(fn, x):
-        x = dict(x) | {k: x[k].clone().requires_grad_() for k in ("hidden", "weight")}
-        loss = fn(x)
+
+def check() -> dict[str, dict]:
+    """Errors of the row kernel and of the torch row at this dtype against float64, at an odd size and over several chunks; raises
+    where the kernel's are above twice torch's."""
+    x = inputs(3 * LENGTH, 256 if GPU else 24, 5003 if GPU else 101)
+    x |= {"rollout": x["old"] + 0.3 * torch.randn_like(x["old"]), "sequence": torch.arange(3 * LENGTH, device=DEVICE) // LENGTH}
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    errors, fill, chunk_rows = {}, policy_loss.fill_rows, policy_loss.chunk_rows
+    policy_loss.chunk_rows = lambda *_: LENGTH - 5
+
+    def gradients(x, row, objective, given, banned):
+        policy_loss.fill_rows = row
+        hidden, weight = (x[k].detach().clone().requires_grad_() for k in ("hidden", "weight"))
+        old, ref, rollout, sequence = (x[k] if k in given else None for k in ("old", "ref", "rollout", "sequence"))
+        banned = None if banned is None else torch.tensor(banned, device=DEVICE)
+        rows = x["targets"].clamp(min=8), x["advantages"], old, ref, rollout, x["scale"]
+        loss, stats = fused_linear_policy_loss(hidden, weight, *rows, objective, banned=banned, sequence_M=sequence)
         loss.backward()
-        return {"loss": loss.detach(), "dX": x["hidden"].grad, "dW": x["weight"].grad}
+        return {"loss": loss.detach(), "dX": hidden.grad, "dW": weight.grad, "logp": stats.logp_M, "entropy": stats.entropy_M}
 
-    want, got, usual = gradients(torch_full, gold), gradients(ours, narrow), gradients(torch_full, narrow)
-    for name in want:
-        mine, its = ((r[name].double() - want[name]).norm() / want[name].norm() for r in (got, usual))
-        errors[name] = {"ours": mine.item(), "torch": its.item()}
-        if not mine <= 2 * its + 1e-6:
-            raise ValueError(f"{name}: error {mine:.2e} against float64, plain torch {its:.2e}")
+    for variant, case in VARIANTS.items():
+        want, got, usual = (gradients(*pair, *case) for pair in ((wide, policy_loss.torch_rows), (x, fill), (x, policy_loss.torch_rows)))
+        for name in want:
+            mine, its = ((r[name].double() - want[name]).norm() / want[name].norm() for r in (got, usual))
+            errors.setdefault(variant, {})[name] = {"kernel": mine.item(), "torch": its.item()}
+            if not mine <= 2 * its + 1e-6:
+                raise ValueError(f"{variant}, {name}: error {mine:.2e} against float64, plain torch {its:.2e}")
+    policy_loss.fill_rows, policy_loss.chunk_rows = fill, chunk_rows
     return errors
 
 
 def bench_policy_loss(rows: list, repeats: int, top: float) -> None:
-    others = {"torch full logits": torch_full, "torch.compile full logits": torch_compiled, "torch chunked": torch_chunked, "Liger": liger()}
-    if not GPU:
-        others.pop("torch.compile full logits")
     for model, (width, vocab) in SHAPES.items():
         for num_rows in ROWS:
             x = inputs(num_rows, width, vocab)
-            for name, step in {"nanosport": ours, **others}.items():
+            steps = {"nanosport": ours, "torch full logits": torch_full, "torch chunked": torch_chunked, "Liger": liger()}
+            if GPU:
+                steps["torch.compile full logits"] = torch_compiled()
+            for name, step in steps.items():
                 if step is None:
                     continue
-                found = measure(step, (x,), (x["hidden"], x["weight"]), repeats)
+                found = measure(step, (x,), (x["hidden"], x["weight"]), repeats, required=step is ours)
+                if "ms" in found:  # Liger's own normaliser apart, all compute one loss
+                    with torch.no_grad():
+                        found["loss"] = step(x).item()
                 row = {"op": "policy_loss", "impl": name, "shape": f"{model} M={num_rows} D={width} V={vocab}", **found}
                 if "ms" in found:
                     row["tflops"] = round(6 * num_rows * width * vocab / found["ms"] / 1e9, 1)
@@ -207,8 +230,11 @@ def sdpa(q_THd, k_TKd, v_TKd, cu_seqlens, length):
     return torch.stack(outs).float().sum()
 
 
-def one_layer(layer, x_TD, cu_seqlens):
-    return layer(x_TD, lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, len(x_TD), causal=True)).float().sum()
+def one_layer(layer, x_TD, cu_seqlens, cos, sin):
+    def attend(q, k, v):
+        return varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, len(x_TD), causal=True)
+
+    return layer(x_TD, attend).float().sum()
 
 
 def bench_attention(rows: list, repeats: int) -> None:
@@ -218,7 +244,7 @@ def bench_attention(rows: list, repeats: int) -> None:
         length = tokens // segments
         cu_seqlens = torch.arange(0, tokens + 1, length, device=DEVICE, dtype=torch.int32)
         for name, step in {"nanosport varlen": varlen, "torch SDPA, a call a segment": sdpa}.items():
-            found = measure(step, (*qkv, cu_seqlens, length), qkv, repeats)
+            found = measure(step, (*qkv, cu_seqlens, length), qkv, repeats, required=step is varlen)
             row = {"op": "attention", "impl": name, "shape": f"T={tokens} in {segments} H={heads} K={kv_heads} d={size}", **found}
             if "ms" in found:
                 row["tflops"] = round(3.5 * 2 * tokens * length * heads * size / found["ms"] / 1e9, 1)
@@ -235,7 +261,8 @@ def bench_layer(rows: list) -> None:
     for tokens in TOKENS[-3:]:
         x_TD = torch.randn(tokens, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
         cu_seqlens = torch.tensor([0, tokens], device=DEVICE, dtype=torch.int32)
-        found = measure(one_layer, (layer, x_TD, cu_seqlens), [x_TD, *layer.parameters()], 1)
+        cos, sin = torch.randn(2, tokens, 1, size, device=DEVICE, dtype=DTYPE)
+        found = measure(one_layer, (layer, x_TD, cu_seqlens, cos, sin), [x_TD, *layer.parameters()], 1)
         show(rows, {"op": "decoder layer", "impl": "nanosport", "shape": f"T={tokens} D={width}", **found})
 
 
@@ -252,20 +279,19 @@ def main() -> None:
     args = parser.parse_args()
     if not GPU:
         print("No GPU here: tiny shapes in Triton's interpreter. This checks the code; its times mean nothing and are not written.")
-        policy_loss.torch_rows = policy_row.triton_rows
+        policy_loss.fill_rows = policy_row.triton_rows
     began, rows = time.time(), []
     errors = check()
     top = ceiling()
     print(f"errors against float64: {errors}\nmatrix product 8192³: {top:.0f} TFLOP/s")
-    bench_policy_loss(rows, args.repeats, top)
-    bench_attention(rows, args.repeats)
-    bench_layer(rows)
-    if GPU:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".json")
-        report = {**provenance(), "seconds": round(time.time() - began), "matmul_tflops": round(top, 1), "errors": errors, "rows": rows}
-        write_atomically(path, json.dumps(report, indent=1) + "\n")
-        print(f"{path}, {time.time() - began:.0f} s")
+    for bench in (lambda: bench_policy_loss(rows, args.repeats, top), lambda: bench_attention(rows, args.repeats), lambda: bench_layer(rows)):
+        bench()
+        if GPU:  # after each, so that what is measured is not lost
+            args.out.mkdir(parents=True, exist_ok=True)
+            path = args.out / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".json")
+            report = {**provenance(), "seconds": round(time.time() - began), "matmul_tflops": round(top, 1), "errors": errors, "rows": rows}
+            write_atomically(path, json.dumps(report, indent=1) + "\n")
+            print(f"{path}, {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

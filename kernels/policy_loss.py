@@ -87,7 +87,7 @@ def torch_rows(logits_CV, rows: Rows, objective: Objective, gradient: bool, out_
     else:
         gain_C = torch.minimum(ratio_C * rows.advantages_M, kept_C * rows.advantages_M)
         clipped_C = kept_C * rows.advantages_M < ratio_C * rows.advantages_M
-        slope_C = ratio_C * rows.advantages_M * ~clipped_C
+        slope_C = (ratio_C * rows.advantages_M).masked_fill(clipped_C, 0.0)  # a clipped ratio may be infinite
     if rows.rollout_M is not None:
         weight_C = torch.exp(old_C - rows.rollout_M).clamp(max=objective.rollout_cap)
         gain_C, slope_C = weight_C * gain_C, weight_C * slope_C
@@ -111,7 +111,7 @@ def torch_rows(logits_CV, rows: Rows, objective: Objective, gradient: bool, out_
 
 def fill_rows(logits_CV, rows: Rows, objective: Objective, gradient: bool, out_6C: torch.Tensor) -> None:
     """The one place that chooses between Triton and torch."""
-    if logits_CV.is_cuda:
+    if logits_CV.is_cuda and logits_CV.dtype != torch.float64:  # the kernel computes in float32
         from kernels.policy_row import triton_rows  # not before it is needed: a Mac has no triton
 
         return triton_rows(logits_CV, rows, objective, gradient, out_6C)
@@ -223,10 +223,12 @@ def fused_linear_policy_loss(
     """(loss, stats) of the equations above; differentiable in hidden_MD and weight_VD.
 
     old_logp_M None: the policy itself, before this update (ratio 1, on policy). ref_logp_M None: no KL term. rollout_logp_M
-    None: no importance weight. sequence_M: the sequence of each row, 0 … M − 1, for gspo's ratio, which takes a pass of its own.
+    None: no importance weight. sequence_M: the sequence of each row, 0 … M − 1, for gspo's ratio, which takes a pass of its own;
+    its gradient asks for one advantage and one scale a sequence, and for no importance weight.
     """
     weight_VD = whole(weight_VD, hidden_MD)
     rows = Rows(targets_M, advantages_M, scale_M, old_logp_M, ref_logp_M, rollout_logp_M)
+    assert sequence_M is None or rollout_logp_M is None, "gspo's ratio is the sequence's, an importance weight the token's"
     if sequence_M is not None and old_logp_M is not None:
         logp_M, _ = linear_logprobs(hidden_MD, weight_VD, targets_M, objective.temperature, banned)
         sums_2M = torch.zeros(2, len(logp_M), dtype=logp_M.dtype, device=logp_M.device)

@@ -21,6 +21,14 @@ def build(model: torch.nn.Module, weight_decay: float, eps: float = 1e-8) -> tor
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=eps)
 
 
+def clip(model: torch.nn.Module, max_norm: float, step: int) -> float:
+    """Scale the gradients down to `max_norm`; returns their norm before. Raises ValueError where it is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm).item()
+    if not math.isfinite(norm):
+        raise ValueError(f"step {step}: the gradient is {norm}; lower --lr, then go on with --resume from the last checkpoint")
+    return norm
+
+
 def set_lr(optimizer: torch.optim.Optimizer, step: int, peak: float, warmup: int, total: int) -> float:
     """Learning rate of step 0, 1, …: linear warm-up, then cosine down to a tenth at `total`."""
     lr = peak * min(1.0, (step + 1) / max(1, warmup))

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for A100 (sm_80) and H100/H200 (sm_90) as the bench and the trainers launch it, without a GPU.
+"""Compiles every Triton kernel for A100 (sm_80) and H100/H200 (sm_90) with the block and warps it is launched with, without a GPU.
 
 Prints a line a variant: registers, spilled bytes. Ends with an error where anything spills. A process of its own, since one
 process cannot both interpret and compile.

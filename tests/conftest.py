@@ -4,6 +4,7 @@ the tests run on the CPU, and it must know before torch imports it."""
 import os
 
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import json
 from dataclasses import asdict

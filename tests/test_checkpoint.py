@@ -33,8 +33,8 @@ def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
     """From the taught model, which answers and calls the tool at random: rewards differ inside a group."""
     out = tmp_path_factory.mktemp("rl")
     return rl.Config(
-        str(taught_folder), arena_folder / "rl.jsonl", out / "run", steps=4, num_prompts=2, group_size=4, updates=2, kl=0.05, lr=3e-4,
-        adam_eps=1e-8, warmup=1, temperature=0.8, max_new_tokens=40, max_tokens=1500, min_format_rate=0, min_tool_rate=0, save_every=2,
+        str(taught_folder), arena_folder / "rl.jsonl", out / "run", steps=4, num_prompts=2, group_size=4, updates=2, kl=0.05, lr=5e-4,
+        adam_eps=1e-8, warmup=1, temperature=0.8, max_new_tokens=60, max_tokens=1500, min_format_rate=0, min_tool_rate=0, save_every=2,
     )  # fmt: skip
 
 

@@ -157,8 +157,8 @@ def test_gradients_equal_finite_differences(case):
     logp, _ = linear_logprobs(x["hidden"], x["weight"], x["targets"], objective.temperature, banned)
     if "old" not in given:  # on policy, the constant is today's log-prob
         x["old"], given = logp, (*given, "old")
-    if objective.likelihood:  # far outside the clip range the ratio is a constant
-        x["old"] = logp + torch.where(torch.arange(9) % 2 == 0, 3.0, -3.0)
+    if objective.likelihood:  # far above the clip range the ratio is a constant
+        x["old"] = logp - 3.0
 
     def loss(hidden, weight):
         old, ref, rollout, sequence = (x[name] if name in given else None for name in ("old", "ref", "rollout", "sequence"))
@@ -191,12 +191,12 @@ BUGS = [
     ("policy_row.py", "hit_B = (start + columns == target)", "hit_B = (start + columns == target + 1)"),
     ("policy_row.py", "tl.load(logits_ptr + target)", "tl.load(logits_ptr + target + 1)"),
     ("policy_row.py", "bonus * spread_B", "-bonus * spread_B"),
-    ("policy_row.py", "slope = ratio * advantage * (1 - clipped)", "slope = ratio * advantage"),
+    ("policy_row.py", "slope = tl.where(outside, 0.0, ratio * advantage)", "slope = ratio * advantage"),
     ("policy_row.py", "mask=start + columns < V", "mask=start + columns < V - 9"),
     ("policy_row.py", "pull = -scale * slope / temperature", "pull = -scale * slope"),
     ("policy_loss.py", "slope_C = slope_C - objective.beta", "slope_C = slope_C + objective.beta"),
     ("policy_loss.py", "d_CV.scatter_add_(1, rows.targets_M[:, None]", "d_CV.scatter_add_(1, rows.targets_M[:, None] + 1"),
-    ("policy_loss.py", "* ~clipped_C", ""),
+    ("policy_loss.py", ".masked_fill(clipped_C, 0.0)", ""),
 ]
 
 
@@ -281,6 +281,28 @@ def test_no_rows(rows_by):
     loss, logp = fused_linear_cross_entropy(x["hidden"].requires_grad_(), x["weight"].requires_grad_(), x["targets"], x["scale"])
     loss.backward()
     assert loss == 0 and len(logp) == 0
+
+
+def test_a_clipped_ratio_may_overflow(rows_by):
+    """old far below: the ratio is infinite, the row clipped, its gradient zero and not ∞·0."""
+    x = inputs()
+    x["old"], x["advantages"] = torch.full((M,), -200.0), torch.ones(M)
+    (loss, hidden_grad, *_), stats = ours(x, Objective(), ("old",))
+    assert loss.isfinite() and (stats.clipped_M == 1).all() and (hidden_grad == 0).all()
+
+
+def test_nan_is_not_hidden(rows_by):
+    x = inputs()
+    x["hidden"][3, 0] = float("nan")
+    (loss, *_), stats = ours(x, Objective(beta=0.1), ("old", "ref"))
+    assert loss.isnan() and stats.logp_M[3].isnan() and stats.logp_M.isnan().sum() == 1
+
+
+def test_strided_row_vectors(rows_by):
+    x = inputs()
+    x["scale"] = torch.tensor(1 / M).expand(M)
+    (got, _), want = ours(x, Objective(), ("old",)), plain(x, Objective(), ("old",))
+    torch.testing.assert_close(got[1].double(), want[1], rtol=2e-5, atol=2e-6)
 
 
 def test_rows_of_scale_zero_have_no_gradient(rows_by):
