@@ -254,9 +254,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    for name, count in (("sft_clips", cfg.sft_clips), ("rl_clips", cfg.rl_clips), ("test_clips", cfg.test_clips), ("workers", cfg.workers)):
-        if count < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {count}: must be at least 1")
+    cli.at_least(1, sft_clips=cfg.sft_clips, rl_clips=cfg.rl_clips, test_clips=cfg.test_clips, workers=cfg.workers)
     began = time.time()
     (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
     jobs = [

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data_prep.arena import BALANCE, SANCTION, SHOTS, Plan, describe, scene
 from nanosport import cli
 from nanosport.episode import Question, read_questions
+from nanosport.log import write_atomically
 from nanosport.tools import tool_call
 from nanosport.video import Video
 
@@ -135,8 +136,7 @@ def main(cfg: Config) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a share between 0 and 1")
     if cfg.wrong_window + cfg.guess > 1:
         raise ValueError("--wrong-window and --guess together must not pass 1")
-    if cfg.draws < 1:
-        raise ValueError(f"--draws {cfg.draws}: must be at least 1")
+    cli.at_least(1, draws=cfg.draws)
     plans = read_plans(cfg.data / "sft_plans.jsonl")
     rng = np.random.default_rng([cfg.seed, 5])
     lines, opened = [], {}
@@ -147,9 +147,7 @@ def main(cfg: Config) -> None:
         messages = trajectory(plans[key], question, opened[key], cfg, rng)
         lines.append(json.dumps({"question": {**asdict(question), "video": key}, "messages": messages}))
     out = cfg.data / "trajectories.jsonl"
-    partial = out.with_suffix(".partial")
-    partial.write_text("\n".join(lines) + "\n")
-    partial.replace(out)
+    write_atomically(out, "\n".join(lines) + "\n")
     print(f"{len(lines)} trajectories in {out}")
 
 

@@ -17,7 +17,6 @@ from triton.compiler import ASTSource
 
 from kernels.policy_row import BLOCK, NUM_WARPS, row_kernel
 
-POINTERS = {"targets_ptr": "*i64", "logits_ptr": "*bf16"}
 INTEGERS = ("V", "row_stride", "out_stride")
 
 
@@ -29,7 +28,7 @@ def compile_row(arch: int, dtype: str, flags: dict, aligned: bool) -> tuple[int,
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{dtype}" if name == "logits_ptr" else POINTERS.get(name, "*fp32")
+            signature[name] = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64"}.get(name, "*fp32")
             attrs[(k,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32" if name in INTEGERS else "fp32"

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-triton = pytest.importorskip("triton")
 
 
 def run(*command: str, **env: str) -> str:
@@ -21,6 +20,7 @@ def run(*command: str, **env: str) -> str:
 
 
 def test_every_kernel_compiles_for_a100_and_h100_without_spills():
+    pytest.importorskip("triton")
     lines = run(sys.executable, "tests/compile_kernels.py").splitlines()
     assert len(lines) == 2 * 2 * 4 * 2 and all(line.endswith(" 0 bytes spilled") for line in lines)
     registers = [int(line.split(": ")[1].split()[0]) for line in lines]
@@ -33,6 +33,7 @@ def test_a_tied_head_sharded_over_two_ranks_equals_one_process():
 
 
 def test_the_bench_runs_without_a_gpu_and_says_so(tmp_path):
+    pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: the bench would measure it")
     said = run(sys.executable, "-m", "kernels.bench", "--out", str(tmp_path), "--repeats", "1")
