@@ -52,6 +52,8 @@ class Config:
     reward: Literal["v1", "v2"] = "v1"
     """v1: any useful tool call is paid. v2: only where the base model fails on the overview, and elsewhere doing without it; the
     questions then need a pass_rate (python -m data_prep.difficulty)."""
+    solved_rate: float = 0.75
+    """v2: the base model succeeds where its pass rate is at least this. At 0.5 a fifth of the arena's guesses would count as knowledge."""
     judge_url: str | None = None
     """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers; else the F1 of their words does."""
     judge: str = ""
@@ -121,7 +123,7 @@ class Config:
 
 
 RESUMABLE = (
-    "model", "data", "steps", "num_prompts", "group_size", "updates", "reward", "judge", "loss", "clip_low", "clip_high", "kl", "entropy_bonus",
+    "model", "data", "steps", "num_prompts", "group_size", "updates", "reward", "solved_rate", "judge", "loss", "clip_low", "clip_high", "kl", "entropy_bonus",
     "rollout_cap", "lr", "warmup", "weight_decay", "adam_eps", "max_grad_norm", "temperature", "max_new_tokens", "max_turns",
     "freeze_vision", "seed",
 )  # fmt: skip
@@ -201,7 +203,7 @@ def main(cfg: Config) -> None:
         with clock("judge"):
             answers, asked = [e.answer for e in episodes], [e.question for e in episodes]
             scores = judge.answers(answers, asked) if judge else map(accuracy, answers, asked)
-        rewards = [gated_reward(e, cfg.reward, acc) for e, acc in zip(episodes, scores)]
+        rewards = [gated_reward(e, cfg.reward, acc, cfg.solved_rate) for e, acc in zip(episodes, scores)]
         advantages = group_advantages([r.total for r in rewards], cfg.group_size, cfg.loss)
         stats = rollout_stats(episodes, rewards, device)
         check_rollout(cfg, stats, step)

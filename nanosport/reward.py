@@ -6,7 +6,6 @@ from nanosport.episode import Episode
 from nanosport.judge import accuracy
 
 TOOL_WEIGHT, CURIOSITY, FORMAT_PENALTY = 0.5, 0.03, 0.05
-SOLVED = 0.5  # v2's constants are not published: its classes are cut here, and both are paid as v1 pays
 
 
 @dataclass(frozen=True)
@@ -28,19 +27,19 @@ def format_valid(episode: Episode) -> bool:
     return episode.status == "answered" and all(turn.error is None for turn in episode.turns)
 
 
-def gated_reward(episode: Episode, version: str = "v1", acc: float | None = None) -> Reward:
+def gated_reward(episode: Episode, version: str = "v1", acc: float | None = None, solved_rate: float = 0.75) -> Reward:
     """The reward of an episode whose answer scores `acc` (by rule where it is not given):
 
     R = g_fmt·(acc + R_tool) − 0.05·(1 − g_fmt).
 
     v1: R_tool = 0.5·acc if the tool was used and acc ≥ 0.5; 0.03 if it was used and acc < 0.5; 0 if it was not used.
-    v2: as v1 where the base model fails on the overview frames (pass rate below SOLVED); where it succeeds,
-        R_tool = 0.5·acc if the tool was *not* used and acc ≥ 0.5, else 0.
+    v2: as v1 where the base model fails on the overview frames (pass rate below solved_rate); where it succeeds,
+        R_tool = 0.5·acc if the tool was *not* used and acc ≥ 0.5, else 0. Its constants are not published: v1's are taken.
     """
     acc = accuracy(episode.answer, episode.question) if acc is None else acc
     valid = format_valid(episode)
     used = any(turn.action == "tool" and turn.frames for turn in episode.turns)
-    if version == "v2" and episode.question.pass_rate >= SOLVED:
+    if version == "v2" and episode.question.pass_rate >= solved_rate:
         tool = TOOL_WEIGHT * acc if acc >= 0.5 and not used else 0.0
     else:
         tool = (TOOL_WEIGHT * acc if acc >= 0.5 else CURIOSITY) if used else 0.0
