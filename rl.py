@@ -1,6 +1,7 @@
 """Stage 2: GRPO with the gated tool-use reward, on whole multi-turn episodes.
 
     python rl.py                                       # from out/sft (else the shipped SFT model), on the built-in arena
+    torchrun --nproc-per-node 8 rl.py 7b               # the paper's recipe on one node, from out/sft_7b and out/splits/rl.jsonl
     torchrun --nproc-per-node 2 rl.py --model out/my-sft/model --data my/rl.jsonl --lr 1e-6 --adam-eps 1e-8
     python rl.py --resume
 
@@ -8,8 +9,6 @@ A step: sample `group_size` episodes a question → reward each → advantage in
 tokens → update. Left out of GRPO on purpose: a value network, replay, length shaping, filtering of groups.
 """
 
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,18 +18,19 @@ from tqdm import tqdm
 
 from data_prep import arena
 from kernels.policy_loss import Objective, fused_linear_policy_loss, linear_logprobs
-from nanosport import checkpoint, cli, dist, optim
-from nanosport.batch import data_order, micro_batches, pack
+from nanosport import checkpoint, cli, dist, optim, presets
+from nanosport.batch import data_order, deal, make_units, pack
 from nanosport.endpoint import Endpoint
 from nanosport.engine import Engine, Sampling
-from nanosport.episode import read_questions
+from nanosport.episode import Episode, read_questions
+from nanosport.faults import Preempted, Preemption, Skips, Stages
 from nanosport.frames import FrameEncoder
 from nanosport.image import ImageConfig
 from nanosport.judge import Judge, accuracy
 from nanosport.load import load_model, load_tokenizer, resolve
 from nanosport.log import Run
 from nanosport.loss import group_advantages, token_scale
-from nanosport.reward import gated_reward
+from nanosport.reward import Reward, gated_reward
 from nanosport.rollout import Loop, rollout
 
 
@@ -48,7 +48,7 @@ class Config:
     group_size: int = 8
     """Episodes of each question."""
     updates: int = 1
-    """Optimizer updates a step: the episodes are cut into as many parts; with more than 1 the ratio leaves 1 and is clipped."""
+    """Optimizer updates a step, each on a part of the questions; with more than 1 the ratio leaves 1 and is clipped."""
     reward: Literal["v1", "v2"] = "v1"
     """v1: any useful tool call is paid. v2: only where the base model fails on the overview, and elsewhere doing without it; the
     questions then need a pass_rate (python -m data_prep.difficulty)."""
@@ -82,11 +82,22 @@ class Config:
     max_new_tokens: int = 160
     """Of one assistant turn."""
     max_turns: int = 5
-    max_tokens: int = 16_384
+    episode_tokens: int = 16_384
+    """Of a whole episode, frames included; one that reaches it is ended."""
+    micro_tokens: int = 16_384
     """Tokens a micro-batch holds at most, on one rank; it changes memory, not gradients."""
     share_prefix: bool = True
     """Compute what episodes begin with alike once; it changes time and memory, not gradients."""
     freeze_vision: bool = True
+    """Leave the vision tower as it is."""
+    freeze_projector: bool = True
+    """Leave the projector behind the tower as it is (`visual.merger`)."""
+    max_pixels: int | None = None
+    """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
+    recompute_every: int = 0
+    """1: recompute each layer in the backward pass instead of keeping its activations; 2: every second layer; 0: none."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Computed in; weights, gradients and Adam moments are float32 always. None: bfloat16 on a GPU, float32 on a CPU."""
     min_format_rate: float = 0.8
     """RL does not start below this share of valid episodes in its first rollouts: a half-done SFT loses the tool."""
     min_tool_rate: float = 0.05
@@ -95,14 +106,22 @@ class Config:
     """RL stops when |rollout − trainer log-prob| is on average larger: the two are then not the same model."""
     seed: int = 0
     save_every: int = 20
+    keep: int = 2
+    """Checkpoints."""
+    stuck_after_s: float = 1800.0
+    """End the run where a stage of a step takes longer, and say on which rank; 0: never."""
     resume: bool = False
-    """Go on from the checkpoint in `out`."""
+    """Go on from the newest checkpoint in `out`."""
     overwrite: bool = False
     """Replace the run in `out`."""
 
     def check(self) -> None:
         """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
         cli.at_least(1, steps=self.steps, num_prompts=self.num_prompts, updates=self.updates, save_every=self.save_every)
+        cli.at_least(
+            1, keep=self.keep, micro_tokens=self.micro_tokens, max_pixels=1 if self.max_pixels is None else self.max_pixels
+        )
+        cli.at_least(0, kl=self.kl, recompute_every=self.recompute_every, stuck_after_s=self.stuck_after_s, warmup=self.warmup)
         cli.at_least(2, group_size=self.group_size)
         cli.above(0, lr=self.lr, temperature=self.temperature, max_grad_norm=self.max_grad_norm)
         cli.above(0, clip_low=self.objective.clip_low, clip_high=self.objective.clip_high, rollout_cap=self.objective.rollout_cap)
@@ -125,23 +144,8 @@ class Config:
 RESUMABLE = (
     "model", "data", "steps", "num_prompts", "group_size", "updates", "reward", "solved_rate", "judge", "loss", "clip_low", "clip_high", "kl", "entropy_bonus",
     "rollout_cap", "lr", "warmup", "weight_decay", "adam_eps", "max_grad_norm", "temperature", "max_new_tokens", "max_turns",
-    "freeze_vision", "seed",
+    "episode_tokens", "freeze_vision", "freeze_projector", "max_pixels", "dtype", "seed",
 )  # fmt: skip
-
-
-class Clock:
-    """Seconds by stage of one step."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str):
-        began = time.time()
-        yield
-        if torch.cuda.is_available():  # else the work of this stage is billed to the next
-            torch.cuda.synchronize()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.time() - began
 
 
 @torch.no_grad()
@@ -154,8 +158,11 @@ def logprobs(model, batch, temperature: float, banned: torch.Tensor) -> torch.Te
 def main(cfg: Config) -> None:
     cfg.check()
     rank, world, device = dist.start()
-    if cfg.num_prompts % (world * cfg.updates):
-        raise ValueError(f"--num-prompts {cfg.num_prompts}: must divide evenly among {world} processes × {cfg.updates} updates")
+    dtype = dist.dtype_of(cfg.dtype, device)
+    if cfg.num_prompts < world * cfg.updates:
+        raise ValueError(
+            f"--num-prompts {cfg.num_prompts}: must be at least one for each of {world} processes × {cfg.updates} updates"
+        )
     if cfg.data == Config.data and not cfg.data.exists():
         if rank == 0:
             arena.main(arena.Config())
@@ -167,22 +174,33 @@ def main(cfg: Config) -> None:
     source = resolve(cfg.model)
     run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if rank == 0 else None
     dist.barrier()
+    stages, preemption, skips = Stages(rank, cfg.stuck_after_s), Preemption(), Skips(cfg.out, rank)
     torch.manual_seed(cfg.seed)
-    model = load_model(cfg.out / "model" if cfg.resume else source, device)
-    reference = load_model(source, device).requires_grad_(False) if cfg.kl > 0 else None
-    tokenizer, image = load_tokenizer(source), ImageConfig.from_folder(source)
-    optim.trainable(model, cfg.freeze_vision)
+    model = load_model(source, device)
+    model.recompute_every = model.visual.recompute_every = cfg.recompute_every
+    optim.trainable(model, cfg.freeze_vision, cfg.freeze_projector)
+    dist.shard(model, dtype, device)
+    # who samples needs whole weights: the model itself where it is not sharded, else a copy in the compute dtype
+    sampler = load_model(source, device, dtype) if dist.sharded(model) else model
+    reference = None
+    if cfg.kl > 0:
+        reference = dist.shard(load_model(source, device, dtype).requires_grad_(False), dtype, device)
     optimizer = optim.build(model, cfg.weight_decay, cfg.adam_eps)
     settings = {key: str(getattr(cfg, key)) for key in RESUMABLE}
-    state = checkpoint.load(cfg.out / "model", model, optimizer, settings) if cfg.resume else {"step": 0, "starved": 0}
+    state = checkpoint.load(cfg.out, model, optimizer, settings) if cfg.resume else {"step": 0, "starved": 0}
+    dist.copy_weights(model, sampler)
     first, starved = state["step"], state["starved"]
     if run and cfg.resume:
         run.rewind(first)
+    checkpoints = checkpoint.Checkpoints(cfg.out, source, rank, dtype, cfg.keep, cfg.max_pixels)
 
-    encoder = FrameEncoder(model, image, cfg.freeze_vision)
-    ref_encoder = encoder if cfg.freeze_vision or reference is None else FrameEncoder(reference, image)
-    engine = Engine(model, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
-    loop = Loop(max_turns=cfg.max_turns)
+    tokenizer, image = load_tokenizer(source), ImageConfig.from_folder(source, cfg.max_pixels)
+    frozen = cfg.freeze_vision and cfg.freeze_projector
+    encoder = FrameEncoder(sampler, image)
+    ref_encoder = encoder if frozen or reference is None else FrameEncoder(reference, image)
+    learning_encoder = encoder if frozen else FrameEncoder(model, image, frozen=False)
+    engine = Engine(sampler, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
+    loop = Loop(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens)
     judge = Judge(Endpoint(cfg.judge_url, cfg.judge, cfg.out / "answers")) if cfg.judge_url else None
     questions = read_questions(cfg.data)
     if cfg.reward == "v2" and (unmeasured := next((q for q in questions if q.pass_rate is None), None)):
@@ -191,21 +209,23 @@ def main(cfg: Config) -> None:
         )
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="RL", disable=rank > 0)
     for step in bar:
-        clock = Clock()
-        # prompts are dealt so that every rank has its share of every update
-        picked = data_order(len(questions), cfg.seed, step, cfg.num_prompts)
-        per_rank = cfg.num_prompts // world
-        mine = [questions[k] for k in picked[rank * per_rank : (rank + 1) * per_rank]]
-        with clock("rollout"):
+        stages.new_step(step)
+        with stages("rollout"):
+            picked = data_order(len(questions), cfg.seed, step, cfg.num_prompts)
+            mine, place = dist.share(picked, rank), dist.share(range(cfg.num_prompts), rank)[0]
             seed = (cfg.seed, step)
-            episodes = rollout(engine, encoder, mine, loop, cfg.group_size, seed, first=rank * per_rank)
+            episodes = rollout(engine, encoder, [questions[k] for k in mine], loop, cfg.group_size, seed, first=place)
 
-        with clock("judge"):
+        with stages("judge"):
             answers, asked = [e.answer for e in episodes], [e.question for e in episodes]
             scores = judge.answers(answers, asked) if judge else map(accuracy, answers, asked)
-        rewards = [gated_reward(e, cfg.reward, acc, cfg.solved_rate) for e, acc in zip(episodes, scores)]
+            rewards = [gated_reward(e, cfg.reward, acc, cfg.solved_rate) for e, acc in zip(episodes, scores)]
+        with stages("gather"):  # frames are known by index: an episode is small
+            shares = dist.gather(list(zip(episodes, rewards)))
+        episodes, rewards = map(list, zip(*(pair for share in shares for pair in share)))
+        homes = [r for r, share in enumerate(shares) for _ in share]
         advantages = group_advantages([r.total for r in rewards], cfg.group_size, cfg.loss)
-        stats = rollout_stats(episodes, rewards, device)
+        stats = rollout_stats(episodes, rewards)
         check_rollout(cfg, stats, step)
         starved = starved + 1 if stats["tool_rate"] < cfg.min_tool_rate else 0
         if starved == 5:
@@ -214,34 +234,39 @@ def main(cfg: Config) -> None:
                 "lower --lr, raise --kl, or train SFT longer (--min-tool-rate 0 goes on)"
             )
 
-        parts = [list(range(u, len(episodes), cfg.updates)) for u in range(cfg.updates)]
-        work = []  # one list of (batch, episode numbers, old, ref) an update
-        with clock("reference"), torch.no_grad():
-            for part in parts:
-                runs = micro_batches([len(episodes[k].ids) for k in part], cfg.max_tokens)
+        work, balances = [], []  # one list of (batch, episode numbers, whether they count, old, ref) an update
+        with stages("reference"), torch.no_grad():
+            for update in range(cfg.updates):
+                part = [k for k in range(len(episodes)) if k // cfg.group_size % cfg.updates == update]
+                shared, its_homes = [episodes[k] for k in part], [homes[k] for k in part]
+                units = make_units(shared, cfg.group_size, its_homes, model.cfg, cfg.micro_tokens, cfg.share_prefix)
+                dealt, balance = deal(units, world, cfg.micro_tokens, frozen)
+                balances.append(balance)
                 work.append([])
-                for chosen in ([part[j] for j in r] for r in runs):
+                for places in dealt[rank]:
+                    # where there are more ranks than groups, one idles on another's: all ranks go through the layers together
+                    chosen = [part[j] for j in places or (0,)]
                     batch = pack([episodes[k] for k in chosen], encoder, model.cfg, device, cfg.share_prefix)
                     old = logprobs(model, batch, cfg.temperature, engine.banned) if cfg.updates > 1 else None
                     ref = None
                     if reference is not None:
                         theirs = replace(batch, features_ND=ref_encoder.features(batch.frames))
                         ref = logprobs(reference, theirs, cfg.temperature, engine.banned)
-                    work[-1].append((batch, chosen, old, ref))
+                    work[-1].append((batch, chosen, bool(places), old, ref))
 
         sums = dict.fromkeys(("loss", "kl", "entropy", "clipped", "gap_text", "gap_image", "tokens", "image_tokens"), 0.0)
-        grad_norm = 0.0
-        with clock("train"):
-            for part, batches in zip(parts, work):
-                lengths = {k: sum(episodes[k].mask) for k in part}
-                num_episodes, num_tokens = dist.total([float(len(part)), float(sum(lengths.values()))], device)
-                limit = cfg.max_new_tokens * cfg.max_turns
-                optimizer.zero_grad()
-                for batch, chosen, old, ref in batches:
-                    if not cfg.freeze_vision:  # the tower's gradient needs its own forward pass
-                        batch = pack([episodes[k] for k in chosen], encoder, model.cfg, device, cfg.share_prefix)
+        skipped, lengths = 0, [sum(e.mask) for e in episodes]
+        for update, batches in enumerate(work):
+            part = [k for k in range(len(episodes)) if k // cfg.group_size % cfg.updates == update]
+            num_tokens, limit = sum(lengths[k] for k in part), cfg.max_new_tokens * cfg.max_turns
+            loss_sum = 0.0
+            optimizer.zero_grad()
+            with stages("train"):
+                for batch, chosen, counts, old, ref in batches:
+                    if not frozen:  # the tower's gradient needs a forward pass of its own
+                        batch = replace(batch, features_ND=learning_encoder.features(batch.frames))
                     hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys)
-                    weigh = [token_scale(cfg.loss, lengths[k], int(num_episodes), int(num_tokens), limit) for k in chosen]
+                    weigh = [counts * token_scale(cfg.loss, lengths[k], len(part), num_tokens, limit) for k in chosen]
                     loss, out = fused_linear_policy_loss(
                         hidden_TD[batch.rows_M],
                         model.head_weight_VD,
@@ -256,8 +281,10 @@ def main(cfg: Config) -> None:
                         sequence_M=batch.episode_M if cfg.loss == "gspo" else None,
                     )
                     loss.backward()
+                    if not counts:
+                        continue
                     gap_M = ((old if old is not None else out.logp_M) - batch.sampled_logp_M).abs()
-                    sums["loss"] += loss.item()
+                    loss_sum += loss.item()
                     sums["kl"] += out.kl_M.sum().item()
                     sums["entropy"] += out.entropy_M.sum().item()
                     sums["clipped"] += out.clipped_M.sum().item()
@@ -265,12 +292,22 @@ def main(cfg: Config) -> None:
                     sums["gap_image"] += gap_M[batch.after_image_M].sum().item()
                     sums["tokens"] += len(gap_M)
                     sums["image_tokens"] += batch.after_image_M.sum().item()
-                dist.sum_gradients(model)
-                grad_norm = optim.clip(model, cfg.max_grad_norm, step)
+            with stages("update"):
+                (loss_sum,) = dist.total([loss_sum], device)
+                grad_norm = optim.clip(model, cfg.max_grad_norm)
                 lr = optim.set_lr(optimizer, step, cfg.lr, cfg.warmup, cfg.steps)
-                optimizer.step()
+                if skips.bad(step, loss_sum, grad_norm, [episodes[k] for k in part]):
+                    skipped += 1
+                else:
+                    sums["loss"] += loss_sum / world  # summed over the ranks below
+                    optimizer.step()
+        with stages("weights to the sampler"):
+            dist.copy_weights(model, sampler)
+            if not frozen:
+                encoder.forget()
+            totals = dist.total([*sums.values(), float(preemption.asked)], device)
 
-        sums = dict(zip(sums, dist.total(list(sums.values()), device)))
+        sums, stop = dict(zip(sums, totals)), totals[-1] > 0
         tokens, image_tokens = sums["tokens"], sums["image_tokens"]
         row = {
             "step": step,
@@ -282,46 +319,49 @@ def main(cfg: Config) -> None:
             "logprob_gap_text": sums["gap_text"] / max(1.0, tokens - image_tokens),
             "logprob_gap_after_image": sums["gap_image"] / max(1.0, image_tokens),
             "grad_norm": grad_norm,
+            "skipped": skipped,
             "lr": lr,
             "tokens": int(tokens),
-            **{f"seconds_{stage}": s for stage, s in clock.seconds.items()},
+            "balance": sum(balances) / len(balances),
+            **{f"seconds_{stage.replace(' ', '_')}": s for stage, s in stages.seconds.items()},
         }
-        if not (row["logprob_gap_text"] <= cfg.max_logprob_gap and row["logprob_gap_after_image"] <= cfg.max_logprob_gap):
+        gaps = row["logprob_gap_text"], row["logprob_gap_after_image"]
+        if not skipped and not max(gaps) <= cfg.max_logprob_gap:
             raise ValueError(
-                f"step {step}: rollout and trainer log-probs differ by {row['logprob_gap_text']:.3f} (text) and "
-                f"{row['logprob_gap_after_image']:.3f} (after images) on average, above --max-logprob-gap {cfg.max_logprob_gap}"
+                f"step {step}: rollout and trainer log-probs differ by {gaps[0]:.3f} (text) and {gaps[1]:.3f} (after images) on average, "
+                f"above --max-logprob-gap {cfg.max_logprob_gap}"
             )
         if run:
             run.write(row)
             bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "accuracy", "tool_rate", "format_rate")})
-            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-                state = {"step": step + 1, "starved": starved, "settings": settings}
-                checkpoint.save(run.model, model, optimizer, source, state)
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
+            with stages("save"):
+                checkpoints.save(model, optimizer, {"step": step + 1, "starved": starved, "settings": settings})
+        if stop:
+            checkpoints.finish()
+            raise Preempted(f"stopped by SIGTERM behind step {step}, which is saved; --resume goes on")
+    checkpoints.finish()
+    stages.close()
     if run:
         run.close()
         print(f"RL model in {run.model}")
     dist.barrier()
 
 
-def rollout_stats(episodes, rewards, device) -> dict[str, float]:
+def rollout_stats(episodes: list[Episode], rewards: list[Reward]) -> dict[str, float]:
     """Means over the episodes of every rank."""
     repeats = [any("already returned" in (t.error or "") for t in e.turns) for e in episodes]
-    sums = dist.total(
-        [
-            float(len(episodes)),
-            sum(r.total for r in rewards),
-            sum(r.accuracy for r in rewards),
-            sum(r.tool * r.format for r in rewards),
-            sum(r.used_tool for r in rewards),
-            sum(r.format for r in rewards),
-            float(sum(repeats)),
-            float(sum(len(e.frames) for e in episodes)),
-            float(sum(len(e.turns) for e in episodes)),
-        ],
-        device,
-    )
-    names = ("reward", "accuracy", "tool_reward", "tool_rate", "format_rate", "repeat_rate", "frames", "turns")
-    return {name: value / sums[0] for name, value in zip(names, sums[1:])}
+    sums = {
+        "reward": sum(r.total for r in rewards),
+        "accuracy": sum(r.accuracy for r in rewards),
+        "tool_reward": sum(r.tool * r.format for r in rewards),
+        "tool_rate": sum(r.used_tool for r in rewards),
+        "format_rate": sum(r.format for r in rewards),
+        "repeat_rate": sum(repeats),
+        "frames": sum(len(e.frames) for e in episodes),
+        "turns": sum(len(e.turns) for e in episodes),
+    }
+    return {name: value / len(episodes) for name, value in sums.items()}
 
 
 def check_rollout(cfg: Config, stats: dict, step: int) -> None:
@@ -334,4 +374,4 @@ def check_rollout(cfg: Config, stats: dict, step: int) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config)
+    cli.run(main, Config, presets.RL)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kernels.attention import Keys
+from nanosport.cost import causal_pairs, text_flops, vision_flops
 from nanosport.episode import Clip, Episode
 from nanosport.frames import FrameEncoder
 from nanosport.model import ModelConfig, mrope_positions
@@ -129,17 +130,80 @@ def pack(episodes: Sequence[Episode], encoder: FrameEncoder, cfg: ModelConfig, d
     )
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split sequence numbers, in order, into runs of at most `max_tokens` tokens (a longer sequence goes alone)."""
-    runs: list[list[int]] = []
-    room = 0
-    for k, length in enumerate(lengths):
-        if not runs or length > room:
-            runs.append([])
-            room = max_tokens
-        runs[-1].append(k)
-        room -= length
-    return runs
+@dataclass(frozen=True)
+class Unit:
+    """Episodes packed together since they begin alike, such as a group, and what they cost."""
+
+    episodes: tuple[int, ...]
+    tokens: int
+    """What they begin with alike counted once."""
+    flops: float
+    """Of a forward pass through the decoder."""
+    vision_flops: float
+    """Of encoding their frames, for a rank that has not seen them or has to see them anew."""
+    home: int
+    """The rank that has seen the frames."""
+
+
+def make_units(
+    episodes: Sequence[Episode], together: int, homes: Sequence[int], cfg: ModelConfig, micro_tokens: int, share_prefix: bool
+) -> list[Unit]:
+    """Units of `together` neighbours, or of fewer where so many do not fit into a micro-batch of `micro_tokens`."""
+    units = []
+
+    def add(numbers: tuple[int, ...]) -> None:
+        lengths = [len(episodes[k].ids) for k in numbers]
+        first, prefix = np.array(episodes[numbers[0]].ids), 0
+        if share_prefix and len(numbers) > 1:
+            prefix = min(lengths)
+            for k in numbers[1:]:
+                differs = np.flatnonzero(first[:prefix] != np.array(episodes[k].ids[:prefix]))
+                prefix = int(differs[0]) if len(differs) else prefix
+        tokens = prefix + sum(length - prefix for length in lengths)
+        if tokens > micro_tokens and len(numbers) > 1:
+            half = len(numbers) // 2
+            add(numbers[:half])
+            add(numbers[half:])
+            return
+        features = [episodes[k].ids.count(cfg.image_token_id) for k in numbers]
+        seen_alike = int((first[:prefix] == cfg.image_token_id).sum())
+        frames = seen_alike + sum(n - seen_alike for n in features)
+        flops = text_flops(cfg, tokens, causal_pairs(lengths, prefix))
+        units.append(Unit(numbers, tokens, flops, vision_flops(cfg, frames), homes[numbers[0]]))
+
+    for start in range(0, len(episodes), together):
+        add(tuple(range(start, min(start + together, len(episodes)))))
+    return units
+
+
+def deal(units: Sequence[Unit], world: int, micro_tokens: int, frozen_vision: bool) -> tuple[list[list[list[int]]], float]:
+    """([rank][micro-batch] → episode numbers, balance). Every rank gets as many micro-batches, as few as hold the units.
+
+    The costly first, each unit stays with the rank that has seen its frames until that rank has its share of the work, and goes then
+    where the least work is, which includes seeing the frames anew. A micro-batch of more than one unit holds at most `micro_tokens`;
+    one that is empty, where there are too few units, is an empty list. `balance`: the share of the time in which the ranks, who wait
+    for each other at each micro-batch, work.
+    """
+    fair = sum(u.flops for u in units) / world
+    num = max(1, -(-sum(u.tokens for u in units) // (world * micro_tokens)))
+    while True:
+        load, tokens, held = np.zeros((world, num)), np.zeros((world, num)), [[[] for _ in range(num)] for _ in range(world)]
+        for unit in sorted(units, key=lambda u: (-u.flops, u.episodes)):
+            away = np.arange(world)[:, None] != np.full(num, unit.home)
+            stays = load[unit.home].sum() + unit.flops <= fair
+            full = (tokens > 0) & (tokens + unit.tokens > micro_tokens)
+            after = load + unit.flops + unit.vision_flops * (away if frozen_vision else 1)
+            rank, slot = np.unravel_index(np.lexsort((after.ravel(), (away & stays).ravel(), full.ravel()))[0], load.shape)
+            load[rank, slot], tokens[rank, slot] = after[rank, slot], tokens[rank, slot] + unit.tokens
+            held[rank][slot].append(unit)
+        crowded = any(len(those) > 1 and sum(u.tokens for u in those) > micro_tokens for rank in held for those in rank)
+        if not crowded:
+            break
+        num += 1
+    order = np.argsort(-load, axis=1, kind="stable")  # the heavy ones of all ranks at the same time
+    waited = np.take_along_axis(load, order, 1).max(0).sum() * world
+    dealt = [[sorted(k for u in held[rank][slot] for k in u.episodes) for slot in order[rank]] for rank in range(world)]
+    return dealt, float(load.sum() / waited) if waited else 1.0
 
 
 @lru_cache(maxsize=2)

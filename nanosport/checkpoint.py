@@ -1,70 +1,143 @@
-"""Exact resume: one folder that is a model folder as it stands (load it, ship it) and holds the trainer's state beside it.
+"""Exact resume on any number of ranks, and beside it a folder that transformers loads.
 
-    model.safetensors, config.json, tokenizer…    as load.py writes them
-    optimizer.safetensors                          AdamW's moments under their parameters' names
-    trainer.json                                   the step to do next, and the settings that must not change on the way
-Batches, rollouts and learning rates are functions of (seed, step): there is no other state to lose.
+    RUN/checkpoints/step_000100/    each rank's shard of weights and Adam moments (torch.distributed.checkpoint in safetensors, so
+                                    that nothing is unpickled), and trainer.json: the step to do next, and what must not change
+    RUN/model/                      config, tokenizer and whole weights of the same step, as load.py writes them
+
+A checkpoint gets its name when all of it is on disk: a run that is killed while it saves goes on from the one before. Batches,
+rollouts and learning rates are functions of (seed, step): there is no other state to lose.
 """
 
 import json
+import re
 import shutil
 import sys
+import threading
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed.checkpoint as dcp
 
-from nanosport.load import check_replaceable, load_model, move_into_place, save_model, sync
+from nanosport import dist
+from nanosport.load import load_model, save_model, sync
 from nanosport.log import write_atomically
+from nanosport.model import Qwen25VL
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def save(folder: Path, model, optimizer: torch.optim.Optimizer, source: Path, state: dict) -> None:
-    """Replace `folder` in one step; raises ValueError where it cannot be written, and leaves the old one whole."""
-    folder = Path(folder).absolute()
-    check_replaceable(folder)
-    unfinished = folder.with_name(f".{folder.name}.next")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        save_model(model, unfinished, source)
-        names = {p: n for n, p in model.named_parameters()}
-        moments = {
-            f"{names[p]}.{key}": value.detach().cpu().contiguous()
-            for p, entry in optimizer.state.items()
-            for key, value in entry.items()
-        }
-        save_file(moments, unfinished / "optimizer.safetensors")
-        (unfinished / "trainer.json").write_text(json.dumps(state, indent=2) + "\n")
-        for path in (unfinished / "optimizer.safetensors", unfinished / "trainer.json", unfinished):
-            sync(path)
-        move_into_place(unfinished, folder)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the checkpoint could not be saved ({error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def tensors(model: Qwen25VL, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Every weight, and the moments of those that are trained, by name."""
+    found = {}
+    for name, weight in model.named_parameters():
+        found[f"model.{name}"] = weight.detach()
+        found |= {f"adam.{name}.{key}": value for key, value in optimizer.state.get(weight, {}).items()}
+    return found
 
 
-def load(folder: Path, model, optimizer: torch.optim.Optimizer, settings: dict) -> dict:
-    """Fill `optimizer` and return the saved state (`step`: the one to do next); `model` already holds the folder's weights.
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run folder."""
+    found = [
+        p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / "trainer.json").is_file()
+    ]
+    return max(found, key=lambda p: int(p.name[5:]), default=None)
 
-    Raises ValueError where the run was made with other `settings`, naming the first that differs.
+
+class Checkpoints:
+    """Saves in the background: `save` returns when everything to be written is copied out of the model."""
+
+    def __init__(self, run: Path, source: Path, rank: int, dtype: torch.dtype, keep: int, max_pixels: int | None = None):
+        """source: where config and tokenizer of the model folder come from; dtype: of its weights; keep: checkpoints."""
+        self.run, self.source, self.rank, self.dtype, self.keep, self.max_pixels = run, source, rank, dtype, keep, max_pixels
+        self.folder = run.absolute() / "checkpoints"
+        self.writing: threading.Thread | None = None
+        self.failed: Exception | None = None
+        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+
+    def save(self, model: Qwen25VL, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Called by all ranks. Raises ValueError where the save before this one could not be written; the older ones stay."""
+        self.finish()
+        whole, unfinished = self.folder / f"step_{state['step']:06d}", self.folder / f".step_{state['step']:06d}"
+        if self.rank == 0:
+            for left in self.folder.glob(".step_*"):
+                shutil.rmtree(left, ignore_errors=True)
+            try:
+                unfinished.mkdir(parents=True)
+            except OSError as error:
+                raise ValueError(f"{unfinished}: the checkpoint could not be saved ({error})") from error
+        dist.barrier()
+        weights = {}
+        for name, weight in model.named_parameters():
+            weight = dist.full(weight)  # of all ranks, one weight at a time
+            if self.rank == 0:
+                weights[name] = weight.to("cpu", self.dtype, copy=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # one process alone is said to be unusual
+            saved = dcp.async_save(
+                tensors(model, optimizer),
+                storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+                process_group=self.group,
+                no_dist=self.group is None,
+            )
+        self.writing = threading.Thread(target=self._write, args=(saved.result, unfinished, whole, model, weights, state))
+        self.writing.start()
+
+    def _write(self, saved: Callable, unfinished: Path, whole: Path, model: Qwen25VL, weights: dict, state: dict) -> None:
+        try:
+            saved()  # on rank 0 this means: every rank's shards are written
+            if self.rank == 0:
+                write_atomically(unfinished / "trainer.json", json.dumps(state, indent=2) + "\n")
+                for path in (*unfinished.iterdir(), unfinished):
+                    sync(path)
+                shutil.rmtree(whole, ignore_errors=True)
+                unfinished.rename(whole)
+                sync(self.folder)
+                for old in sorted(self.folder.glob("step_*"), key=lambda p: int(p.name[5:]))[: -self.keep]:
+                    shutil.rmtree(old, ignore_errors=True)
+                save_model(model, self.run / "model", self.source, dtype=self.dtype, state=weights, max_pixels=self.max_pixels)
+        except Exception as error:  # raised where somebody waits for it
+            self.failed = error
+
+    def finish(self) -> None:
+        """Wait until all is on disk."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+        if self.failed is not None:
+            error, self.failed = self.failed, None
+            raise ValueError(f"{self.folder}: the checkpoint could not be saved ({error})") from error
+
+
+def load(run: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer, settings: dict) -> dict:
+    """Fill `model` and `optimizer` from a run's newest checkpoint, on whatever ranks; returns its state (`step`: the one to do next).
+
+    Raises ValueError where there is none, and where the run was made with other `settings`, naming the first that differs.
     """
+    folder = latest(run)
+    if folder is None:
+        raise ValueError(f"{run}: no checkpoint to resume from")
     try:
         state = json.loads((folder / "trainer.json").read_text())
-        moments = load_file(folder / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: no checkpoint to resume from ({error})") from error
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             flag = key.replace("_", "-")
-            raise ValueError(f"--{flag} {value}: the run in {folder} has {state['settings'].get(key)}; resume with the same")
-    for name, parameter in model.named_parameters():
-        entry = {key: moments.pop(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in moments}
-        if entry:
-            step = entry.pop("step")
-            optimizer.state[parameter] = {"step": step, **{k: v.to(parameter.device) for k, v in entry.items()}}
-    if moments:
-        raise ValueError(f"{folder}: the optimizer's state names weights the model has not: {next(iter(moments))}")
+            raise ValueError(f"--{flag} {value}: the run in {run} has {state['settings'].get(key)}; resume with the same")
+    for group in optimizer.param_groups:
+        for weight in group["params"]:  # places for the moments, sharded as the weights are
+            moments = {key: torch.zeros_like(weight) for key in MOMENTS[1:]}
+            optimizer.state[weight] = {"step": torch.tensor(0.0), **moments}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            reader = dcp.HuggingFaceStorageReader(str(folder))
+            dcp.load(tensors(model, optimizer), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    except Exception as error:  # torch names no type for a file that is damaged or of another model
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{folder}: the checkpoint does not fit this model or is damaged ({reason})") from error
     return state
 
 

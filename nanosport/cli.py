@@ -1,27 +1,57 @@
 """What every script's command line shares: flags from a Config, and user errors as one line instead of a traceback."""
 
+import os
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 
 import torch
 import tyro
 
 from nanosport import dist
+from nanosport.faults import Preempted
 
 
-def run(main: Callable, config_type: type) -> None:
-    """Parse the flags and run; a ValueError (a user's mistake, a bad file) or Ctrl-C ends with one line and exit code 1."""
+def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = None) -> None:
+    """Parse the flags and run; a ValueError (a user's mistake, a bad file) or Ctrl-C ends with one line and exit code 1.
+
+    presets: by name, fields of the config in the place of its defaults; the name may come first on the command line.
+    """
     torch.set_float32_matmul_precision("high")
+    args, defaults = sys.argv[1:], config_type
+    about = sys.modules["__main__"].__doc__
+    if presets:
+        about += f"\nPresets, named before the flags: {', '.join(presets)}."
+        name = args.pop(0) if args and args[0] in presets else next(iter(presets))
+        defaults = config_type(**presets[name])
     try:
-        main(tyro.cli(config_type, description=sys.modules["__main__"].__doc__))
+        main(
+            tyro.cli(config_type, description=about, args=args, default=defaults)
+            if presets
+            else tyro.cli(config_type, description=about)
+        )
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        leave(f"error: {error}", 1)
+    except Preempted as stop:
+        leave(str(stop), 143)
     except KeyboardInterrupt:
-        print("\nstopped; --resume goes on from what is saved" if hasattr(config_type, "resume") else "\nstopped", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        dist.stop()
+        leave("\nstopped; --resume goes on from what is saved" if hasattr(config_type, "resume") else "\nstopped", 130)
+    except Exception:
+        if dist.world_size() == 1:
+            raise
+        leave(traceback.format_exc(), 1)
+    dist.stop()
+
+
+def leave(message: str, code: int) -> None:
+    """End this process now: one of several must not wait for the others, who wait for it, and torchrun then ends them too."""
+    several = dist.world_size() > 1
+    print(f"[rank {os.environ['RANK']}] {message}" if several else message, file=sys.stderr, flush=True)
+    if several:
+        sys.stdout.flush()
+        os._exit(code)
+    dist.stop()
+    sys.exit(code)
 
 
 def at_least(minimum: int, **flags: int) -> None:

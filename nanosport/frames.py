@@ -56,6 +56,10 @@ class FrameEncoder:
 
     def features(self, wanted: Sequence[tuple[Clip, int]]) -> torch.Tensor:
         """features_ND of (clip, frame index) pairs, in their order."""
+        if not wanted:  # no rows, but the way through a trained tower, which all ranks go together
+            cfg = self.model.cfg.vision
+            blank_PC = torch.zeros(cfg.merge_unit, cfg.patch_width, device=self.device)
+            return self.model.encode(blank_PC, [(1, cfg.spatial_merge_size, cfg.spatial_merge_size)])[:0]
         if not self.frozen:
             return self._encode(wanted)
         missing = sorted({key for key in wanted if key not in self.cache}, key=lambda key: (str(key[0]), key[1]))
@@ -78,4 +82,12 @@ class FrameEncoder:
             self.num_decoded += len(frames.indices)
             patches.append(frames.patches_PC)
             grids += frames.grids
-        return self.model.encode(torch.cat(patches).to(self.model.head_weight_VD.device), grids)
+        return self.model.encode(torch.cat(patches).to(self.device), grids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight_VD.device
+
+    def forget(self) -> None:
+        """The tower has changed: what it made of frames is void."""
+        self.cache.clear()

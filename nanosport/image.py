@@ -28,8 +28,11 @@ class ImageConfig:
     std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike) -> "ImageConfig":
-        """From a model folder's preprocessor_config.json, in which newer models write `size` for the pixel bounds."""
+    def from_folder(cls, path: str | os.PathLike, max_pixels: int | None = None) -> "ImageConfig":
+        """From a model folder's preprocessor_config.json, in which newer models write `size` for the pixel bounds.
+
+        max_pixels: another bound than the file's.
+        """
         file = Path(path) / "preprocessor_config.json"
         try:
             raw = json.loads(file.read_text())
@@ -37,7 +40,7 @@ class ImageConfig:
             config = cls(
                 *(int(raw[key]) for key in ("patch_size", "temporal_patch_size", "merge_size")),
                 int(raw["min_pixels"] if raw.get("min_pixels") is not None else size["shortest_edge"]),
-                int(raw["max_pixels"] if raw.get("max_pixels") is not None else size["longest_edge"]),
+                max_pixels or int(raw["max_pixels"] if raw.get("max_pixels") is not None else size["longest_edge"]),
                 *(tuple(float(value) for value in raw[key]) for key in ("image_mean", "image_std")),
             )
         except OSError as error:

@@ -110,13 +110,14 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.floa
 
 def save_model(
     model: Qwen25VL, folder: str | Path, source: str | Path, max_shard_bytes: float = 5e9,
-    dtype: torch.dtype | None = None, state: dict[str, torch.Tensor] | None = None,
+    dtype: torch.dtype | None = None, state: dict[str, torch.Tensor] | None = None, max_pixels: int | None = None,
 ):  # fmt: skip
     """Write a model folder; config, tokenizer and preprocessor files are copied from `source`.
 
     The folder appears whole or not at all, and replaces an older model folder in one step. dtype: of the saved weights
-    (None: as they are). state: the full weights, where the model itself holds only a shard of them (FSDP). Raises
-    ValueError where the place cannot be written, or holds something else than a model.
+    (None: as they are). state: the full weights, where the model itself holds only a shard of them (FSDP). max_pixels: of a
+    frame, where it was trained with another bound than the source's. Raises ValueError where the place cannot be written, or
+    holds something else than a model.
     """
     folder, source, state = Path(folder).absolute(), Path(source), model.state_dict() if state is None else state
     if replace(load_config(source), eos_token_ids=()) != replace(model.cfg, eos_token_ids=()):
@@ -132,6 +133,10 @@ def save_model(
         for name in COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, temp / name)
+        if max_pixels is not None:
+            raw = read_json(source / "preprocessor_config.json")
+            size = {"size": {**raw["size"], "longest_edge": max_pixels}} if raw.get("size") else {}
+            write_json(temp / "preprocessor_config.json", {**raw, **size, "max_pixels": max_pixels})
         for path in (*temp.iterdir(), temp):
             sync(path)
         move_into_place(temp, folder)

@@ -1,8 +1,9 @@
-"""A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the checkpoint (model/)."""
+"""A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the model (model/), checkpoints/ to go on from."""
 
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -43,16 +44,17 @@ class Run:
     def __init__(self, folder: Path, config, resume: bool, overwrite: bool):
         self.folder, self.model = Path(folder), Path(folder) / "model"
         self.began = time.time()
-        if self.model.exists() and not (resume or overwrite):
+        checkpoints = self.folder / "checkpoints"
+        if (self.model.exists() or checkpoints.exists()) and not (resume or overwrite):
             raise ValueError(f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
-        if resume and not self.model.exists():
+        if resume and not checkpoints.exists():
             raise ValueError(f"{folder}: no run to resume there")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
         self.log = self.folder / "log.jsonl"
         if not resume:
             self.log.write_text("")
-            (self.model / "trainer.json").unlink(missing_ok=True)  # else --resume would go on with the run replaced here
+            shutil.rmtree(checkpoints, ignore_errors=True)  # else --resume would go on with the run replaced here
             self._describe()
 
     def _describe(self, **more) -> None:

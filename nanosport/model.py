@@ -190,8 +190,8 @@ class KVCache:
 
 
 class Qwen25VL(nn.Module):
-    checkpoint_activations = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    recompute_every = 0
+    """1: recompute each layer in the backward pass instead of keeping its activations; 2: every second; 0: none."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -230,8 +230,8 @@ class Qwen25VL(nn.Module):
         def attend(q, k, v):
             return varlen_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, max_seqlen, causal=True, keys=keys)
 
-        for layer in self.model.layers:
-            if self.checkpoint_activations and torch.is_grad_enabled():
+        for index, layer in enumerate(self.model.layers):
+            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 x_TD = checkpoint(layer, x_TD, attend, use_reentrant=False)
             else:
                 x_TD = layer(x_TD, attend)

@@ -4,11 +4,14 @@ import math
 
 import torch
 
+from nanosport import dist
 
-def trainable(model: torch.nn.Module, freeze_vision: bool) -> None:
-    """Choose what is trained: everything, or everything but the vision tower."""
+
+def trainable(model: torch.nn.Module, freeze_vision: bool, freeze_projector: bool) -> None:
+    """Choose what is trained: the language model always; the vision tower and the projector behind it (`merger`) if asked to."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (freeze_vision and name.startswith("visual.")))
+        frozen = freeze_projector if name.startswith("visual.merger.") else freeze_vision and name.startswith("visual.")
+        parameter.requires_grad_(not frozen)
 
 
 def build(model: torch.nn.Module, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
@@ -21,12 +24,9 @@ def build(model: torch.nn.Module, weight_decay: float, eps: float = 1e-8) -> tor
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=eps)
 
 
-def clip(model: torch.nn.Module, max_norm: float, step: int) -> float:
-    """Scale the gradients down to `max_norm`; returns their norm before. Raises ValueError where it is not finite."""
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"step {step}: the gradient is {norm}; lower --lr, then go on with --resume from the last checkpoint")
-    return norm
+def clip(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to `max_norm`, over all ranks; returns their norm before, which may not be finite."""
+    return float(dist.full(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm)))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, step: int, peak: float, warmup: int, total: int) -> float:

@@ -53,8 +53,9 @@ def act(text: str, turns: Sequence[Turn], video: Video, loop: Loop) -> tuple[Tur
 class Session:
     """One episode in progress."""
 
-    def __init__(self, question: Question, encoder: FrameEncoder, tokenizer, loop: Loop):
-        self.question, self.encoder, self.tokenizer, self.loop = question, encoder, tokenizer, loop
+    def __init__(self, question: Question, encoder: FrameEncoder, tokenizer, loop: Loop, look: bool = True):
+        """look: encode the frames; not needed where nothing is generated."""
+        self.question, self.encoder, self.tokenizer, self.loop, self.look = question, encoder, tokenizer, loop, look
         self.video = encoder.open(question.clip)
         self.ids: list[int] = []
         self.mask: list[int] = []
@@ -79,7 +80,7 @@ class Session:
         self.logprobs += [0.0] * len(ids)
         self.frames += indices
         clip = self.question.clip
-        features = self.encoder.features([(clip, i) for i in indices]) if indices else None
+        features = self.encoder.features([(clip, i) for i in indices]) if indices and self.look else None
         return Piece(ids, [self.encoder.grid(clip)] * len(indices), features)
 
     def take(self, said: Generated) -> None:
@@ -152,10 +153,9 @@ def rollout(
     return [s.episode() for s in sessions]
 
 
-@torch.no_grad()
 def replay(question: Question, messages: Sequence[str], encoder: FrameEncoder, tokenizer, loop: Loop) -> Episode:
-    """The episode of given assistant turns. Raises ValueError where they are not a whole, valid trajectory."""
-    session = Session(question, encoder, tokenizer, loop)
+    """The episode of given assistant turns; no frame is decoded. Raises ValueError where they are no whole, valid trajectory."""
+    session = Session(question, encoder, tokenizer, loop, look=False)
     for k, message in enumerate(messages):
         if session.status is not None:
             raise ValueError(f"{question.id}: the episode ends ({session.status}) before message {k + 1} of {len(messages)}")

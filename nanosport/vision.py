@@ -164,7 +164,7 @@ def frame_layout(grid: tuple[int, int, int], cfg: VisionConfig):
 
 
 class VisionTower(nn.Module):
-    checkpoint_activations = False
+    recompute_every = 0
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -213,7 +213,7 @@ class VisionTower(nn.Module):
         x_PD = by_window(self.patch_embed(patches_PC))
         for index, block in enumerate(self.blocks):
             attend = attend_frame if index in cfg.fullatt_block_indexes else attend_window
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 x_PD = checkpoint(block, x_PD, attend, use_reentrant=False)
             else:
                 x_PD = block(x_PD, attend)

@@ -176,7 +176,7 @@ def test_activation_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointed in (False, True):
         _, ours = tiny_pair(tied=True)
-        ours.checkpoint_activations = ours.visual.checkpoint_activations = checkpointed
+        ours.recompute_every = ours.visual.recompute_every = int(checkpointed)
         our_hidden(ours, sequence(GRIDS), patches(GRIDS, ours.cfg), GRIDS).square().mean().backward()
         gradients.append({name: p.grad for name, p in ours.named_parameters()})
     for name, gradient in gradients[0].items():

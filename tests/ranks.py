@@ -1,0 +1,54 @@
+"""Run under torchrun by the tests: train.py's and rl.py's mains one after the other in one process group, with what the tests plant.
+
+    torchrun --nproc-per-node 2 tests/ranks.py '[["train", {"out": …}], ["rl", {…}]]' [PLANT]
+
+PLANT happens on rank 1 at its third micro-batch: "error", "hang" or "bug".
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import rl
+import train
+from nanosport import cli
+
+
+def planted(kind: str, whole, calls=[]):  # noqa: B006
+    def pack(*args, **kwargs):
+        calls.append(1)
+        if os.environ["RANK"] == "1" and len(calls) == 3:
+            if kind == "error":
+                raise ValueError("this clip broke")
+            if kind == "bug":
+                raise KeyError("nobody thought of this")
+            time.sleep(120)
+        return whole(*args, **kwargs)
+
+    return pack
+
+
+def main(_) -> None:
+    for script, flags in json.loads(JOBS):
+        module = {"train": train, "rl": rl}[script]
+        known = {k: Path(v) if k in ("data", "out") else v for k, v in flags.items()}
+        module.main(module.Config(**known))
+
+
+@dataclass(frozen=True)
+class NoFlags:
+    """cli.run wants a config."""
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    JOBS, *plant = sys.argv[1:]
+    sys.argv[1:] = []
+    if plant:
+        train.pack = planted(plant[0], train.pack)
+    cli.run(main, NoFlags)

@@ -1,0 +1,293 @@
+"""Several ranks compute what one does, save what any number can resume, and end together when one fails."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ROOT, assert_same, flags, killed, log, torchrun
+from safetensors.torch import load_file
+
+import rl
+import train
+from nanosport import checkpoint, optim
+from nanosport.batch import data_order, deal, make_units
+from nanosport.episode import Episode, Question, read_records
+from nanosport.faults import MAX_SKIPPED
+from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
+from nanosport.load import load_config, load_model, load_tokenizer
+from nanosport.rollout import Loop, replay
+
+
+@pytest.fixture(scope="module")
+def sft(nano_folder, arena_folder, tmp_path_factory) -> train.Config:
+    """Everything on: packing, shared prefixes, recomputation, a tower that learns."""
+    out = tmp_path_factory.mktemp("sft") / "one"
+    data = arena_folder / "trajectories.jsonl"
+    return train.Config(
+        str(nano_folder), data, out, steps=10, batch_size=3, warmup=2, save_every=5, micro_tokens=800, recompute_every=2,
+        freeze_vision=False, freeze_projector=False, keep=9,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
+    out = tmp_path_factory.mktemp("rl") / "one"
+    return rl.Config(
+        str(taught_folder), arena_folder / "rl.jsonl", out, steps=10, num_prompts=3, group_size=4, kl=0.05, lr=3e-4, adam_eps=1e-8, warmup=1,
+        temperature=0.8, max_new_tokens=60, micro_tokens=1500, recompute_every=1, min_format_rate=0, min_tool_rate=0, save_every=5, keep=9,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(sft, grpo, tmp_path_factory):
+    """{script: (main, Config of the run of one process, folder of the run of two, which goes on with one's first half)}"""
+    two = tmp_path_factory.mktemp("two")
+    jobs = []
+    for script, main, cfg in (("train", train.main, sft), ("rl", rl.main, grpo)):
+        main(cfg)
+        jobs.append([script, flags(cfg, out=two / script)])
+        half = two / f"{script}_half"  # one process's run, cut behind its first checkpoint
+        shutil.copytree(cfg.out, half)
+        shutil.rmtree(half / "checkpoints" / "step_000010")
+        jobs.append([script, flags(cfg, out=half, resume=True)])
+    done = torchrun(jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {"train": (train.main, sft, two / "train"), "rl": (rl.main, grpo, two / "rl")}
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_two_ranks_compute_what_one_does(script, runs):
+    """FSDP2 over gloo, ten steps. Three units on two ranks: unequal shares, and the sums must not care."""
+    _, cfg, two = runs[script]
+    straight = log(cfg.out)
+    assert len(straight) == 10 and all(row["grad_norm"] > 0 for row in straight)
+    assert_same(log(two), straight)
+    # the ranks' weights drift apart by rounding alone
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (cfg.out, two))
+    assert one.keys() == other.keys()
+    assert max((one[k] - other[k]).abs().max().item() for k in one) < 2e-3
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_a_run_of_one_rank_goes_on_with_two(script, runs):
+    _, cfg, two = runs[script]
+    assert_same(log(two.with_name(f"{script}_half")), log(cfg.out))
+    shards = [load_file(path)["model.model.norm.weight"].numel() for path in checkpoint.latest(two).glob("*.safetensors")]
+    assert len(shards) == 2 and sum(shards) == load_config(cfg.model).hidden_size  # each rank wrote its own
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_a_run_of_two_ranks_goes_on_with_one(script, runs, tmp_path):
+    main, cfg, two = runs[script]
+    half = tmp_path / "half"
+    shutil.copytree(two, half)
+    shutil.rmtree(half / "checkpoints" / "step_000010")
+    main(replace(cfg, out=half, resume=True))
+    assert_same(log(half), log(cfg.out))
+
+
+@pytest.mark.parametrize(
+    "change", [{"micro_tokens": 300}, {"micro_tokens": 99_999}, {"share_prefix": False}, {"recompute_every": 0}], ids=str
+)
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_memory_flags_change_no_gradient(script, change, runs, monkeypatch, tmp_path):
+    """Micro-batches of one episode or of all, prefixes shared or not, recomputed or kept: the same losses and gradients."""
+    main, cfg, _ = runs[script]
+    other = replace(cfg, out=tmp_path / "other", save_every=99, **change)
+    killed(main, other, monkeypatch, step=2)
+    assert_same(log(other.out), log(cfg.out)[:2])
+
+
+# Dealing.
+
+
+def unit_of(tokens: int, k: int = 0) -> Episode:
+    return Episode(
+        Question(str(k), "v", "s", "rules", "?", (), "a"), (1,) * tokens, (0,) * tokens, (0.0,) * tokens, (), (), "answered"
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_dealing_gives_everything_once_and_every_rank_as_many_micro_batches(seed, nano_folder):
+    rng, cfg = random.Random(seed), load_config(nano_folder)
+    world, together, limit = rng.choice([1, 2, 3, 8]), rng.choice([1, 4]), 3000
+    episodes = [unit_of(rng.randint(100, 2500), k) for k in range(rng.randint(1, 12) * together)]
+    units = make_units(
+        episodes, together, [k * world // len(episodes) for k in range(len(episodes))], cfg, limit, share_prefix=False
+    )
+    dealt, balance = deal(units, world, limit, frozen_vision=True)
+    assert len(dealt) == world and len({len(rank) for rank in dealt}) == 1
+    assert sorted(k for rank in dealt for micro in rank for k in micro) == list(range(len(episodes)))
+    lengths = [[sum(len(episodes[k].ids) for k in micro) for micro in rank] for rank in dealt]
+    assert all(n <= limit or len(micro) == 1 for rank, held in zip(lengths, dealt) for n, micro in zip(rank, held))
+    assert 0 < balance <= 1 + 1e-9 and (world > 1 or balance == pytest.approx(1))
+
+
+def test_a_group_stays_together_and_its_prefix_counts_once(nano_folder):
+    cfg = load_config(nano_folder)
+    group = [replace(unit_of(0), ids=(7,) * 900 + (k,) * 100) for k in range(4)]
+    (unit,) = make_units(group, 4, [0] * 4, cfg, 3000, share_prefix=True)
+    assert unit.tokens == 900 + 4 * 100 and unit.episodes == (0, 1, 2, 3)
+    assert [u.episodes for u in make_units(group, 4, [0] * 4, cfg, 3000, share_prefix=False)] == [(0, 1), (2, 3)]
+    assert unit.flops < sum(u.flops for u in make_units(group, 1, [0] * 4, cfg, 3000, share_prefix=True)) / 2
+
+
+def test_frames_stay_where_they_were_seen_unless_that_costs_more(nano_folder):
+    cfg = load_config(nano_folder)
+    seen = [replace(unit_of(400), ids=(cfg.image_token_id,) * 6 + (1,) * 400) for _ in range(4)]
+    at_home, _ = deal(make_units(seen, 1, [0, 0, 1, 1], cfg, 9999, True), 2, 9999, frozen_vision=True)
+    assert at_home == [[[0, 1]], [[2, 3]]]
+    moved, balance = deal(make_units(seen, 1, [0, 0, 0, 0], cfg, 9999, True), 2, 9999, frozen_vision=True)
+    assert [len(rank[0]) for rank in moved] == [2, 2] and balance > 0.8
+
+
+@pytest.mark.parametrize("world, least", [(2, 0.95), (4, 0.9)])
+def test_ranks_hardly_wait_for_each_other_on_the_arena(world, least, arena_folder):
+    """The packing's efficiency on the demo's own trajectories and batch of 24: nothing is padded, so what is lost is waiting."""
+    folder = ROOT / "assets" / "nano-sft"
+    cfg, tokenizer = load_config(folder), load_tokenizer(folder)
+    encoder = FrameEncoder(load_model(folder), ImageConfig.from_folder(folder))
+    records = read_records(arena_folder / "trajectories.jsonl")
+    episodes = [replay(question, messages, encoder, tokenizer, Loop()) for question, messages in records]
+    found = []
+    for step in range(40):
+        batch = [episodes[k] for k in data_order(len(episodes), 0, step, train.Config.batch_size)]
+        homes = [k * world // len(batch) for k in range(len(batch))]
+        units = make_units(batch, 1, homes, cfg, train.Config.micro_tokens, True)
+        found.append(deal(units, world, train.Config.micro_tokens, True)[1])
+    assert sum(found) / len(found) >= least, found
+
+
+# Faults.
+
+
+def test_a_rank_that_fails_ends_all_with_its_message(sft, tmp_path):
+    began = time.monotonic()
+    done = torchrun([["train", flags(sft, out=tmp_path / "run")]], "error")
+    assert done.returncode != 0 and "[rank 1] error: this clip broke" in done.stderr
+    done = torchrun([["train", flags(sft, out=tmp_path / "bug")]], "bug")
+    assert done.returncode != 0 and "KeyError: 'nobody thought of this'" in done.stderr
+    assert time.monotonic() - began < 100
+
+
+def test_a_rank_that_hangs_is_named_with_its_stage(sft, tmp_path):
+    done = torchrun([["train", flags(sft, out=tmp_path / "run", stuck_after_s=12)]], "hang", timeout_s=100)
+    assert done.returncode != 0
+    assert re.search(r"rank [01] is stuck in step \d, train, for \d+ s", done.stderr), done.stderr[-2000:]
+    assert "in planted" in done.stderr or "in pack" in done.stderr  # where it hangs
+
+
+def test_a_gradient_that_is_no_number_is_skipped_and_counted(sft, monkeypatch, tmp_path):
+    """One bad step leaves no trace in the weights; five in a row end the run, with the batch on disk."""
+    whole, steps = optim.clip, []
+
+    def clip(bad):
+        def poisoned(model, max_norm):
+            steps.append(1)
+            return math.nan if len(steps) - 1 in bad else whole(model, max_norm)
+
+        return poisoned
+
+    cfg = replace(sft, out=tmp_path / "once", steps=3, freeze_vision=True, freeze_projector=True)
+    monkeypatch.setattr(optim, "clip", clip({1}))
+    train.main(cfg)
+    assert [row["skipped"] for row in log(cfg.out)] == [0, 1, 0] and log(cfg.out)[-1]["loss"] > 0
+    batch = json.loads((cfg.out / "bad_batch_1_rank_0.json").read_text())
+    assert len(batch) == 3 and all(entry["video"].endswith(".mp4") and entry["turns"] for entry in batch)
+
+    steps.clear()
+    monkeypatch.setattr(optim, "clip", clip(range(99)))
+    with pytest.raises(ValueError, match=rf"step {MAX_SKIPPED - 1}.*in a row.*bad_batch.*--resume"):
+        train.main(replace(cfg, out=tmp_path / "always", steps=10, save_every=1))
+    saved = load_file(tmp_path / "always" / "model" / "model.safetensors")
+    before = load_file(Path(cfg.model) / "model.safetensors")
+    assert all(torch.equal(saved[k], before[k]) for k in before)
+
+
+def test_a_batch_without_a_frame_goes_through_a_sharded_tower(nano_folder):
+    """No features, but the same way through the tower: else the other ranks would wait for this one."""
+    model = load_model(nano_folder)
+    encoder = FrameEncoder(model, ImageConfig.from_folder(nano_folder), frozen=False)
+    features_ND = encoder.features([])
+    assert features_ND.shape == (0, model.cfg.hidden_size) and features_ND.requires_grad
+    ids = torch.arange(100, 120)
+    hidden_TD = model.hidden(ids, ids.expand(3, -1), torch.tensor([0, 20], dtype=torch.int32), features_ND)
+    hidden_TD.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for n, p in model.visual.named_parameters()), "zeros, but there"
+
+
+# Ends that nobody chose.
+
+
+def run_in_child(cfg) -> None:
+    torch.set_num_threads(1)
+    train.main(cfg)
+
+
+def test_killed_while_it_saves_a_run_goes_on_from_a_whole_checkpoint(runs, tmp_path):
+    """SIGKILL at a random moment of a save, twenty times; what is resumed ends as the run that nobody disturbed."""
+    _, cfg, _ = runs["train"]
+    cfg = replace(cfg, freeze_vision=True, freeze_projector=True, steps=3, batch_size=1, save_every=1, keep=2, out=tmp_path / "straight")
+    train.main(cfg)
+    straight, rng = log(cfg.out), random.Random(0)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])
+    seen = set()
+    for trial in range(20):
+        cut = replace(cfg, out=tmp_path / f"cut{trial}")
+        child = context.Process(target=run_in_child, args=(cut,))
+        child.start()
+        step, moment = rng.randrange(1, 4), rng.random() * 0.15
+        while child.is_alive() and not list((cut.out / "checkpoints").glob(f"*step_00000{step}")):
+            time.sleep(0.002)
+        time.sleep(moment)
+        child.kill()
+        child.join()
+        there = checkpoint.latest(cut.out)
+        left = [p.name for p in (cut.out / "checkpoints").iterdir() if p.name.startswith(".")]
+        seen.add((there and there.name, tuple(left)))
+        if there is None:  # the first save was cut: there is nothing to go on from, and that is said
+            with pytest.raises(ValueError, match="no checkpoint to resume from"):
+                train.main(replace(cut, resume=True))
+            continue
+        train.main(replace(cut, resume=True))
+        assert log(cut.out) == straight, f"trial {trial}, from {there.name}"
+        one, other = (load_file(folder / "model" / "model.safetensors") for folder in (cfg.out, cut.out))
+        assert all(torch.equal(one[k], other[k]) for k in one)
+    assert sum(bool(left) for _, left in seen) >= 1, f"no save was cut: {seen}"
+
+
+def test_sigterm_saves_and_ends(runs, tmp_path):
+    """What a cluster sends before it takes a node."""
+    _, cfg, _ = runs["train"]
+    cfg = replace(cfg, freeze_vision=True, freeze_projector=True, steps=40, save_every=99, out=tmp_path / "run")
+    argv = [
+        part
+        for k, v in flags(cfg).items()
+        for part in ((f"--{'no-' * (v is False)}{k.replace('_', '-')}", str(v))[: 1 if isinstance(v, bool) else 2])
+    ]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    while not (cfg.out / "log.jsonl").exists() or not log(cfg.out):
+        assert run.poll() is None, run.stderr.read()[-2000:]
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 143
+    message = run.stderr.read().splitlines()[-1]
+    step = int(re.search(r"stopped by SIGTERM behind step (\d+)", message)[1])
+    assert checkpoint.latest(cfg.out).name == f"step_{step + 1:06d}" and len(log(cfg.out)) == step + 1
+    with pytest.raises(ValueError, match="resume with the same"):
+        train.main(replace(cfg, resume=True, lr=1.0))
