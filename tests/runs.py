@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,30 @@ def flags(cfg, **more) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
-def torchrun(jobs: list, *plant: str, ranks: int = 2, timeout_s: float = 300) -> subprocess.CompletedProcess:
-    """tests/ranks.py on several processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "tests/ranks.py"]
+def torchrun(jobs: list, *plant: str, nodes: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """tests/ranks.py on two processes, or on two for each of two nodes, which are both this machine."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command += [json.dumps(jobs), *plant]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s)
+    where = (
+        ["--standalone"]
+        if nodes == 1
+        else ["--nnodes", str(nodes), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *where]
+    call = {"cwd": ROOT, "env": env, "text": True, "stderr": subprocess.PIPE}
+    others = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(k), "tests/ranks.py", json.dumps(jobs)], **call | {"stderr": subprocess.DEVNULL}
+        )
+        for k in range(1, nodes)
+    ]
+    try:
+        return subprocess.run([*command, "tests/ranks.py", json.dumps(jobs), *plant], **call, timeout=timeout_s)
+    finally:
+        for other in others:
+            other.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as any_one:
+        any_one.bind(("127.0.0.1", 0))
+        return any_one.getsockname()[1]

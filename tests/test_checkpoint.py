@@ -13,8 +13,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import rl
 import train
 from nanosport import checkpoint
+from nanosport.engine import Engine, Sampling, banned_ids
+from nanosport.episode import read_questions
+from nanosport.frames import FrameEncoder, load_frames
+from nanosport.image import ImageConfig
 from nanosport.load import load_model, load_tokenizer
 from nanosport.log import Run
+from nanosport.rollout import Loop, rollout
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +103,10 @@ def test_a_finished_run_resumed_changes_nothing(script, runs):
     assert all(torch.equal(before[k], w) for k, w in weights(cfg.out).items())
 
 
-@pytest.mark.parametrize("script, change", [("train", {"lr": 3e-4}), ("train", {"batch_size": 2}), ("rl", {"kl": 0.0}), ("rl", {"group_size": 8}), ("rl", {"seed": 1})])
+@pytest.mark.parametrize(
+    "script, change",
+    [("train", {"lr": 3e-4}), ("train", {"batch_size": 2}), ("rl", {"kl": 0.0}), ("rl", {"group_size": 8}), ("rl", {"seed": 1})],
+)
 def test_changed_settings_are_refused(script, change, runs):
     main, cfg, straight = runs[script]
     (name, value), *_ = change.items()
@@ -148,6 +156,26 @@ def test_a_checkpoint_is_a_model_folder(runs):
         with torch.no_grad():
             hidden = ours.hidden(ids, positions, torch.tensor([0, len(ids)], dtype=torch.int32))
             torch.testing.assert_close(hidden @ ours.head_weight_VD.T, theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_says_what_the_engine_says(taught_folder, arena_folder):
+    """A folder that train.py wrote, opened by both: the same greedy tokens behind the eight frames of a real prompt."""
+    question = read_questions(arena_folder / "test.jsonl")[0]
+    model, tokenizer = load_model(taught_folder), load_tokenizer(taught_folder)
+    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    (episode,) = rollout(Engine(model, tokenizer, Sampling(0.0, max_new_tokens=40)), encoder, [question], Loop(max_turns=1))
+    prompt = episode.ids[: episode.mask.index(1)]
+    said = list(episode.ids[len(prompt) :])
+
+    theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(taught_folder).eval()
+    frames = load_frames(encoder.open(question.clip), episode.frames, encoder.image)
+    ids_1T = torch.tensor([prompt])
+    out_1T = theirs.generate(
+        input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), pixel_values=frames.patches_PC, image_grid_thw=torch.tensor(frames.grids),
+        mm_token_type_ids=(ids_1T == model.cfg.image_token_id).int(), do_sample=False, max_new_tokens=len(said),
+        suppress_tokens=banned_ids(model, tokenizer).tolist(),
+    )  # fmt: skip
+    assert len(said) >= 10 and out_1T[0, len(prompt) :].tolist() == said
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])

@@ -81,6 +81,21 @@ def test_two_ranks_compute_what_one_does(script, runs):
     assert max((one[k] - other[k]).abs().max().item() for k in one) < 2e-3
 
 
+def test_two_nodes_shard_inside_and_replicate_between(runs, tmp_path):
+    """HSDP: four ranks, each node with all weights; what they save, one process goes on from."""
+    main, cfg, _ = runs["rl"]
+    cfg = replace(cfg, num_prompts=5, out=tmp_path / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        killed(main, cfg, patch, step=2)
+    four = replace(cfg, out=tmp_path / "four", save_every=1)
+    done = torchrun([["rl", flags(four)]], nodes=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(log(four.out)[:2], log(cfg.out))
+    shutil.rmtree(four.out / "checkpoints" / "step_000010")
+    main(replace(four, resume=True))
+    assert len(log(four.out)) == 10
+
+
 @pytest.mark.parametrize("script", ["train", "rl"])
 def test_a_run_of_one_rank_goes_on_with_two(script, runs):
     _, cfg, two = runs[script]
@@ -240,7 +255,9 @@ def run_in_child(cfg) -> None:
 def test_killed_while_it_saves_a_run_goes_on_from_a_whole_checkpoint(runs, tmp_path):
     """SIGKILL at a random moment of a save, twenty times; what is resumed ends as the run that nobody disturbed."""
     _, cfg, _ = runs["train"]
-    cfg = replace(cfg, freeze_vision=True, freeze_projector=True, steps=3, batch_size=1, save_every=1, keep=2, out=tmp_path / "straight")
+    cfg = replace(
+        cfg, freeze_vision=True, freeze_projector=True, steps=3, batch_size=1, save_every=1, keep=2, out=tmp_path / "straight"
+    )
     train.main(cfg)
     straight, rng = log(cfg.out), random.Random(0)
     context = multiprocessing.get_context("forkserver")
