@@ -96,6 +96,8 @@ class Config:
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
     recompute_every: int = 0
     """1: recompute each layer in the backward pass instead of keeping its activations; 2: every second layer; 0: none."""
+    offload_adam: bool = False
+    """Keep Adam's moments in the CPU's memory."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Computed in; weights, gradients and Adam moments are float32 always. None: bfloat16 on a GPU, float32 on a CPU."""
     min_format_rate: float = 0.8
@@ -168,6 +170,11 @@ def main(cfg: Config) -> None:
             arena.main(arena.Config())
         dist.barrier()
 
+    questions = read_questions(cfg.data)
+    if cfg.reward == "v2" and (unmeasured := next((q for q in questions if q.pass_rate is None), None)):
+        raise ValueError(
+            f"{cfg.data}: {unmeasured.id} has no pass_rate, which --reward v2 needs: python -m data_prep.difficulty {cfg.data}"
+        )
     if cfg.model is None:
         default = "out/sft/model" if Path("out/sft/model").exists() else "assets/nano-sft"
         cfg = replace(cfg, model=default)
@@ -185,7 +192,7 @@ def main(cfg: Config) -> None:
     reference = None
     if cfg.kl > 0:
         reference = dist.shard(load_model(source, device, dtype).requires_grad_(False), dtype, device)
-    optimizer = optim.build(model, cfg.weight_decay, cfg.adam_eps)
+    optimizer = optim.build(model, cfg.weight_decay, cfg.adam_eps, offload=cfg.offload_adam)
     settings = {key: str(getattr(cfg, key)) for key in RESUMABLE}
     state = checkpoint.load(cfg.out, model, optimizer, settings) if cfg.resume else {"step": 0, "starved": 0}
     dist.copy_weights(model, sampler)
@@ -202,11 +209,6 @@ def main(cfg: Config) -> None:
     engine = Engine(sampler, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
     loop = Loop(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens)
     judge = Judge(Endpoint(cfg.judge_url, cfg.judge, cfg.out / "answers")) if cfg.judge_url else None
-    questions = read_questions(cfg.data)
-    if cfg.reward == "v2" and (unmeasured := next((q for q in questions if q.pass_rate is None), None)):
-        raise ValueError(
-            f"{cfg.data}: {unmeasured.id} has no pass_rate, which --reward v2 needs: python -m data_prep.difficulty {cfg.data}"
-        )
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="RL", disable=rank > 0)
     for step in bar:
         stages.new_step(step)

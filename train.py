@@ -56,6 +56,8 @@ class Config:
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
     recompute_every: int = 0
     """1: recompute each layer in the backward pass instead of keeping its activations; 2: every second layer; 0: none."""
+    offload_adam: bool = False
+    """Keep Adam's moments in the CPU's memory."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Computed in; weights, gradients and Adam moments are float32 always. None: bfloat16 on a GPU, float32 on a CPU."""
     seed: int = 0
@@ -94,6 +96,7 @@ def main(cfg: Config) -> None:
             teacher.main(teacher.Config())
         dist.barrier()
 
+    records = read_records(cfg.data)  # before a model is downloaded for nothing
     source = resolve(cfg.model)
     run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if rank == 0 else None
     dist.barrier()
@@ -102,7 +105,7 @@ def main(cfg: Config) -> None:
     model.recompute_every = model.visual.recompute_every = cfg.recompute_every
     optim.trainable(model, cfg.freeze_vision, cfg.freeze_projector)
     dist.shard(model, dtype, device)
-    optimizer = optim.build(model, cfg.weight_decay)
+    optimizer = optim.build(model, cfg.weight_decay, offload=cfg.offload_adam)
     settings = {key: str(getattr(cfg, key)) for key in RESUMABLE}
     first = checkpoint.load(cfg.out, model, optimizer, settings)["step"] if cfg.resume else 0
     if run and cfg.resume:
@@ -111,7 +114,7 @@ def main(cfg: Config) -> None:
 
     frozen = cfg.freeze_vision and cfg.freeze_projector
     encoder = FrameEncoder(model, ImageConfig.from_folder(source, cfg.max_pixels), frozen)
-    tokenizer, records = load_tokenizer(source), read_records(cfg.data)
+    tokenizer = load_tokenizer(source)
     episodes = {}  # made when first needed, then kept: ids and masks are small
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="SFT", disable=rank > 0)
     for step in bar:

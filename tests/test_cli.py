@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import rl
+import train
 from data_prep import arena
+from nanosport import presets
+from nanosport.image import ImageConfig, smart_resize
 
 ROOT = Path(__file__).parents[1]
 CLIPS = ROOT.parent / "shared" / "data" / "clips"
@@ -101,3 +105,26 @@ def test_infer_takes_every_real_clip(capsys):
         infer.main(infer.Config(path, "Which sport is this?", json=True))
         said = json.loads(capsys.readouterr().out)
         assert said["status"] in ("answered", "format_error", "out_of_turns", "out_of_tokens") and said["frames"]
+
+
+@pytest.mark.parametrize("script, named", [(train, presets.SFT), (rl, presets.RL)])
+def test_presets_are_the_papers_recipes(script, named):
+    """Every preset is a config that a run accepts; RL goes on from where its SFT leaves the model."""
+    configs = {name: script.Config(**fields) for name, fields in named.items()}
+    assert list(configs) == ["nano", "3b", "7b", "7b-scaled"] and configs["nano"] == script.Config()
+    for name, cfg in configs.items():
+        cfg.check()
+        if script is rl and name != "nano":
+            assert cfg.model == str(train.Config(**presets.SFT[name]).out / "model")
+    if script is rl:
+        assert (configs["7b"].steps, configs["7b"].num_prompts, configs["7b"].group_size) == (300, 32, 8) and configs["7b"].kl > 0
+        assert configs["7b"].episode_tokens - 12_800 >= 8 * 299  # twelve thousand eight hundred of response behind eight frames
+    for size in ((360, 640), (720, 1280), (1080, 1920)):
+        assert smart_resize(*size, ImageConfig(max_pixels=configs["7b"].max_pixels)) == (364, 644)
+
+
+def test_a_preset_is_named_before_its_flags():
+    done = call("train.py", "7b", "--lr", "0")
+    assert done.returncode == 1 and done.stderr.splitlines() == ["error: --lr 0.0: must be above 0"]
+    done = call("rl.py", "3b", "--data", "none.jsonl")
+    assert done.returncode == 1 and "none.jsonl: no such file" in done.stderr  # before a model is downloaded

@@ -33,12 +33,12 @@ from nanosport.rollout import Loop, replay
 
 @pytest.fixture(scope="module")
 def sft(nano_folder, arena_folder, tmp_path_factory) -> train.Config:
-    """Everything on: packing, shared prefixes, recomputation, a tower that learns."""
+    """Everything on: packing, shared prefixes, recomputation, moments kept apart, a tower that learns."""
     out = tmp_path_factory.mktemp("sft") / "one"
     data = arena_folder / "trajectories.jsonl"
     return train.Config(
         str(nano_folder), data, out, steps=10, batch_size=3, warmup=2, save_every=5, micro_tokens=800, recompute_every=2,
-        freeze_vision=False, freeze_projector=False, keep=9,
+        offload_adam=True, freeze_vision=False, freeze_projector=False, keep=9,
     )  # fmt: skip
 
 
@@ -115,11 +115,13 @@ def test_a_run_of_two_ranks_goes_on_with_one(script, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"micro_tokens": 300}, {"micro_tokens": 99_999}, {"share_prefix": False}, {"recompute_every": 0}], ids=str
+    "change",
+    [{"micro_tokens": 300}, {"micro_tokens": 99_999}, {"share_prefix": False}, {"recompute_every": 0, "offload_adam": False}],
+    ids=str,
 )
 @pytest.mark.parametrize("script", ["train", "rl"])
 def test_memory_flags_change_no_gradient(script, change, runs, monkeypatch, tmp_path):
-    """Micro-batches of one episode or of all, prefixes shared or not, recomputed or kept: the same losses and gradients."""
+    """Micro-batches of one episode or of all, prefixes shared or not, recomputed or kept, moments here or there: the same."""
     main, cfg, _ = runs[script]
     other = replace(cfg, out=tmp_path / "other", save_every=99, **change)
     killed(main, other, monkeypatch, step=2)
