@@ -47,6 +47,8 @@ class Config:
     """Questions a step, over all ranks."""
     group_size: int = 8
     """Episodes of each question."""
+    rollout_batch: int = 256
+    """Episodes a rank samples at a time; it changes memory and time, not what is drawn."""
     updates: int = 1
     """Optimizer updates a step, each on a part of the questions; with more than 1 the ratio leaves 1 and is clipped."""
     reward: Literal["v1", "v2"] = "v1"
@@ -216,7 +218,10 @@ def main(cfg: Config) -> None:
             picked = data_order(len(questions), cfg.seed, step, cfg.num_prompts)
             mine, place = dist.share(picked, rank), dist.share(range(cfg.num_prompts), rank)[0]
             seed = (cfg.seed, step)
-            episodes = rollout(engine, encoder, [questions[k] for k in mine], loop, cfg.group_size, seed, first=place)
+            episodes, together = [], max(1, cfg.rollout_batch // cfg.group_size)
+            for start in range(0, len(mine), together):
+                asked = [questions[k] for k in mine[start : start + together]]
+                episodes += rollout(engine, encoder, asked, loop, cfg.group_size, seed, first=place + start)
 
         with stages("judge"):
             answers, asked = [e.answer for e in episodes], [e.question for e in episodes]

@@ -16,6 +16,7 @@ from nanosport.model import Qwen25VL
 from nanosport.video import Video
 
 CHUNK = 64  # frames through the tower at a time
+CACHE_BYTES = 8 << 30  # of features, on the device: 4,000 frames of 640×360 for a 7B model
 
 
 def load_frames(video: Video, indices: Sequence[int], cfg: ImageConfig) -> Frames:
@@ -27,10 +28,12 @@ def load_frames(video: Video, indices: Sequence[int], cfg: ImageConfig) -> Frame
 class FrameEncoder:
     """Opens videos and turns frames into features_ND of the model's vision tower."""
 
-    def __init__(self, model: Qwen25VL, image: ImageConfig, frozen: bool = True, max_cached: int = 100_000, max_videos: int = 1024):
-        """frozen: the tower is not trained, features are cached (at most `max_cached` frames); else they carry gradients."""
+    def __init__(
+        self, model: Qwen25VL, image: ImageConfig, frozen: bool = True, cache_bytes: int = CACHE_BYTES, max_videos: int = 1024
+    ):
+        """frozen: the tower is not trained, features are cached (at most `cache_bytes` of them); else they carry gradients."""
         self.model, self.image, self.frozen = model, image, frozen
-        self.max_cached, self.max_videos = max_cached, max_videos
+        self.cache_bytes, self.max_videos, self.held = cache_bytes, max_videos, 0
         self.cache: OrderedDict[tuple[Clip, int], torch.Tensor] = OrderedDict()
         self.videos: OrderedDict[Clip, Video] = OrderedDict()
         self.num_decoded = 0
@@ -68,11 +71,12 @@ class FrameEncoder:
             with torch.no_grad():
                 encoded = self._encode(keys).split([self.tokens_per_frame(clip) for clip, _ in keys])
             self.cache.update((key, part.clone()) for key, part in zip(keys, encoded))  # a view would keep the whole chunk
+            self.held += sum(part.nbytes for part in encoded)
         found = [self.cache[key] for key in wanted]
         for key in wanted:
             self.cache.move_to_end(key)
-        while len(self.cache) > self.max_cached:
-            self.cache.popitem(last=False)
+        while self.held > self.cache_bytes:
+            self.held -= self.cache.popitem(last=False)[1].nbytes
         return torch.cat(found)
 
     def _encode(self, keys: Sequence[tuple[Clip, int]]) -> torch.Tensor:
@@ -91,3 +95,4 @@ class FrameEncoder:
     def forget(self) -> None:
         """The tower has changed: what it made of frames is void."""
         self.cache.clear()
+        self.held = 0

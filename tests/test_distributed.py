@@ -116,13 +116,19 @@ def test_a_run_of_two_ranks_goes_on_with_one(script, runs, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_tokens": 300}, {"micro_tokens": 99_999}, {"share_prefix": False}, {"recompute_every": 0, "offload_adam": False}],
+    [
+        {"micro_tokens": 300, "rollout_batch": 4},
+        {"micro_tokens": 99_999},
+        {"share_prefix": False},
+        {"recompute_every": 0, "offload_adam": False},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("script", ["train", "rl"])
 def test_memory_flags_change_no_gradient(script, change, runs, monkeypatch, tmp_path):
     """Micro-batches of one episode or of all, prefixes shared or not, recomputed or kept, moments here or there: the same."""
     main, cfg, _ = runs[script]
+    change = {name: value for name, value in change.items() if hasattr(cfg, name)}
     other = replace(cfg, out=tmp_path / "other", save_every=99, **change)
     killed(main, other, monkeypatch, step=2)
     assert_same(log(other.out), log(cfg.out)[:2])

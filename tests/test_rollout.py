@@ -163,7 +163,15 @@ def test_a_repeated_interval_is_a_format_error(questions, encoder, tokenizer):
     assert play([bad, bad, FIRST], questions[0], encoder, tokenizer).turns[2].action == "tool"
 
 
-@pytest.mark.parametrize("turns, why", [([FIRST], "without an answer"), ([ANSWER, ANSWER], "ends .answered. before"), ([FIRST, FIRST, ANSWER], "already"), ([], "without")])
+@pytest.mark.parametrize(
+    "turns, why",
+    [
+        ([FIRST], "without an answer"),
+        ([ANSWER, ANSWER], "ends .answered. before"),
+        ([FIRST, FIRST, ANSWER], "already"),
+        ([], "without"),
+    ],
+)
 def test_replay_refuses_what_is_no_trajectory(turns, why, questions, encoder, tokenizer):
     with pytest.raises(ValueError, match=f"{questions[0].id}.*{why}"):
         replay(questions[0], turns, encoder, tokenizer, Loop())
@@ -276,9 +284,19 @@ def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer
 def test_banned_are_vision_message_starts_and_ids_without_a_token(model, tokenizer):
     banned = set(engine(model, tokenizer).banned.tolist())
     vocab = tokenizer.get_vocab()
-    tokens = {"<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>", "<tool_response>", "</tool_response>"}
+    tokens = {
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|im_start|>",
+        "<tool_response>",
+        "</tool_response>",
+    }
     assert {vocab[t] for t in tokens} <= banned
-    assert not banned & {vocab[t] for t in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>", "<|im_end|>")}
+    assert not banned & {
+        vocab[t] for t in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>", "<|im_end|>")
+    }
     assert banned - {vocab[t] for t in tokens} == set(range(model.cfg.vocab_size)) - set(vocab.values())
 
 
@@ -364,9 +382,10 @@ def test_frames_are_encoded_once(model, taught_folder, tokenizer, questions):
         episode = replay(questions[0], [FIRST, SECOND, ANSWER], encoder, tokenizer, Loop())
         pack([episode], encoder, model.cfg)
     assert encoder.num_decoded == len(set(episode.frames))
-    small = FrameEncoder(model, ImageConfig.from_folder(taught_folder), max_cached=3)
+    three = 3 * next(iter(encoder.cache.values())).nbytes
+    small = FrameEncoder(model, ImageConfig.from_folder(taught_folder), cache_bytes=three)
     keys = [(questions[0].clip, i) for i in episode.frames]
-    assert torch.equal(small.features(keys), encoder.features(keys)) and len(small.cache) == 3
+    assert torch.equal(small.features(keys), encoder.features(keys)) and len(small.cache) == 3 and small.held == three
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}])

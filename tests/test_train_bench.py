@@ -1,0 +1,99 @@
+"""The training benchmark on a CPU: what it compares is one computation, and a shared prefix pays."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from nanosport.batch import causal_pairs
+from nanosport.cost import head_flops, text_flops
+from nanosport.load import load_config
+from nanosport.plan import MODELS, Lengths
+from nanosport.train_bench import NANO, Ours, Theirs, Work, make_episodes
+
+ROOT = Path(__file__).parent.parent
+
+
+def trainers(cfg, policy: bool):
+    return [kind(cfg, (3, 3), torch.float32, torch.device("cpu"), 0, policy) for kind in (Ours, Theirs)]
+
+
+@pytest.mark.parametrize("policy", [False, True], ids=["SFT step", "policy update"])
+def test_ours_and_transformers_compute_one_loss(policy, nano_folder):
+    cfg = load_config(nano_folder)
+    ours, theirs = trainers(cfg, policy)
+    members = 8 if policy else 1
+    works = [Work(make_episodes(cfg, NANO, 8 // members, members), members, 600, share) for share in (True, False)]
+    losses = [ours.step(work) for work in works] + [theirs.step(works[0])]
+    assert losses == pytest.approx([losses[-1]] * 3, rel=1e-4, abs=1e-6)
+    # on policy the loss is 0 whatever the computation: its gradients tell
+    grads = [
+        {n.removeprefix("model."): p.grad for n, p in m.named_parameters() if p.grad is not None}
+        for m in (ours.model, theirs.model)
+    ]
+    assert len(grads[0]) == len(grads[1]) > 40
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_a_shared_prefix_pays_at_the_papers_ratio(nano_folder):
+    """Forward, loss and backward pass of one group of 8, on one thread. The lengths are the paper's ÷ 28, as the width is the 7B's
+    ÷ 28: on whole lengths attention is 77 % of so narrow a model's operations, and of attention sharing saves less (next test)."""
+    whole = Lengths()
+    assert NANO.prompt / NANO.response == pytest.approx(whole.prompt / whole.response, rel=0.02)
+    cfg = load_config(nano_folder)
+    ours, group = Ours(cfg, (3, 3), torch.float32, torch.device("cpu"), 0, True), make_episodes(cfg, NANO, 1, 8)
+    seconds = {True: [], False: []}
+    for _ in range(9):
+        for share, times in seconds.items():
+            ours.step(Work(group, 8, 16_384, share))
+            times.append(ours.seconds["train"])
+    gain = median(seconds[False]) / median(seconds[True])
+    assert gain >= 1.6, seconds
+
+
+def ceiling(cfg, lengths) -> float:
+    """Operations of a group of 8 without sharing ÷ with it."""
+    length, prompt = lengths.prompt + lengths.response, lengths.prompt
+    head = head_flops(cfg, 8 * lengths.trained)
+    plain = text_flops(cfg, 8 * length, causal_pairs([length] * 8))
+    return (plain + head) / (text_flops(cfg, prompt + 8 * lengths.response, causal_pairs([length] * 8, prompt)) + head)
+
+
+def test_what_sharing_can_save_is_a_matter_of_width(nano_folder):
+    nano = load_config(nano_folder)
+    assert ceiling(MODELS["7b"], Lengths()) > 1.75 and ceiling(MODELS["3b"], Lengths()) > 1.65
+    assert ceiling(nano, NANO) == pytest.approx(ceiling(MODELS["7b"], Lengths()), rel=0.05)
+    assert ceiling(nano, Lengths()) < 1.5
+
+
+def test_it_runs_without_a_gpu_and_says_so(tmp_path):
+    """Where neither video decoders nor tyro are installed, as on a bare GPU machine."""
+    code = """
+import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("av", "torchcodec", "tyro"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Missing())
+sys.argv[1:] = ["--out", sys.argv[1], "--repeats", "1"]
+runpy.run_module("nanosport.train_bench", run_name="__main__")
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "No GPU" in done.stdout
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    assert report["gpu"] is False and "no GPU measured" in report["note"] and report["torch"] == torch.__version__
+    assert {(r["op"], r["impl"]) for r in report["rows"]} >= {
+        (op, i) for op in ("SFT step", "policy update") for i in ("nanosport", "transformers, padded")
+    }
+    for row in report["rows"]:
+        assert row["tokens_per_s"] > 0 and row["seconds"]["step"] > 0
+        if row["impl"] == "nanosport":
+            assert row["planned_gib"] == pytest.approx(row["peak_gib"], rel=0.15)
