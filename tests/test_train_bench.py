@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -49,11 +48,11 @@ def test_a_shared_prefix_pays_at_the_papers_ratio(nano_folder):
     cfg = load_config(nano_folder)
     ours, group = Ours(cfg, (3, 3), torch.float32, torch.device("cpu"), 0, True), make_episodes(cfg, NANO, 1, 8)
     seconds = {True: [], False: []}
-    for _ in range(9):
+    for _ in range(15):
         for share, times in seconds.items():
             ours.step(Work(group, 8, 16_384, share))
             times.append(ours.seconds["train"])
-    gain = median(seconds[False]) / median(seconds[True])
+    gain = min(seconds[False]) / min(seconds[True])  # the least disturbed of each: other work on the machine only adds
     assert gain >= 1.6, seconds
 
 
