@@ -2,14 +2,14 @@
 
     torchrun --nproc-per-node 2 tests/ranks.py '[["train", {"out": …}], ["rl", {…}]]' [PLANT]
 
-PLANT happens on rank 1 at its third micro-batch: "error", "hang" or "bug".
+PLANT happens on rank 1 at its third micro-batch: "error", "hang" or "bug"; or "blind", its episodes have lost their frames.
 """
 
 import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,10 +27,19 @@ def planted(kind: str, whole, calls=[]):  # noqa: B006
                 raise ValueError("this clip broke")
             if kind == "bug":
                 raise KeyError("nobody thought of this")
-            time.sleep(120)
+            if kind == "hang":
+                time.sleep(120)
+            episodes, encoder, cfg, *rest = args
+            return whole([blind(e, cfg.image_token_id) for e in episodes], encoder, cfg, *rest)
         return whole(*args, **kwargs)
 
     return pack
+
+
+def blind(episode, image_token_id: int):
+    kept = [k for k, token in enumerate(episode.ids) if token != image_token_id]
+    parts = {name: tuple(getattr(episode, name)[k] for k in kept) for name in ("ids", "mask", "logprobs")}
+    return replace(episode, **parts, frames=())
 
 
 def main(_) -> None:
