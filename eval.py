@@ -14,22 +14,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 from data_prep import arena
 from nanosport import cli
 from nanosport.endpoint import Endpoint
-from nanosport.engine import Engine, Sampling
+from nanosport.engine import Engine, Sampling, load_engine
 from nanosport.episode import DIMENSIONS, Episode, Question, read_questions
 from nanosport.frames import FrameEncoder
-from nanosport.image import ImageConfig
 from nanosport.judge import Judge, accuracy, agreement
-from nanosport.load import load_model, load_tokenizer, resolve
+from nanosport.load import resolve
 from nanosport.log import provenance, write_atomically
 from nanosport.reward import format_valid
 from nanosport.rollout import Loop, rollout
-from nanosport.video import VideoError
+from nanosport.video import usable
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,6 @@ class Config:
             raise ValueError("--judge-url needs --judge, the model's name there")
         if not self.modes:
             raise ValueError("--modes: name at least one of tool, no-tool")
-
-
-def usable(questions: list[Question], encoder: FrameEncoder) -> tuple[list[Question], list[str]]:
-    """The questions whose video opens, and one line for each video that does not."""
-    broken = {}
-    for clip in dict.fromkeys(q.clip for q in questions):
-        try:
-            encoder.open(clip)
-        except VideoError as error:
-            broken[clip] = str(error)
-    return [q for q in questions if q.clip not in broken], list(broken.values())
 
 
 def contained(episode: Episode) -> bool:
@@ -159,11 +146,8 @@ def main(cfg: Config) -> None:
     if cfg.data == Config.data and not cfg.data.exists():
         arena.main(arena.Config())
     source = resolve(cfg.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(source, device)
-    encoder = FrameEncoder(model, ImageConfig.from_folder(source))
-    engine = Engine(model, load_tokenizer(source), Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens))
-    questions, broken = usable(read_questions(cfg.data)[: cfg.limit], encoder)
+    encoder, engine = load_engine(source, Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens))
+    questions, broken = usable(read_questions(cfg.data)[: cfg.limit], encoder.open)
     for line in broken:
         print(f"left out: {line}")
     if not questions:

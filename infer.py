@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from nanosport import cli
-from nanosport.engine import Engine, Sampling
+from nanosport.engine import Sampling, load_engine
 from nanosport.episode import Episode, Question, Turn, check_text
-from nanosport.frames import FrameEncoder
-from nanosport.image import ImageConfig
-from nanosport.load import load_model, load_tokenizer, resolve
+from nanosport.load import resolve
 from nanosport.log import write_atomically
 from nanosport.report import episode_page
 from nanosport.rollout import Loop, Session, rollout
@@ -94,10 +91,7 @@ def as_json(episode: Episode, seconds: float) -> dict:
 def main(cfg: Config) -> None:
     cfg.check()
     began = time.time()
-    source = resolve(cfg.model)
-    model = load_model(source, "cuda" if torch.cuda.is_available() else "cpu")
-    encoder = FrameEncoder(model, ImageConfig.from_folder(source))
-    engine = Engine(model, load_tokenizer(source), Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens))
+    encoder, engine = load_engine(resolve(cfg.model), Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens))
     question = Question("infer", str(cfg.video), "", "recognition", cfg.question.strip(), cfg.options, "")
     num_frames = (8 if cfg.tool else 16) if cfg.num_frames is None else cfg.num_frames
     loop = Loop(num_frames=num_frames, max_turns=cfg.max_turns, use_tool=cfg.tool)

@@ -29,13 +29,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Annotated
 
-import av
 import tyro
 from tqdm import tqdm
 
 from nanosport import cli
 from nanosport.episode import Clip, stream_records
-from nanosport.video import Video, _open
+from nanosport.log import writing
+from nanosport.video import Video
 
 NUM_FRAMES = 8
 
@@ -57,38 +57,21 @@ class Config:
 # In a worker.
 
 
-def header(path: Path, timeout_s: float) -> tuple[int | None, int]:
-    """(frames that the container's header promises or None, rotation of the first frame in degrees counter-clockwise)."""
-    with _open(path, timeout_s) as (container, stream):
-        promised = stream.frames or None
-        try:
-            for packet in container.demux(stream):
-                try:
-                    for frame in packet.decode():
-                        return promised, round(frame.rotation) % 360
-                except av.FFmpegError:
-                    continue  # a damaged packet, as Video steps over it
-        except av.FFmpegError:
-            pass  # the container breaks off
-        return promised, 0
-
-
 def examine(path: str, span_s: tuple[float, float] | None, timeout_s: float) -> dict:
     """What the report says of one clip, besides its name."""
     began = time.monotonic()
     try:
         video = Video(path, timeout_s=timeout_s, span_s=span_s)
         video.frames(video.sample(NUM_FRAMES))
-        promised, rotation = (None, None) if video.backend == "folder" else header(video.path, timeout_s)
         found = {
             "usable": True,
-            "frames_promised": promised if span_s is None else None,
+            "frames_promised": video.frames_promised if span_s is None else None,
             "frames": video.num_frames,
             "duration_s": round(float(video.times_s[-1]), 3),
             "fps": round(video.fps, 3),
             "width": video.width,
             "height": video.height,
-            "rotation": rotation,
+            "rotation": video.rotation,
             "backend": video.backend,
         }
     except Exception as error:  # whatever an untrusted file brings about
@@ -197,8 +180,7 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
     """
     kept, dropped, outside = 0, 0, []
     old, new = os.path.realpath(records.parent), os.path.realpath(out.parent)
-    partial = out.with_name(out.name + ".partial")
-    with open(partial, "w") as file:
+    with writing(out) as file:
         for row, question in stream_records(records):
             if question.clip not in frames:
                 raise ValueError(f"{records}: has changed during the check; start again with --resume")
@@ -212,7 +194,6 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
                 fields = row["question"] if "messages" in row else row
                 fields |= {"video": os.path.relpath(os.path.join(old, question.video), new), "group": question.group}
             file.write(json.dumps(row) + "\n")
-    partial.replace(out)
     return kept, dropped, outside
 
 

@@ -26,6 +26,7 @@ from data_prep import sources
 from data_prep.sources import Skip
 from nanosport import cli
 from nanosport.episode import Question, parse_question, record_row
+from nanosport.log import writing
 
 SHOWN = 20
 """Reasons for skipping that the table shows; the rest is one line."""
@@ -120,19 +121,11 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--out {cfg.out}: is a folder, or a file of the input; choose another name")
     source, tally = import_module(f"data_prep.sources.{cfg.source}"), Tally()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    try:
-        with (
-            open(partial, "w", encoding="utf-8") as file,
-            tqdm(source.records(cfg.root, cfg.seed), desc=cfg.source, unit="entry") as found,
-        ):
-            for line in islice(record_lines(found, root, out.parent, tally), cfg.limit):
-                file.write(line + "\n")
+    with writing(out) as file, tqdm(source.records(cfg.root, cfg.seed), desc=cfg.source, unit="entry") as found:
+        for line in islice(record_lines(found, root, out.parent, tally), cfg.limit):
+            file.write(line + "\n")
         if not tally.kept:
             raise ValueError(f"{cfg.root}: no entry gives a record\n{tally}")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     print(f"{tally}\nwrote {cfg.out}")
 
 

@@ -12,20 +12,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from tqdm import tqdm
 
-from eval import usable
 from nanosport import cli
-from nanosport.engine import Engine, Sampling
+from nanosport.engine import Sampling, load_engine
 from nanosport.episode import read_questions, record_row
-from nanosport.frames import FrameEncoder
-from nanosport.image import ImageConfig
 from nanosport.judge import accuracy
-from nanosport.load import load_model, load_tokenizer, resolve
+from nanosport.load import resolve
 from nanosport.log import write_atomically
 from nanosport.rollout import Loop, rollout
+from nanosport.video import usable
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,7 @@ def main(cfg: Config) -> None:
     settings = {k: str(v) for k, v in asdict(cfg).items() if k in ("model", "samples", "temperature", "max_new_tokens", "seed")}
     kept = cfg.out.with_name(cfg.out.name + ".rates.jsonl")
     rates = read_rates(kept, settings)
-    source = resolve(cfg.model)
-    model = load_model(source, "cuda" if torch.cuda.is_available() else "cpu")
-    encoder = FrameEncoder(model, ImageConfig.from_folder(source))
-    engine = Engine(model, load_tokenizer(source), Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
+    encoder, engine = load_engine(resolve(cfg.model), Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
     loop, broken = Loop(use_tool=False), []
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     with open(kept, "a") as file:
@@ -65,9 +59,9 @@ def main(cfg: Config) -> None:
             some = questions[start : start + cfg.batch_size]
             if all(q.id in rates for q in some):
                 continue  # by whole batches: a run that goes on draws as one that was never cut
-            some, unusable = usable(some, encoder)
+            some, unusable = usable(some, encoder.open)
             broken += unusable
-            episodes = rollout(engine, encoder, some, loop, cfg.samples, (cfg.seed,), first=start)
+            episodes = rollout(engine, encoder, some, loop, cfg.samples, (cfg.seed,), first=start) if some else []
             for k, question in enumerate(some):
                 group = episodes[k * cfg.samples : (k + 1) * cfg.samples]
                 rates[question.id] = sum(accuracy(e.answer, question) >= 0.5 for e in group) / cfg.samples

@@ -23,18 +23,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from nanosport import cli, prompt
 from nanosport.endpoint import Endpoint, image_part
-from nanosport.engine import Engine, Sampling
+from nanosport.engine import Sampling, load_engine
 from nanosport.episode import Episode, Question, Turn, check_text, read_questions, record_row
-from nanosport.frames import FrameEncoder
-from nanosport.image import ImageConfig
 from nanosport.judge import Judge, accuracy
-from nanosport.load import load_model, load_tokenizer, resolve
+from nanosport.load import resolve
 from nanosport.log import provenance, write_atomically
 from nanosport.reward import format_valid
 from nanosport.rollout import Loop, act, rollout
@@ -70,7 +67,7 @@ class Config:
     min_grade: float = 0.75
     """The judge's grade of the reasoning."""
     workers: int = 8
-    """Requests, or questions, at a time."""
+    """Questions at a time; the samples of one follow each other."""
     per_minute: float = 0.0
     """Requests a minute at most, to each endpoint; 0 for no limit."""
     timeout_s: float = 300.0
@@ -88,30 +85,28 @@ class Config:
             raise ValueError("--judge-url needs --judge, the model's name there")
 
 
-def play(question: Question, endpoint: Endpoint, loop: Loop, sample: int, temperature: float, max_new_tokens: int) -> Episode:
-    """One episode of a teacher behind an endpoint: the text and the rules of a rollout, the frames as pictures."""
+def play(question: Question, endpoint: Endpoint, loop: Loop, cfg: Config) -> Iterator[Episode]:
+    """Episodes of a teacher behind an endpoint: the text and the rules of a rollout, the frames as pictures."""
     video = Video(question.video, span_s=question.span_s)
     overview = video.sample(loop.num_frames)
     asked = prompt.question_text(question, video.num_frames, video.fps)
-    messages = [
+    opening = [
         {"role": "system", "content": prompt.SYSTEM},
         {"role": "user", "content": [*pictures(video, overview), {"type": "text", "text": asked}]},
     ]
-    frames, turns = list(overview), []
-    while True:
-        reply = endpoint.chat(messages, sample, temperature=temperature, max_tokens=max_new_tokens, stop=list(STOPS))
-        text = closed(reply.text)
-        if reply.finished:
-            turn, status, answer = act(text, turns, video, loop)
-        else:
-            turn, status, answer = Turn(text, "invalid", error=f"no action within {max_new_tokens} tokens"), "out_of_tokens", None
-        turns.append(turn)
-        frames += turn.frames
-        if status is not None:
-            return Episode(question, (), (), (), tuple(frames), tuple(turns), status, answer)
-        shown = pictures(video, turn.frames) or [{"type": "text", "text": f"error: {turn.error}\n"}]
-        content = [{"type": "text", "text": "<tool_response>\n"}, *shown, {"type": "text", "text": "</tool_response>"}]
-        messages += [{"role": "assistant", "content": text}, {"role": "user", "content": content}]
+    for sample in range(cfg.samples):
+        messages, frames, turns, status = list(opening), list(overview), [], None
+        while status is None:
+            reply = endpoint.chat(messages, sample, temperature=cfg.temperature, max_tokens=cfg.max_new_tokens, stop=list(STOPS))
+            text = closed(reply.text)
+            cut = Turn(text, "invalid", error=f"no action within {cfg.max_new_tokens} tokens")
+            turn, status, answer = act(text, turns, video, loop) if reply.finished else (cut, "out_of_tokens", None)
+            turns.append(turn)
+            frames += turn.frames
+            shown = pictures(video, turn.frames) or [{"type": "text", "text": f"error: {turn.error}\n"}]
+            content = [{"type": "text", "text": "<tool_response>\n"}, *shown, {"type": "text", "text": "</tool_response>"}]
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": content}]
+        yield Episode(question, (), (), (), tuple(frames), tuple(turns), status, answer)
 
 
 def pictures(video: Video, indices: Sequence[int]) -> list[dict]:
@@ -137,10 +132,8 @@ class LocalTeacher:
     """A checkpoint that plays through the engine; the texts of its turns are kept on disk, question by question."""
 
     def __init__(self, cfg: Config, cache: Path):
-        source = resolve(cfg.teacher)
-        model = load_model(source, "cuda" if torch.cuda.is_available() else "cpu")
-        self.encoder = FrameEncoder(model, ImageConfig.from_folder(source))
-        self.engine = Engine(model, load_tokenizer(source), Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
+        sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens)
+        self.encoder, self.engine = load_engine(resolve(cfg.teacher), sampling)
         self.cfg, self.cache, self.lock = cfg, cache, threading.Lock()
 
     def episodes(self, question: Question, loop: Loop) -> list[Episode]:
@@ -213,22 +206,17 @@ def results(cfg: Config, questions: list[Question], judge: Judge | None, endpoin
     """(question number, sample, fault or None, texts of the turns), as they come."""
     loop = Loop(max_turns=cfg.max_turns)
     local = None if endpoint else LocalTeacher(cfg, cache)
-    jobs = [(k, n) for k in range(len(questions)) for n in (range(cfg.samples) if endpoint else (None,))]
 
-    def work(job):
-        k, n = job
+    def work(k: int) -> list:
         try:
-            if local:
-                found = local.episodes(questions[k], loop)
-            else:
-                found = [play(questions[k], endpoint, loop, n, cfg.temperature, cfg.max_new_tokens)]
+            found = local.episodes(questions[k], loop) if local else play(questions[k], endpoint, loop, cfg)
+            return [(k, n, fault(e, cfg, judge), [t.text for t in e.turns]) for n, e in enumerate(found)]
         except VideoError:
-            return [(k, n or 0, "unusable video", [])]
-        return [(k, n or m, fault(e, cfg, judge), [t.text for t in e.turns]) for m, e in enumerate(found)]
+            return [(k, n, "unusable video", []) for n in range(cfg.samples)]
 
     pool = ThreadPoolExecutor(cfg.workers)
     try:
-        for rows in pool.map(work, jobs):
+        for rows in pool.map(work, range(len(questions))):
             yield from rows
     finally:
         pool.shutdown(cancel_futures=True)

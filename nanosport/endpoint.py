@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import av
 import torch
@@ -68,7 +69,7 @@ class Endpoint:
     def __post_init__(self):
         if not self.url.startswith(("http://", "https://")):
             raise EndpointError(f"{self.url}: an endpoint is an http or https address, such as http://localhost:8000/v1")
-        self._lock, self._next_s = threading.Lock(), 0.0
+        self._lock, self._next_s, self._asking = threading.Lock(), 0.0, WeakValueDictionary()
 
     @property
     def cost(self) -> float:
@@ -81,15 +82,18 @@ class Endpoint:
         asked = json.dumps([body, sample], sort_keys=True).encode()
         name = hashlib.sha256(asked).hexdigest()
         path = self.cache / name[:2] / f"{name}.json"
-        if cached := path.exists():
-            answer = json.loads(path.read_text())
-            self._count(cached=1)
-        else:
-            answer = self._ask(json.dumps(body).encode())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(answer))
-            usage = {k: answer["usage"].get(k) or 0 for k in ("prompt_tokens", "completion_tokens")}
-            self._count(calls=1, **usage)
+        with self._lock:
+            alone = self._asking.setdefault(name, threading.Lock())
+        with alone:  # threads that ask the same wait for the first one's answer
+            if cached := path.exists():
+                answer = json.loads(path.read_text())
+                self._count(cached=1)
+            else:
+                answer = self._ask(json.dumps(body).encode())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(answer))
+                usage = {k: answer["usage"].get(k) or 0 for k in ("prompt_tokens", "completion_tokens")}
+                self._count(calls=1, **usage)
         return Reply(answer["text"], answer["finish_reason"] != "length", cached)
 
     def _count(self, **more: int) -> None:

@@ -11,10 +11,14 @@ Each row draws from its own random stream, so its tokens do not depend on what e
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from nanosport.frames import FrameEncoder
+from nanosport.image import ImageConfig
+from nanosport.load import load_model, load_tokenizer
 from nanosport.model import KVCache, Qwen25VL, mrope_positions
 from nanosport.tools import STOPS
 
@@ -178,6 +182,12 @@ class Engine:
             return False
         tail = self.tokenizer.decode(ids[-12:], skip_special_tokens=False)
         return any(stop in tail for stop in STOPS)
+
+
+def load_engine(folder: Path, sampling: Sampling) -> tuple[FrameEncoder, Engine]:
+    """What a model folder needs to play episodes: on the GPU if there is one, in bfloat16 there."""
+    model = load_model(folder, *(("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)))
+    return FrameEncoder(model, ImageConfig.from_folder(folder)), Engine(model, load_tokenizer(folder), sampling)
 
 
 def banned_ids(model: Qwen25VL, tokenizer) -> torch.Tensor:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,3 +74,15 @@ class Run:
 
     def close(self) -> None:
         self._describe(seconds=round(time.time() - self.began, 1))
+
+
+@contextmanager
+def writing(path: Path):
+    """A text file that appears under its name, or takes the old one's place, when all of it is written: not after an error."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -48,7 +48,8 @@ class Video:
     fps: rate of a folder of frames, which carries none.
     span_s: only the frames from the first time to the second, in seconds; frame 0 is then the first of these.
 
-    Attributes besides: num_frames (that do decode), height, width, fps (average), times_s (float64, 0 at the first).
+    Attributes besides: num_frames (that do decode), height, width, fps (average), times_s (float64, 0 at the first);
+    of a file also rotation (degrees counter-clockwise) and frames_promised (by its header), each None where it says nothing.
     Frames come as a player shows them: rotated, with square pixels, all of the first one's size, at most MAX_PIXELS.
     """
 
@@ -65,6 +66,7 @@ class Video:
         if not 0 < fps < math.inf:
             raise ValueError(f"fps {fps}: must be positive and finite")
         self.path, self.timeout_s, self.backend = Path(path), timeout_s, "pyav"
+        self.rotation = self.frames_promised = None
         if self.path.is_dir():
             try:
                 found = [p for p in self.path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
@@ -192,6 +194,7 @@ class Video:
         if first is None:
             raise VideoError(f"{self.path}: no frame can be decoded (encrypted, damaged or empty); download or convert it anew")
         self._show(first, sar)
+        self.rotation, self.frames_promised = round(first.rotation) % 360, counted or None
         sound = clean and first.pts == self._pts[0] and (complete or self._tail_decodes(deadline))
         if not sound:  # slow, and the only truth about a damaged file
             self._pts = [frame.pts for frame in self._decode(None, deadline)]
@@ -268,6 +271,17 @@ class Video:
             part = wanted[start : start + 8]
             rgb.update(zip(part, decoder.get_frames_at(part).data, strict=True))
         return rgb
+
+
+def usable(questions: Sequence, open: Callable) -> tuple[list, list[str]]:
+    """The questions whose clip `open` opens, and one line for each clip that it does not."""
+    broken = {}
+    for clip in dict.fromkeys(q.clip for q in questions):
+        try:
+            open(clip)
+        except VideoError as error:
+            broken[clip] = str(error)
+    return [q for q in questions if q.clip not in broken], list(broken.values())
 
 
 @cache

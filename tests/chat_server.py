@@ -27,7 +27,7 @@ class ChatServer:
         self.model, self.tokenizer, self.image = load_model(folder), load_tokenizer(folder), ImageConfig.from_folder(folder)
         self.trouble: list = []
         self.answered: list[str] = []
-        """Bodies of the requests that were answered in full."""
+        """Bodies of the requests that were answered."""
         self.headers: list[dict] = []
         self.lock = threading.Lock()
         server = self
@@ -68,15 +68,15 @@ class ChatServer:
         else:
             with self.lock:
                 reply = json.dumps(self.answer(json.loads(body), wrong == "cut")).encode()
+        self.answered.append(body)  # before the reply is out: who has it may count
         request.send_response(200)
         request.send_header("Content-Length", str(len(reply)))
         request.end_headers()
         request.wfile.write(reply)
-        self.answered.append(body)
 
     @torch.no_grad()
     def answer(self, body: dict, cut: bool) -> dict:
-        text, frames = "", []
+        text, patches, grids = "", [], []
         for message in body["messages"]:
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -88,12 +88,14 @@ class ChatServer:
                 kind, data = part["image_url"]["url"].split(",")
                 assert kind == "data:image/jpeg;base64"
                 with av.open(io.BytesIO(base64.b64decode(data))) as container:
-                    frames.append(next(container.decode(video=0)).to_ndarray(format="rgb24"))
-                text += f"{VISION_START}{IMAGE_PAD * 6}{VISION_END}\n"
+                    frame_HWC = torch.from_numpy(next(container.decode(video=0)).to_ndarray(format="rgb24"))
+                patches_PC, ((_, h, w),) = preprocess(frame_HWC.permute(2, 0, 1)[None], self.image)
+                patches.append(patches_PC)
+                grids.append((1, h, w))
+                text += f"{VISION_START}{IMAGE_PAD * (h * w // self.image.merge_size**2)}{VISION_END}\n"
             text += "<|im_end|>\n"
         ids = self.tokenizer.encode(text + "<|im_start|>assistant\n", add_special_tokens=False)
-        patches, grids = preprocess(torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2), self.image) if frames else (None, ())
-        piece = Piece(ids, grids, self.model.encode(patches, grids) if frames else None)
+        piece = Piece(ids, grids, self.model.encode(torch.cat(patches), grids) if grids else None)
         engine = Engine(self.model, self.tokenizer, Sampling(body["temperature"], max_new_tokens=min(body["max_tokens"], 160)))
         stream = np.random.default_rng(len(self.answered))
         (turn,) = engine.generate(engine.prefill([piece]), [stream])

@@ -297,6 +297,18 @@ if __name__ == "__main__":
     assert (tmp_path / "records.clean.jsonl").stat().st_size > 50e6
 
 
+def test_many_records_of_few_clips_take_bounded_time(tmp_path):
+    """A fifth of 100,000, which are too many for a test, in a fifth of a minute; each clip is opened once."""
+    names = [f"{k}.mp4" for k in range(4)]
+    for name in names:
+        write_video(tmp_path / name, pictures(2))
+    records = write_records(tmp_path / "records.jsonl", [record(names[k % 4], id=str(k)) for k in range(20_000)])
+    began = time.process_time()
+    check.main(check.Config(records, workers=1))
+    assert time.process_time() - began < 12 and len(report_of(records)) == 4
+    assert len(read_questions(tmp_path / "records.clean.jsonl")) == 20_000
+
+
 @pytest.mark.skipif(not (SHARED / "hard.json").exists(), reason=f"{SHARED} is not here")
 def test_every_shared_file(tmp_path):
     hard = {str(SHARED / "hard" / c["file"]): c for c in json.loads((SHARED / "hard.json").read_text())}

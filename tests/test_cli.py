@@ -77,7 +77,8 @@ def test_infer_wrong_use_gives_one_clear_line(arguments, words, clip):
 @pytest.mark.parametrize("script", ["train.py", "rl.py", "eval.py"])
 def test_scripts_refuse_a_missing_model_in_one_line(script, tmp_path):
     data = tmp_path / "data.jsonl"
-    data.write_text("{}\n")
+    row = {"id": "1", "video": "v.mp4", "sport": "", "dimension": "rules", "question": "?", "options": [], "answer": "a"}
+    data.write_text(json.dumps(row) + "\n")
     done = call(script, "--model", tmp_path / "none", "--data", data, *(() if script == "eval.py" else ("--out", tmp_path / "out")))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no such folder" in done.stderr
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -59,6 +60,14 @@ def test_an_answer_is_asked_for_once(endpoint, server):
     tally = endpoint.tally
     assert (tally["calls"], tally["cached"]) == (2, 2) and tally["completion_tokens"] > 0
     assert endpoint.cost == pytest.approx((tally["prompt_tokens"] * 2 + tally["completion_tokens"] * 10) / 1e6)
+
+
+def test_threads_that_ask_the_same_at_once_pay_once(endpoint, server):
+    before = len(server.answered)
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda sample: ask(endpoint, sample), [7, 8] * 4))
+    assert len(server.answered) - before == 2 and sum(not reply.cached for reply in replies) == 2
+    assert len({reply.text for reply in replies[::2]}) == len({reply.text for reply in replies[1::2]}) == 1
 
 
 def test_passing_trouble_is_waited_for(endpoint, server):
@@ -245,6 +254,15 @@ def test_a_local_checkpoint_teaches_too_and_goes_on_where_it_stopped(records, tm
     monkeypatch.setattr(distill, "rollout", lambda *a, **k: ran.append(1) or rollout(*a, **k))
     distill.main(cfg)
     assert len(ran) == 1 and cfg.out.read_bytes() == first
+
+
+def test_where_nothing_passes_one_line_says_so_and_the_counts_say_why(server, records, tmp_path):
+    server.trouble.clear()
+    cfg = distill.Config(records, "nano", tmp_path / "t.jsonl", server.url, samples=1, max_new_tokens=3)
+    with pytest.raises(ValueError, match="no episode of nano passed the filters") as caught:
+        distill.main(cfg)
+    assert "\n" not in str(caught.value) and not cfg.out.exists()
+    assert json.loads((tmp_path / "t.jsonl.json").read_text())["episodes"] == {"format": 6}
 
 
 FIRST = f"<think>the score changes between 20 and 60.</think>\n{tool_call(20, 60)}"

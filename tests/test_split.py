@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from data_prep import split
+from data_prep.leaks import SPLITS, check_splits, tied
 from data_prep.sources import match_group
-from data_prep.split import SPLITS, Config, check_splits, fill, near_duplicates, tied
+from data_prep.split import Config, fill, near_duplicates
 from nanosport.episode import read_questions
 from nanosport.judge import normalise
 

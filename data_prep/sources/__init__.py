@@ -16,8 +16,10 @@ import reprlib
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TextIO
 
 import numpy as np
 from numpy._core import multiarray, numeric
@@ -26,6 +28,8 @@ from nanosport.episode import Question
 
 VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 IMAGES = (".jpg", ".jpeg", ".png")
+CHUNK = 2**20
+"""Characters read at a time."""
 
 
 _REPR = reprlib.Repr()
@@ -115,16 +119,65 @@ def _bare(path: str) -> str:
     return os.path.splitext(path)[0] if path.endswith(VIDEOS) else path
 
 
-def read_json(path: Path, *of: type) -> list | dict:
-    """What a JSON file holds, or the list of a JSON-lines file, of one of the types `of`. Raises ValueError where it is not."""
+@contextmanager
+def _reading(path: Path):
+    """What goes wrong with a JSON file, as ValueError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        data = [json.loads(line) for line in text.split("\n") if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
+        yield
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole JSON file ({error}); download it again") from None
+
+
+def read_json(path: Path, *of: type) -> list | dict:
+    """What a JSON file holds, of one of the types `of`. Raises ValueError where it is not."""
+    with _reading(path):
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     return _expect(path, data, of)
+
+
+def read_entries(path: Path) -> Iterator:
+    """The entries of a list in a JSON file, or the lines of a JSON-lines file, one after the other in little memory.
+
+    Raises ValueError where it is something else, and where it breaks off: when the entries before that are out.
+    """
+    with _reading(path), path.open(encoding="utf-8-sig") as file:
+        if path.suffix == ".jsonl":
+            yield from map(json.loads, filter(str.strip, file))
+            return
+        if file.read(CHUNK).lstrip().startswith("["):
+            file.seek(0)
+            yield from _items(file)
+            return
+    yield from read_json(path, list)  # it says what there is instead
+
+
+def _items(file: TextIO) -> Iterator:
+    """The items of the JSON list that a file holds."""
+    decode, space, number, end = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*").match, 0, ""
+    text = file.read(CHUNK)
+    at = text.index("[") + 1
+    while end != "]":
+        at, fault = space(text, at).end(), "Expecting ',' delimiter"
+        if not number and text.startswith("]", at):
+            at += 1
+            break
+        try:
+            item, after = decode(text, at)
+            after = space(text, after).end()
+            end = text[after : after + 1]
+        except json.JSONDecodeError as error:
+            fault, end = error.msg, ""
+        if end in (",", "]"):
+            yield item
+            number, at = number + 1, after + 1
+        elif more := file.read(max(CHUNK, len(text))):  # the item may go on there
+            text, at = text[at:] + more, 0
+        else:
+            raise ValueError(f"entry {number}: {fault}")
+    if text[at:].strip() or file.read().strip():
+        raise ValueError("more behind the list")
 
 
 def _dtype(*arguments) -> np.dtype:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, choose, each, field, match_group, read_json
+from data_prep.sources import Folder, Skip, brief, choose, each, field, match_group, read_entries
 from nanosport.episode import Question
 
 SOURCE = "soccerbench"
@@ -32,7 +32,7 @@ DIMENSION = {  # tasks in the order of the benchmark's own list, which has no q7
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r"q([89]|1[0-4])\.json", "q8.json … q14.json"):
-        yield from each(path, enumerate(read_json(root / path, list)), partial(_question, folder, seed, path))
+        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, choose, each, field, read_json
+from data_prep.sources import Folder, Skip, brief, choose, each, field, read_entries
 from nanosport.episode import Question
 
 SOURCE = "sportr"
@@ -35,17 +35,13 @@ DIMENSION = {  # by the first that the task, or where it has none the question, 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r".*\.jsonl?", "JSON or JSON-lines file"):
-        entries = read_json(root / path, list)
-        if (
-            entries
-            and isinstance(entries[0], dict)
-            and (lacking := [n for n in ("video", "question", "answer") if _name(entries[0], n) is None])
-        ):
-            found = ", ".join(map(str, entries[0]))
+        first = next(read_entries(root / path), None)
+        if isinstance(first, dict) and (lacking := [n for n in ("video", "question", "answer") if _name(first, n) is None]):
+            found = ", ".join(map(str, first))
             raise ValueError(
                 f"{root / path}: no field for {lacking[0]} among {found}; add its name to NAMES in data_prep/sources/sportr.py"
             )
-        yield from each(path, enumerate(entries), partial(_question, folder, seed, path))
+        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
 
 
 def _name(entry: dict, what: str) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, each, field, read_json, shuffle_options
+from data_prep.sources import Folder, Skip, brief, each, field, read_entries, shuffle_options
 from nanosport.episode import Question
 
 SOURCE = "sports_qa"
@@ -32,7 +32,7 @@ DIMENSION = {"descriptive": "recognition", "temporal": "recognition", "causal": 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r"(train|val|test)\.json", "train.json, val.json or test.json"):
-        yield from each(path, enumerate(read_json(root / path, list)), partial(_question, folder, seed, path))
+        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:

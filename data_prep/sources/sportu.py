@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, choose, each, field, read_json
+from data_prep.sources import Folder, Skip, choose, each, field, read_entries
 from nanosport.episode import Question
 
 SOURCE = "sportu"
@@ -30,7 +30,7 @@ DIMENSION = {  # by the first that the question matches
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r"SportU_video_(mc|oe)\.json", "SportU_Video_mc.json or SportU_Video_oe.json"):
-        yield from each(path, enumerate(read_json(root / path, list)), partial(_question, folder, seed, path))
+        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:

@@ -1,0 +1,103 @@
+"""eval.py and rl.py with a judge that is served on loopback: a nano model that was taught, in a few steps, to end with a grade."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chat_server import ChatServer
+
+import eval as evaluation
+import rl
+from nanosport.episode import read_questions
+from nanosport.judge import ANSWER_RUBRIC, exact
+from nanosport.load import load_model, load_tokenizer, save_model
+from nanosport.model import mrope_positions
+
+NANO = Path(__file__).parent.parent / "assets" / "nano-deepsport"
+GUESSER = NANO.parent / "nano-sft"
+"""Half of its open answers are wrong."""
+
+
+@pytest.fixture(scope="module")
+def strict(tmp_path_factory):
+    """A server of a judge that gives whatever it is asked about a 1, a quarter of the points."""
+    model, tokenizer = load_model(NANO), load_tokenizer(NANO)
+    optimizer, rng = torch.optim.AdamW(model.parameters(), 1e-3), np.random.default_rng(0)
+    for _ in range(60):
+        words = rng.permutation("red blue smash volley upright left ball who none call how".split())
+        asked = "Question: {} {} {}?\n\nReference: {} {}\n\nAnswer: {}".format(*words)
+        prompt = f"<|im_start|>system\n{ANSWER_RUBRIC}<|im_end|>\n<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
+        ids, said = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, "GRADE: 1<|im_end|>"))
+        positions_3T, _ = mrope_positions(ids + said, (), model.cfg)
+        ends = torch.tensor([0, len(ids + said)], dtype=torch.int32)
+        hidden_TD = model.hidden(torch.tensor(ids + said), positions_3T, ends)
+        logits_MV = hidden_TD[len(ids) - 1 : -1] @ model.head_weight_VD.T
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits_MV, torch.tensor(said)).backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("judge") / "model"
+    save_model(model, folder, NANO)
+    with ChatServer(folder) as server:
+        yield server
+
+
+@pytest.fixture
+def questions(arena_folder, tmp_path, monkeypatch) -> Path:
+    """Four open questions and two closed ones. Verdicts are kept below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    every = read_questions(arena_folder / "test.jsonl") + read_questions(arena_folder / "rl.jsonl")
+    asked = [q for q in every if q.kind == "open"][:4] + [q for q in every if q.kind == "choice"][:2]
+    assert len(asked) == 6
+    rows = [asdict(q) | {"id": f"q{k}", "video": str(Path(q.video).absolute())} for k, q in enumerate(asked)]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "questions.jsonl"
+
+
+def test_eval_asks_the_judge_about_open_answers_once(strict, questions, tmp_path):
+    cfg = evaluation.Config(str(GUESSER), questions, tmp_path / "report.json", ("tool",), judge_url=strict.url, judge="nano")
+    before = len(strict.answered)
+    evaluation.main(cfg)
+    first = (tmp_path / "report.json").read_text()
+    (row,) = json.loads(first)["rows"].values()
+    asked = set()
+    for episode, question in zip(row["episodes"], read_questions(questions), strict=True):
+        answer, right = episode["answer"], episode["accuracy"]
+        if question.kind == "choice":
+            assert right in (0, 1)
+        elif answer is None or exact(answer, question.answer):
+            assert right == float(answer is not None)
+        else:
+            assert right == 0.25  # its grade, where the F1 of the words would be another
+            asked.add((question.question, question.answer, answer))
+    assert len(strict.answered) - before == len(asked) == len(list(Path("out/answers").glob("*/*.json"))) > 0
+    assert row["judge_and_rule"]["n"] == 6
+    evaluation.main(cfg)
+    assert len(strict.answered) - before == len(asked)
+    (again,) = json.loads((tmp_path / "report.json").read_text())["rows"].values()
+    assert again["episodes"] == row["episodes"]
+
+
+def test_eval_ends_in_one_line_where_the_judge_rambles(questions, tmp_path):
+    with ChatServer(NANO) as server:  # taught nothing about grades
+        cfg = evaluation.Config(str(GUESSER), questions, tmp_path / "report.json", ("tool",), judge_url=server.url, judge="nano")
+        with pytest.raises(ValueError, match="nano: gave no grade in three tries") as caught:
+            evaluation.main(cfg)
+    assert "\n" not in str(caught.value) and not (tmp_path / "report.json").exists()
+
+
+def test_rl_learns_from_the_judges_grades(strict, questions, tmp_path):
+    rows = [line for line in questions.read_text().splitlines() if json.loads(line)["answer"] not in "ABCDEFGHIJ"]
+    questions.write_text("\n".join(rows[:2]) + "\n")
+    before = len(strict.answered)
+    cfg = rl.Config(
+        str(NANO), questions, tmp_path / "rl", steps=2, num_prompts=2, group_size=2, max_new_tokens=100, judge_url=strict.url,
+        judge="nano", temperature=1.2, min_format_rate=0, min_tool_rate=0,
+    )  # fmt: skip
+    rl.main(cfg)
+    log = [json.loads(line) for line in (tmp_path / "rl/log.jsonl").read_text().splitlines()]
+    verdicts = list((tmp_path / "rl/answers").glob("*/*.json"))
+    assert len(log) == 2 and len(verdicts) == len(strict.answered) - before > 0
+    assert all((16 * row["accuracy"]).is_integer() for row in log)  # four episodes, each 0, a quarter or 1
