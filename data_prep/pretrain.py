@@ -328,7 +328,7 @@ def main(cfg: Config) -> None:
     for stage in range(len(done) + 1, len(STAGES) + 1):
         # from the folder every time: a stage goes on from the same bits whether or not the ones before ran just now
         model, began, steps = load_model(source), time.time(), cfg.steps[stage - 1]
-        optim.trainable(model, freeze_vision=stage >= 3)
+        optim.trainable(model, freeze_vision=stage >= 3, freeze_projector=stage >= 3)
         optimizer = optim.build(model, weight_decay=0.01)
         peak = cfg.lr if stage == 1 else cfg.lr / 2
         loader = DataLoader(

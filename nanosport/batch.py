@@ -185,7 +185,7 @@ def deal(units: Sequence[Unit], world: int, micro_tokens: int, frozen_vision: bo
     for each other at each micro-batch, work.
     """
     fair = sum(u.flops for u in units) / world
-    num = max(1, -(-sum(u.tokens for u in units) // (world * micro_tokens)))
+    num = min(-(-sum(u.tokens for u in units) // (world * micro_tokens)), -(-len(units) // world))
     while True:
         load, tokens, held = np.zeros((world, num)), np.zeros((world, num)), [[[] for _ in range(num)] for _ in range(world)]
         for unit in sorted(units, key=lambda u: (-u.flops, u.episodes)):

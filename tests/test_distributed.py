@@ -157,6 +157,8 @@ def test_dealing_gives_everything_once_and_every_rank_as_many_micro_batches(seed
     lengths = [[sum(len(episodes[k].ids) for k in micro) for micro in rank] for rank in dealt]
     assert all(n <= limit or len(micro) == 1 for rank, held in zip(lengths, dealt) for n, micro in zip(rank, held))
     assert 0 < balance <= 1 + 1e-9 and (world > 1 or balance == pytest.approx(1))
+    one_each, _ = deal(units, world, 1, frozen_vision=True)
+    assert len(one_each[0]) == -(-len(units) // world), "no more micro-batches than units ask for"
 
 
 def test_a_group_stays_together_and_its_prefix_counts_once(nano_folder):

@@ -9,7 +9,7 @@ import torch
 from kernels import policy_loss, policy_row
 from kernels.policy_loss import Objective, fused_linear_cross_entropy, fused_linear_policy_loss, linear_logprobs
 from nanosport import optim
-from nanosport.batch import micro_batches, pack
+from nanosport.batch import deal, make_units, pack
 from nanosport.episode import read_records
 from nanosport.frames import FrameEncoder
 from nanosport.image import ImageConfig
@@ -341,7 +341,9 @@ def gradients(model, encoder, episodes, max_tokens: int, variant: str | None) ->
     lengths = [sum(e.mask) for e in episodes]
     advantages = torch.tensor([1.0, -0.5, 0.3, -0.8])
     model.zero_grad()
-    for part in micro_batches([len(e.ids) for e in episodes], max_tokens):
+    units = make_units(episodes, 1, [0] * len(episodes), model.cfg, max_tokens, share_prefix=True)
+    ((parts,), _) = deal(units, 1, max_tokens, frozen_vision=True)
+    for part in parts:
         batch = pack([episodes[k] for k in part], encoder, model.cfg)
         hidden_MD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys)[batch.rows_M]
         if variant is None:
@@ -376,7 +378,7 @@ def test_twenty_steps_of_the_nano_model_are_those_of_plain_autograd(nano_folder,
     runs = []
     for fused in (True, False):
         model = load_model(nano_folder)
-        optim.trainable(model, freeze_vision=True)
+        optim.trainable(model, freeze_vision=True, freeze_projector=True)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         batch = pack(episodes, encoder, model.cfg)
         scale_M = torch.tensor([token_scale("grpo", n, 4, sum(lengths), 200) for n in lengths])[batch.episode_M]
