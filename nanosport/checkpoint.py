@@ -4,8 +4,8 @@
                                     that nothing is unpickled), and trainer.json: the step to do next, and what must not change
     RUN/model/                      config, tokenizer and whole weights of the same step, as load.py writes them
 
-A checkpoint gets its name when all of it is on disk: a run that is killed while it saves goes on from the one before. Batches,
-rollouts and learning rates are functions of (seed, step): there is no other state to lose.
+A checkpoint gets its name when all of it, and the model beside it, is on disk: a run that is killed while it saves goes on from the
+one before. Batches, rollouts and learning rates are functions of (seed, step): there is no other state to lose.
 """
 
 import json
@@ -61,7 +61,7 @@ class Checkpoints:
         self.finish()
         whole, unfinished = self.folder / f"step_{state['step']:06d}", self.folder / f".step_{state['step']:06d}"
         if self.rank == 0:
-            for left in self.folder.glob(".step_*"):
+            for left in (*self.folder.glob(".step_*"), *self.run.glob(".model.*")):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 unfinished.mkdir(parents=True)
@@ -91,12 +91,13 @@ class Checkpoints:
                 write_atomically(unfinished / "trainer.json", json.dumps(state, indent=2) + "\n")
                 for path in (*unfinished.iterdir(), unfinished):
                     sync(path)
+                # before the name: what goes on from a named checkpoint may have no step left to do that would write the model again
+                save_model(model, self.run / "model", self.source, dtype=self.dtype, state=weights, max_pixels=self.max_pixels)
                 shutil.rmtree(whole, ignore_errors=True)
                 unfinished.rename(whole)
                 sync(self.folder)
                 for old in sorted(self.folder.glob("step_*"), key=lambda p: int(p.name[5:]))[: -self.keep]:
                     shutil.rmtree(old, ignore_errors=True)
-                save_model(model, self.run / "model", self.source, dtype=self.dtype, state=weights, max_pixels=self.max_pixels)
         except Exception as error:  # raised where somebody waits for it
             self.failed = error
 

@@ -1,14 +1,15 @@
 """The arena keeps its promises: known answers, clean splits, an event between the overview frames, a teacher as stated."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-from data_prep import arena, draw, teacher
+from data_prep import arena, draw, pretrain, teacher
 from nanosport.episode import DIMENSIONS, Question, read_questions, read_records
 from nanosport.frames import FrameEncoder
 from nanosport.image import ImageConfig
@@ -284,3 +285,15 @@ def test_odd_but_valid_question_files(tmp_path):
         read_questions(file)
     with pytest.raises(ValueError, match="no such file"):
         read_questions(tmp_path / "absent.jsonl")
+
+
+def test_pre_training_goes_through_its_four_stages(tmp_path, monkeypatch):
+    """One step of each; then it says that there is nothing left to go on with."""
+    monkeypatch.setattr(pretrain, "BATCH", dict.fromkeys(pretrain.STAGES, 2))
+    monkeypatch.setattr(pretrain, "perception", partial(pretrain.perception, batches=1))
+    cfg = pretrain.Config(out=tmp_path / "backbone", steps=(1, 1, 1, 1))
+    pretrain.main(cfg)
+    made = json.loads((cfg.out / "pretrain.json").read_text())["stages"]
+    assert [row["stage"] for row in made] == list(pretrain.STAGES.values()) and load_model(cfg.out).cfg.hidden_size
+    with pytest.raises(ValueError, match="all stages already"):
+        pretrain.main(replace(cfg, start=cfg.out))

@@ -17,7 +17,7 @@ from nanosport.engine import Engine, Sampling, banned_ids
 from nanosport.episode import read_questions
 from nanosport.frames import FrameEncoder, load_frames
 from nanosport.image import ImageConfig
-from nanosport.load import load_model, load_tokenizer
+from nanosport.load import load_model, load_tokenizer, save_model
 from nanosport.log import Run
 from nanosport.rollout import Loop, rollout
 
@@ -77,6 +77,26 @@ def test_a_killed_run_goes_on_bit_for_bit(script, runs, monkeypatch, tmp_path):
     assert log(cut.out) == straight
     assert same(cut.out, cfg.out)
     assert [row["step"] for row in straight] == [0, 1, 2, 3]
+
+
+def test_a_checkpoint_is_named_behind_its_model(runs, monkeypatch, tmp_path):
+    """Else a run that ends between the two, at its last step, would be resumed as finished with the model of an earlier step."""
+    main, cfg, straight = runs["train"]
+    cut = replace(cfg, out=tmp_path / "cut")
+
+    def full(model, folder, *args, **kw):
+        if (cut.out / "checkpoints" / "step_000002").exists():
+            (cut.out / ".model.1").mkdir()  # as a killed process leaves it
+            raise ValueError("the disk is full")
+        save_model(model, folder, *args, **kw)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be saved.*the disk is full"):
+        patch.setattr(checkpoint, "save_model", full)
+        main(cut)
+    assert checkpoint.latest(cut.out).name == "step_000002"
+    main(replace(cut, resume=True))
+    assert log(cut.out) == straight and same(cut.out, cfg.out)
+    assert not list(cut.out.glob(".*")) and not list((cut.out / "checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])
