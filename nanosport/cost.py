@@ -1,4 +1,4 @@
-"""What a model costs, from its config alone: weights and operations. Packing, planner and benchmarks count with these.
+"""What a model costs, from its config alone: weights and operations; what cards can do. Packing, planner and benchmarks count with these.
 
 An operation is a multiplication or an addition: the matrix product of (M, K) and (K, N) has 2·M·K·N.
 """
@@ -9,6 +9,14 @@ from functools import lru_cache
 import torch
 
 from nanosport.model import ModelConfig, Qwen25VL
+
+CARDS = {
+    "H100": (989e12, 3.35e12, 450e9),
+    "H200": (989e12, 4.8e12, 450e9),
+    "A100": (312e12, 2.0e12, 300e9),
+    "H20": (148e12, 4.0e12, 450e9),
+}
+"""Dense bf16 FLOP/s, memory bytes/s, NVLink bytes/s each way."""
 
 
 @lru_cache(maxsize=8)

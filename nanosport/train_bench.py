@@ -11,7 +11,7 @@ both report one loss. Frames are encoded beforehand, as with a frozen tower; the
 tokens/s count the tokens of the episodes, however often each was computed. MFU counts what one pass over them needs: three times
 the forward's operations, once for the reference, nothing recomputed, nothing padded, a shared prefix once where it is shared.
 Peak memory is torch's own count. Without a GPU it runs the nano shape on lengths shrunk as its width is (NANO), and peaks
- come from the profiler; that checks the code and compares the two, but is no figure of any GPU.
+come from the profiler; that checks the code and compares the two, but is no figure of any GPU.
 """
 
 import argparse
@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from kernels.policy_loss import Objective, fused_linear_cross_entropy, fused_linear_policy_loss, linear_logprobs
-from nanosport import dist, optim, plan
+from nanosport import dist, memory, optim
 from nanosport.batch import Batch, deal, make_units, pack
-from nanosport.cost import head_flops, num_weights
+from nanosport.cost import CARDS, head_flops, num_weights
 from nanosport.episode import Clip, Episode, Question, Turn
 from nanosport.load import load_config
 from nanosport.log import provenance, write_atomically
@@ -40,7 +40,7 @@ from nanosport.model import ModelConfig, Qwen25VL
 GPU = torch.cuda.is_available()
 OBJECTIVE = Objective(temperature=1.0, beta=0.01)
 LR = 1e-9  # so small that every step of a comparison sees the same weights
-NANO = plan.Lengths(frame_tokens=9, label=2, prompt_text=11, turn_text=7, result_text=1)
+NANO = memory.Lengths(frame_tokens=9, label=2, prompt_text=11, turn_text=7, result_text=1)
 """The paper's lengths ÷ 28, as the nano model's width is the 7B's ÷ 28: attention, which grows with length ÷ width, then keeps
 about its share of the operations (13 % here, 8 % there; 77 % with a nano model on whole lengths)."""
 SPECIAL = 7  # ids below are the nano tokenizer's special ones; the large models have theirs above 151,000
@@ -67,7 +67,7 @@ class SeenFrames:
         return torch.sin(index[:, None] * 0.37 + wave).view(-1, self.cfg.hidden_size).to(self.dtype)
 
 
-def make_episodes(cfg: ModelConfig, lengths: plan.Lengths, groups: int, group_size: int, seed: int = 0) -> list[Episode]:
+def make_episodes(cfg: ModelConfig, lengths: memory.Lengths, groups: int, group_size: int, seed: int = 0) -> list[Episode]:
     """Random tokens in the paper's lengths; a group's members share their prompt, `calls` of them an episode call the tool."""
     rng, episodes = np.random.default_rng(seed), []
     top = min(cfg.vocab_size, 151_000)
@@ -346,18 +346,18 @@ def planned_bytes(trainer: Ours, work: Work) -> float:
     """The planner's peak for this step, from the batches it really packs: without the sampler, and without the CUDA context."""
     cfg, parts = trainer.cfg, num_weights(trainer.cfg)
     sharded = dist.sharded(trainer.model)
-    layout = plan.Layout(1, sharded, trainer.model.recompute_every, trainer.encoder.dtype, trainer.device.type)
+    layout = memory.Layout(1, sharded, trainer.model.recompute_every, trainer.encoder.dtype, trainer.device.type)
     batches = [pack([work.episodes[k] for k in b], trainer.encoder, cfg, "cpu", work.share_prefix) for b in work.dealt(cfg)]
     micros = [
-        plan.Micro(len(b.ids_T), len(b.ids_T if b.keys is None else b.keys.index_S), len(b.rows_M), len(b.features_ND))
+        memory.Micro(len(b.ids_T), len(b.ids_T if b.keys is None else b.keys.index_S), len(b.rows_M), len(b.features_ND))
         for b in batches
     ]
-    stay = sum(plan.state_bytes(cfg, layout).values()) + (
+    stay = sum(memory.state_bytes(cfg, layout).values()) + (
         layout.dtype.itemsize * sum(parts.values()) if trainer.reference is not None else 0
     )
     stay += layout.dtype.itemsize * cfg.hidden_size * sum(m.features for m in micros)
-    update = plan.update_bytes(cfg, layout) if sharded else 0.0
-    return stay + max(update, *(sum(plan.train_bytes(cfg, m, layout).values()) for m in micros))
+    update = memory.update_bytes(cfg, layout) if sharded else 0.0
+    return stay + max(update, *(sum(memory.train_bytes(cfg, m, layout).values()) for m in micros))
 
 
 def measure(
@@ -394,22 +394,24 @@ def measure(
 def card() -> tuple[float, float] | None:
     """(peak FLOP/s, GiB) of this GPU, where the planner knows it."""
     name = torch.cuda.get_device_name() if GPU else ""
-    known = next((c for c in plan.CARDS if c in name), None)
-    return (plan.CARDS[known][0], torch.cuda.get_device_properties(0).total_memory / 2**30) if known else None
+    known = next((c for c in CARDS if c in name), None)
+    return (CARDS[known][0], torch.cuda.get_device_properties(0).total_memory / 2**30) if known else None
 
 
-def fitted(cfg: ModelConfig, room_gib: float, micro: plan.Micro) -> ModelConfig:
+def fitted(cfg: ModelConfig, room_gib: float, micro: memory.Micro) -> ModelConfig:
     """`cfg` with as many layers as the planner puts into 90 % of the room, for a policy update on one GPU."""
     for layers in range(cfg.num_hidden_layers, 0, -1):
-        small, layout = replace(cfg, num_hidden_layers=layers), plan.Layout(1, recompute_every=1)
-        need = sum(plan.state_bytes(small, layout).values()) + 2 * sum(num_weights(small).values())
-        need += max(sum(plan.train_bytes(small, micro, layout).values()), plan.update_bytes(small, layout))
-        if need + plan.RESERVED <= 0.9 * room_gib * 2**30:
+        small, layout = replace(cfg, num_hidden_layers=layers), memory.Layout(1, recompute_every=1)
+        need = sum(memory.state_bytes(small, layout).values()) + 2 * sum(num_weights(small).values())
+        need += max(sum(memory.train_bytes(small, micro, layout).values()), memory.update_bytes(small, layout))
+        if need + memory.RESERVED <= 0.9 * room_gib * 2**30:
             return small
     raise ValueError(f"{room_gib:.0f} GiB hold not one layer: give a larger GPU")
 
 
-def bench(name: str, cfg: ModelConfig, grid: tuple[int, int], lengths: plan.Lengths, micro_tokens: int, repeats: int) -> list[dict]:
+def bench(
+    name: str, cfg: ModelConfig, grid: tuple[int, int], lengths: memory.Lengths, micro_tokens: int, repeats: int
+) -> list[dict]:
     """SFT step and policy update of ours and theirs in micro-batches of `micro_tokens`; a group of 8 with a shared prefix and without."""
     rows, group = [], make_episodes(cfg, lengths, 1, 8)
     whole_group = sum(len(e.ids) for e in group)
@@ -467,10 +469,10 @@ def main() -> None:
             args.micro_tokens or 600,
         )
         if GPU:
-            lengths, grid, micro_tokens = plan.Lengths(), (13, 23), args.micro_tokens or 8192
+            lengths, grid, micro_tokens = memory.Lengths(), (13, 23), args.micro_tokens or 8192
             room = torch.cuda.get_device_properties(0).total_memory / 2**30
-            cfg = fitted(plan.MODELS[name], room, plan.micro_batch(lengths, 3 * micro_tokens, 8, 8))
-        whole = plan.MODELS[name].num_hidden_layers if GPU else cfg.num_hidden_layers
+            cfg = fitted(memory.MODELS[name], room, memory.micro_batch(lengths, 3 * micro_tokens, 8, 8))
+        whole = memory.MODELS[name].num_hidden_layers if GPU else cfg.num_hidden_layers
         label = name if cfg.num_hidden_layers == whole else f"{name}, {cfg.num_hidden_layers} of {whole} layers"
         rows += bench(label, cfg, grid, lengths, micro_tokens, args.repeats)
         report = {**provenance(), "gpu": GPU, "seconds": round(time.time() - began), "lengths": vars(lengths), "rows": rows}

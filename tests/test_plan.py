@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanosport import plan, train_bench
+from nanosport import memory, plan, train_bench
 from nanosport.batch import pack
 from nanosport.cost import num_weights
 from nanosport.load import load_config
-from nanosport.plan import GIB, Config, Lengths, Micro, micro_batch, peak, report, stages
+from nanosport.memory import GIB, Lengths, Micro, micro_batch
+from nanosport.plan import Config, peak, report, stages
 from nanosport.train_bench import Ours, Work, held_bytes, make_episodes, peak_bytes, planned_bytes
 
 ROOT = Path(__file__).parent.parent
@@ -94,11 +95,11 @@ def test_a_planned_micro_batch_is_like_a_packed_one(together, nano):
 
 @pytest.mark.parametrize("name, weights", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
 def test_shapes_are_the_published_ones(name, weights):
-    assert sum(num_weights(plan.MODELS[name]).values()) == weights
+    assert sum(num_weights(memory.MODELS[name]).values()) == weights
     folder = QWEN / f"Qwen2.5-VL-{name.upper()}-Instruct"
     if not folder.exists():
         pytest.skip("the published config.json is not here")
-    assert replace(load_config(folder), eos_token_ids=()) == replace(plan.MODELS[name], eos_token_ids=())
+    assert replace(load_config(folder), eos_token_ids=()) == replace(memory.MODELS[name], eos_token_ids=())
 
 
 def test_lengths_are_the_papers():
@@ -108,7 +109,7 @@ def test_lengths_are_the_papers():
     for calls in (0.3, 0.8, 2.0):
         again = sum(replace(lengths, calls=calls).still_going(turn, 5) for turn in range(1, 5))
         assert again == pytest.approx(calls, abs=1e-3)
-    episodes = make_episodes(plan.MODELS["7b"], lengths, 5, 8)
+    episodes = make_episodes(memory.MODELS["7b"], lengths, 5, 8)
     assert sum(len(e.ids) for e in episodes) / 40 == pytest.approx(lengths.prompt + lengths.response, rel=0.01)
     assert sum(sum(e.mask) for e in episodes) / 40 == pytest.approx(lengths.trained, rel=0.01)
 
@@ -144,12 +145,12 @@ def test_more_gpus_never_need_more_of_each(preset):
 
 
 def test_memory_grows_with_what_it_should():
-    layout, micro = plan.Layout(), Micro(8192, 8192, 600, 5000)
-    cfg = plan.MODELS["7b"]
-    assert plan.layer_bytes(cfg, micro, layout) == pytest.approx(8192 * 2 * (8 * 3584 + 4 * 18944 + 2 * 512) + 4 * 8192 * 28)
-    kept = [plan.activation_bytes(cfg, micro, replace(layout, recompute_every=k)) for k in (1, 2, 0)]
+    layout, micro = memory.Layout(), Micro(8192, 8192, 600, 5000)
+    cfg = memory.MODELS["7b"]
+    assert memory.layer_bytes(cfg, micro, layout) == pytest.approx(8192 * 2 * (8 * 3584 + 4 * 18944 + 2 * 512) + 4 * 8192 * 28)
+    kept = [memory.activation_bytes(cfg, micro, replace(layout, recompute_every=k)) for k in (1, 2, 0)]
     assert kept == sorted(kept) and kept[0] < 0.1 * kept[2]
-    rows = [plan.cache_bytes(cfg, Lengths(), n, 2048, 5) for n in (8, 16)]
+    rows = [memory.cache_bytes(cfg, Lengths(), n, 2048, 5) for n in (8, 16)]
     assert rows[1] == pytest.approx(2 * rows[0])
 
 

@@ -12,7 +12,7 @@ import torch
 from nanosport.batch import causal_pairs
 from nanosport.cost import head_flops, text_flops
 from nanosport.load import load_config
-from nanosport.plan import MODELS, Lengths
+from nanosport.memory import MODELS, Lengths
 from nanosport.train_bench import NANO, Ours, Theirs, Work, make_episodes
 
 ROOT = Path(__file__).parent.parent
