@@ -6,7 +6,8 @@ python -m nanosport.train_bench --shapes 3b          # one of them
 Ours is what train.py and rl.py do with a batch: packed, FSDP2 over a group of this one GPU, float32 weights, gradients and Adam
 moments, bfloat16 compute, the fused loss. Theirs is the same decoder from transformers, trained as TRL trains it: padded batches,
 autocast over the same float32 weights, logits of every token behind the prompt. Weights, tokens and objective are the same, so
-both report one loss. Frames are encoded beforehand, as with a frozen tower; theirs is given that too.
+both report one loss. Frames are encoded beforehand, as with a frozen tower; theirs is given that too. Compiled is ours with the
+decoder's layers through torch.compile, which train.py and rl.py do not do: it says what that would gain.
 
 tokens/s count the tokens of the episodes, however often each was computed. MFU counts what one pass over them needs: three times
 the forward's operations, once for the reference, nothing recomputed, nothing padded, a shared prefix once where it is shared.
@@ -323,6 +324,18 @@ class Theirs:
         return loss_sum
 
 
+class Compiled(Ours):
+    """With the decoder's layers through torch.compile, for any lengths: what it would gain over single operations."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for layer in self.model.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+IMPLEMENTATIONS = {Ours: "nanosport", Theirs: "transformers, padded", Compiled: "nanosport, compiled"}
+
+
 def peak_bytes(step: Callable[[], object]) -> int:
     """What torch has allocated at most during `step`; on a CPU, which keeps no count, above what was there before."""
     if GPU:
@@ -374,8 +387,10 @@ def measure(
             times.append({**trainer.seconds, "step": sum(trainer.seconds.values())})
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return {"error": f"torch.compile: {error}".splitlines()[0]}
     seconds = {name: round(median(t[name] for t in times), 4) for name in times[0]}
-    needed = replace(work, share_prefix=work.share_prefix and kind is Ours)
+    needed = replace(work, share_prefix=work.share_prefix and kind is not Theirs)
     tokens, flops = sum(len(e.ids) for e in work.episodes), needed.flops(cfg) * (4 if policy else 3)
     found = {
         "seconds": seconds,
@@ -383,10 +398,10 @@ def measure(
         "tflops": round(flops / seconds["step"] / 1e12, 3),
     }
     found["loss"] = loss
-    if kind is Ours:
+    if kind is not Theirs:
         peak += 0 if GPU else held_bytes(trainer)
         found["planned_gib"] = round(planned_bytes(trainer, work) / 2**30, 4)
-    if GPU or kind is Ours:
+    if GPU or kind is not Theirs:
         found["peak_gib"] = round(peak / 2**30, 4)
     return found
 
@@ -418,7 +433,7 @@ def bench(
     singles = make_episodes(cfg, lengths, 8, 1)
     cases = [
         ("SFT step", False, Work(singles, 1, micro_tokens), (Ours, Theirs)),
-        ("policy update", True, Work(group, 8, micro_tokens), (Ours, Theirs)),
+        ("policy update", True, Work(group, 8, micro_tokens), (Ours, Theirs, Compiled)),
         ("policy update, group in one pack", True, Work(group, 8, whole_group), (Ours,)),
         ("policy update, prefix not shared", True, Work(group, 8, micro_tokens, False), (Ours,)),
     ]
@@ -430,7 +445,7 @@ def bench(
                 torch.cuda.empty_cache()
                 if "tflops" in found and card():
                     found["mfu_percent"] = round(100 * found["tflops"] * 1e12 / card()[0], 1)
-            row = {"op": op, "impl": {Ours: "nanosport", Theirs: "transformers, padded"}[kind], "model": name}
+            row = {"op": op, "impl": IMPLEMENTATIONS[kind], "model": name}
             row |= {"layers": cfg.num_hidden_layers, "episodes": len(work.episodes), "micro_tokens": work.micro_tokens, **found}
             rows.append(row)
             print(line(row), flush=True)

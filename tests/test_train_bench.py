@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,12 @@ runpy.run_module("nanosport.train_bench", run_name="__main__")
     assert {(r["op"], r["impl"]) for r in report["rows"]} >= {
         (op, i) for op in ("SFT step", "policy update") for i in ("nanosport", "transformers, padded")
     }
+    compiled = [r for r in report["rows"] if r["impl"] == "nanosport, compiled"]
+    assert len(compiled) == 1
     for row in report["rows"]:
+        if "error" in row:  # compiling wants a C++ compiler
+            assert row in compiled and row["error"].startswith("torch.compile") and shutil.which("g++") is None
+            continue
         assert row["tokens_per_s"] > 0 and row["seconds"]["step"] > 0
-        if row["impl"] == "nanosport":
+        if row["impl"] != "transformers, padded":
             assert row["planned_gib"] == pytest.approx(row["peak_gib"], rel=0.15)
