@@ -376,7 +376,7 @@ def planned_bytes(trainer: Ours, work: Work) -> float:
 def measure(
     kind: type, cfg: ModelConfig, grid: tuple[int, int], work: Work, policy: bool, repeats: int, recompute_every: int
 ) -> dict:
-    """Median time of a step and its stages, speeds, and the peak; says so where it does not fit."""
+    """Median time of a step and its stages, the time of each step, speeds, and the peak; says so where it does not fit."""
     device = torch.device("cuda" if GPU else "cpu")
     try:
         trainer = kind(cfg, grid, torch.bfloat16 if GPU else torch.float32, device, recompute_every, policy)
@@ -394,6 +394,7 @@ def measure(
     tokens, flops = sum(len(e.ids) for e in work.episodes), needed.flops(cfg) * (4 if policy else 3)
     found = {
         "seconds": seconds,
+        "steps_s": [round(t["step"], 4) for t in times],
         "tokens_per_s": round(tokens / seconds["step"]),
         "tflops": round(flops / seconds["step"] / 1e12, 3),
     }
