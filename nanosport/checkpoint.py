@@ -25,6 +25,7 @@ from nanosport.load import load_model, save_model, sync
 from nanosport.log import write_atomically
 from nanosport.model import Qwen25VL
 
+warnings.filterwarnings("ignore", "torch.distributed is ")  # one process alone is said to be unusual, from the thread that writes
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -73,14 +74,12 @@ class Checkpoints:
             weight = dist.full(weight)  # of all ranks, one weight at a time
             if self.rank == 0:
                 weights[name] = weight.to("cpu", self.dtype, copy=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # one process alone is said to be unusual
-            saved = dcp.async_save(
-                tensors(model, optimizer),
-                storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-                process_group=self.group,
-                no_dist=self.group is None,
-            )
+        saved = dcp.async_save(
+            tensors(model, optimizer),
+            storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+            process_group=self.group,
+            no_dist=self.group is None,
+        )
         self.writing = threading.Thread(target=self._write, args=(saved.result, unfinished, whole, model, weights, state))
         self.writing.start()
 
@@ -132,10 +131,8 @@ def load(run: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer, settings:
             moments = {key: torch.zeros_like(weight) for key in MOMENTS[1:]}
             optimizer.state[weight] = {"step": torch.tensor(0.0), **moments}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            reader = dcp.HuggingFaceStorageReader(str(folder))
-            dcp.load(tensors(model, optimizer), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(tensors(model, optimizer), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
     except Exception as error:  # torch names no type for a file that is damaged or of another model
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{folder}: the checkpoint does not fit this model or is damaged ({reason})") from error

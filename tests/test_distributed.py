@@ -310,7 +310,9 @@ def test_sigterm_saves_and_ends(runs, tmp_path):
         time.sleep(0.05)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
-    message = run.stderr.read().splitlines()[-1]
+    printed = run.stderr.read()
+    assert "Warning" not in printed
+    message = printed.splitlines()[-1]
     step = int(re.search(r"stopped by SIGTERM behind step (\d+)", message)[1])
     assert checkpoint.latest(cfg.out).name == f"step_{step + 1:06d}" and len(log(cfg.out)) == step + 1
     with pytest.raises(ValueError, match="resume with the same"):
