@@ -32,7 +32,7 @@ test: .venv/.installed
 	$(PY) -m pytest -q
 
 lint: .venv/.installed
-	$(PY) -m ruff check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,8 +1,8 @@
 """Ask a question about a video; see each turn as it happens, then the answer.
 
-    python infer.py clip.mp4 "Which shirt number scored?"
-    python infer.py clip.mp4 "How was the point scored?" --options header volley tap-in
-    python infer.py clip.mp4 "…" --model out/rl/model --json
+python infer.py clip.mp4 "Which shirt number scored?"
+python infer.py clip.mp4 "How was the point scored?" --options header volley tap-in
+python infer.py clip.mp4 "…" --model out/rl/model --json
 """
 
 import json

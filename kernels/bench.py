@@ -45,7 +45,7 @@ OBJECTIVE = Objective(beta=BETA)
 def inputs(num_rows: int, width: int, vocab: int, dtype=DTYPE) -> dict[str, torch.Tensor]:
     g = torch.Generator(DEVICE).manual_seed(0)
     options = {"generator": g, "device": DEVICE}
-    x = {"hidden": torch.randn(num_rows, width, dtype=dtype, **options), "weight": torch.randn(vocab, width, dtype=dtype, **options)}
+    x = {name: torch.randn(n, width, dtype=dtype, **options) for name, n in (("hidden", num_rows), ("weight", vocab))}
     x["weight"].mul_(width**-0.5)
     x["targets"] = torch.randint(vocab, (num_rows,), **options)
     x["advantages"] = torch.randn(num_rows // LENGTH, **options).repeat_interleave(LENGTH)
@@ -98,7 +98,9 @@ def liger():
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     except ImportError:
         return None
-    loss = LigerFusedLinearGRPOLoss(beta=BETA, compiled=GPU, use_ref_model=True, loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2)
+    loss = LigerFusedLinearGRPOLoss(
+        beta=BETA, compiled=GPU, use_ref_model=True, loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2
+    )
 
     def run(x):
         grid = (-1, LENGTH)
@@ -190,7 +192,9 @@ def check() -> dict[str, dict]:
         return {"loss": loss.detach(), "dX": hidden.grad, "dW": weight.grad, "logp": stats.logp_M, "entropy": stats.entropy_M}
 
     for variant, case in VARIANTS.items():
-        want, got, usual = (gradients(*pair, *case) for pair in ((wide, policy_loss.torch_rows), (x, fill), (x, policy_loss.torch_rows)))
+        want, got, usual = (
+            gradients(*pair, *case) for pair in ((wide, policy_loss.torch_rows), (x, fill), (x, policy_loss.torch_rows))
+        )
         for name in want:
             mine, its = ((r[name].double() - want[name]).norm() / want[name].norm() for r in (got, usual))
             errors.setdefault(variant, {})[name] = {"kernel": mine.item(), "torch": its.item()}
@@ -227,7 +231,9 @@ def varlen(q_THd, k_TKd, v_TKd, cu_seqlens, length):
 
 def sdpa(q_THd, k_TKd, v_TKd, cu_seqlens, length):
     segments = zip(*(x.split(length) for x in (q_THd, k_TKd, v_TKd)))
-    outs = [F.scaled_dot_product_attention(*(x[None].transpose(1, 2) for x in s), is_causal=True, enable_gqa=True) for s in segments]
+    outs = [
+        F.scaled_dot_product_attention(*(x[None].transpose(1, 2) for x in s), is_causal=True, enable_gqa=True) for s in segments
+    ]
     return torch.stack(outs).float().sum()
 
 
@@ -276,7 +282,8 @@ def show(rows: list, row: dict) -> None:
 def markdown(path: Path) -> str:
     """A table of a written JSON: its hardware, then a line a measurement."""
     report = json.loads(path.read_text())
-    lines = [f"{report['device']}, torch {report['torch']}, commit {report['commit']}; matrix product {report['matmul_tflops']} TFLOP/s", ""]
+    made = f"{report['device']}, torch {report['torch']}, commit {report['commit']}"
+    lines = [f"{made}; matrix product {report['matmul_tflops']} TFLOP/s", ""]
     lines += ["| op | implementation | shape | ms | peak GiB | TFLOP/s |", "|---|---|---|---|---|---|"]
     for row in report["rows"]:
         found = (row["ms"], row["peak_gib"], row.get("tflops", "–")) if "ms" in row else (row["error"], "–", "–")
@@ -300,12 +307,17 @@ def main() -> None:
     errors = check()
     top = ceiling()
     print(f"errors against float64: {errors}\nmatrix product 8192³: {top:.0f} TFLOP/s")
-    for bench in (lambda: bench_policy_loss(rows, args.repeats, top), lambda: bench_attention(rows, args.repeats), lambda: bench_layer(rows)):
+    for bench in (
+        lambda: bench_policy_loss(rows, args.repeats, top),
+        lambda: bench_attention(rows, args.repeats),
+        lambda: bench_layer(rows),
+    ):
         bench()
         if GPU:  # after each, so that what is measured is not lost
             args.out.mkdir(parents=True, exist_ok=True)
             path = args.out / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".json")
-            report = {**provenance(), "seconds": round(time.time() - began), "matmul_tflops": round(top, 1), "errors": errors, "rows": rows}
+            report = {**provenance(), "seconds": round(time.time() - began), "matmul_tflops": round(top, 1)}
+            report |= {"errors": errors, "rows": rows}
             write_atomically(path, json.dumps(report, indent=1) + "\n")
             print(f"{path}, {time.time() - began:.0f} s")
 

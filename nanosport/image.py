@@ -44,13 +44,9 @@ class ImageConfig:
                 *(tuple(float(value) for value in raw[key]) for key in ("image_mean", "image_std")),
             )
         except OSError as error:
-            raise ValueError(
-                f"{file}: cannot be read ({error.strerror}); give the folder of a Qwen-VL model"
-            ) from error
+            raise ValueError(f"{file}: cannot be read ({error.strerror}); give the folder of a Qwen-VL model") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{file}: not a Qwen-VL preprocessor config ({error!r}); download the model's file again"
-            ) from error
+            raise ValueError(f"{file}: not a Qwen-VL preprocessor config ({error!r}); download the model's file again") from error
         sizes = (config.patch_size, config.temporal_patch_size, config.merge_size, config.min_pixels)
         if (
             min(sizes) < 1
@@ -93,8 +89,6 @@ def preprocess(frames_FCHW: torch.Tensor, cfg: ImageConfig) -> tuple[torch.Tenso
     x = F.interpolate(frames_FCHW.cpu(), (height, width), mode="bicubic", antialias=True).to(frames_FCHW.device)
     mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) * 255.0 for v in (cfg.mean, cfg.std))
     x = (x.float() - mean) / std
-    x = x.view(f, c, h // m, m, p, w // m, m, p).permute(
-        0, 2, 5, 3, 6, 1, 4, 7
-    )  # F, block row, column, row, column in it, C, p, p
+    x = x.view(f, c, h // m, m, p, w // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # F, block row, column, row, column in it, C, p, p
     x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, cfg.temporal_patch_size, -1, -1)
     return x.reshape(f * h * w, -1), ((1, h, w),) * f

@@ -47,7 +47,9 @@ class Run:
         self.began = time.time()
         checkpoints = self.folder / "checkpoints"
         if (self.model.exists() or checkpoints.exists()) and not (resume or overwrite):
-            raise ValueError(f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out")
+            raise ValueError(
+                f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, or choose another --out"
+            )
         if resume and not checkpoints.exists():
             raise ValueError(f"{folder}: no run to resume there")
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -64,9 +64,7 @@ class ModelConfig:
         except (KeyError, TypeError) as error:
             raise ValueError(f"config.json: a value is missing: {error}") from error
         if 2 * sum(cfg.mrope_section) != cfg.head_dim:
-            raise ValueError(
-                f"config.json: mrope_section {cfg.mrope_section} must sum to {cfg.head_dim}/2, half a head"
-            )
+            raise ValueError(f"config.json: mrope_section {cfg.mrope_section} must sum to {cfg.head_dim}/2, half a head")
         return cfg
 
     @property
@@ -267,9 +265,7 @@ class Qwen25VL(nn.Module):
             def attend(q, k, v, k_BKSd=k_BKSd, v_BKSd=v_BKSd):
                 k_BKSd[row_B1, :, write_BT] = rotate(k, cos, sin)
                 v_BKSd[row_B1, :, write_BT] = v
-                return cached_attention(
-                    rotate(q, cos, sin), k_BKSd[:, :, :num_slots], v_BKSd[:, :, :num_slots], mask_B1TS
-                )
+                return cached_attention(rotate(q, cos, sin), k_BKSd[:, :, :num_slots], v_BKSd[:, :, :num_slots], mask_B1TS)
 
             x_BTD = layer(x_BTD, attend)
         cache.lengths_B = end_B

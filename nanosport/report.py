@@ -1,7 +1,7 @@
 """Where people would rather look than read: the demo's table, the reward curve, an episode with its frames.
 
-    python -m nanosport.report out/demo                   # eval_*.json + rl/log.jsonl → report.json, index.html
-    python -m nanosport.report results/demo/*.json        # reports of several seeds → the README's table, mean ± std
+python -m nanosport.report out/demo                   # eval_*.json + rl/log.jsonl → report.json, index.html
+python -m nanosport.report results/demo/*.json        # reports of several seeds → the README's table, mean ± std
 """
 
 import base64
@@ -80,13 +80,18 @@ def curve(rows: list[dict], names: tuple[str, ...]) -> str:
     parts = []
     for k in range(5):
         y = height - bottom - (height - bottom - 10) * k / 4
-        parts.append(f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#e3e5e8"/><text x="4" y="{y + 4:.1f}">{top * k / 4:.2f}</text>')
+        parts.append(
+            f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#e3e5e8"/><text x="4" y="{y + 4:.1f}">{top * k / 4:.2f}</text>'
+        )
     for n, (name, colour) in enumerate(zip(names, colours)):
         points = " ".join(
-            f"{left + (width - left - 10) * r['step'] / last:.1f},{height - bottom - (height - bottom - 10) * r[name] / top:.1f}" for r in rows
+            f"{left + (width - left - 10) * r['step'] / last:.1f},{height - bottom - (height - bottom - 10) * r[name] / top:.1f}"
+            for r in rows
         )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{left + 8 + 150 * n}" y="{height - 6}" fill="{colour}">{html.escape(name.replace("_", " "))}</text>')
+        parts.append(
+            f'<text x="{left + 8 + 150 * n}" y="{height - 6}" fill="{colour}">{html.escape(name.replace("_", " "))}</text>'
+        )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'font-family="sans-serif" font-size="12">{"".join(parts)}</svg>'
@@ -140,7 +145,8 @@ def main(folder: Path) -> None:
 
 def seeds_table(reports: list[dict]) -> str:
     """Markdown, mean ± standard deviation over the reports."""
-    columns = ("recognition", "rules", "assessment", "commentary", "accuracy", "accuracy_tool_needed", "frames", "tool_rate", "window_hit_rate")
+    columns = ("recognition", "rules", "assessment", "commentary", "accuracy")
+    columns += ("accuracy_tool_needed", "frames", "tool_rate", "window_hit_rate")
     heads = ("recognition", "rules", "assessment", "commentary", "overall", "tool needed", "frames", "tool rate", "window hit")
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for label in reports[0]["rows"]:

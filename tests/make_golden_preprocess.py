@@ -44,13 +44,9 @@ def main():
             assert patches.dtype == torch.float32
             values = {str(i): patches.flatten()[i].item() for i in (0, 1, 196, 1176, patches.numel() - 1)}
             grid = out["image_grid_thw"][0].tolist()
-            cases.append(
-                {"size": size, "bounds": [low, high], "grid": grid, "sha256": digest(patches), "values": values}
-            )
+            cases.append({"size": size, "bounds": [low, high], "grid": grid, "sha256": digest(patches), "values": values})
     resized = [(size, smart_resize(*size, 28, 3136, 50176)) for size in RESIZED]
-    versions = (
-        f"torch {torch.__version__}, torchvision {torchvision.__version__}, transformers {transformers.__version__}"
-    )
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, transformers {transformers.__version__}"
     record = {
         "made_by": f"tests/make_golden_preprocess.py: Qwen2VLImageProcessor, {versions}, CPU",
         "smart_resize": resized,

@@ -15,7 +15,9 @@ VOCAB, WIDTH, ROWS = 101, 24, 30  # the vocabulary does not divide by the ranks
 
 def loss_of(hidden_MD, weight_VD, rows: slice, x) -> torch.Tensor:
     names = ("targets", "advantages", "old", "ref")
-    return fused_linear_policy_loss(hidden_MD[rows], weight_VD, *(x[n][rows] for n in names), None, x["scale"][rows], Objective(beta=0.1))[0]
+    return fused_linear_policy_loss(
+        hidden_MD[rows], weight_VD, *(x[n][rows] for n in names), None, x["scale"][rows], Objective(beta=0.1)
+    )[0]
 
 
 def main() -> None:

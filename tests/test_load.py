@@ -294,9 +294,7 @@ def test_the_published_tokenizer_loads(tmp_path):
     assert tokenizer.encode("frame 12:") == [6763, 220, 16, 17, 25]  # Qwen's rule: each digit alone
     tokenizer.save_pretrained(tmp_path)  # as tokenizer.json, which the published folder has as well
     shutil.copyfile(REAL / "Qwen2.5-VL-7B-Instruct" / "config.json", tmp_path / "config.json")
-    text = (
-        "<|im_start|>user\nFrame 1205: <|image_pad|> Who's in? Çà et là, 北京\n\n  <tool_call>{}</tool_call><|im_end|>"
-    )
+    text = "<|im_start|>user\nFrame 1205: <|image_pad|> Who's in? Çà et là, 北京\n\n  <tool_call>{}</tool_call><|im_end|>"
     assert load_tokenizer(tmp_path).encode(text) == tokenizer.encode(text)
     with pytest.raises(ValueError, match="no tokenizer"):
         load_tokenizer(REAL / "Qwen2.5-VL-3B-Instruct")  # carries none here
@@ -305,9 +303,7 @@ def test_the_published_tokenizer_loads(tmp_path):
 def test_kernels_is_ours_and_never_imports_transformers():
     for path in (ROOT / "kernels").glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            imported = (
-                [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
-            )
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
             assert not any(name.split(".")[0] == "transformers" for name in imported), path
     ours, theirs = "import kernels.attention", "from transformers import Qwen2_5_VLForConditionalGeneration"
     for lines in (ours, "import sys; assert 'transformers' not in sys.modules", theirs), (theirs, ours):
@@ -327,7 +323,9 @@ class Hub(BaseHTTPRequestHandler):
         self.asked.append(self.path)
         names = [(p.name, p.stat().st_size) for p in self.folder.iterdir()] + [("harm.bin", 1)]
         if self.path.startswith("/api/models/owner/nano/revision/main"):
-            content = json.dumps({"id": "owner/nano", "sha": self.commit, "siblings": [{"rfilename": name} for name, _ in names]}).encode()
+            content = json.dumps(
+                {"id": "owner/nano", "sha": self.commit, "siblings": [{"rfilename": name} for name, _ in names]}
+            ).encode()
         elif self.path.startswith(f"/api/models/owner/nano/tree/{self.commit}"):
             content = json.dumps([{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in names]).encode()
         elif self.path.startswith(f"/owner/nano/resolve/{self.commit}/"):
@@ -355,14 +353,17 @@ def test_a_hub_id_is_downloaded_once(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     code = "import sys; from nanosport.load import load_model, load_tokenizer, resolve\n"
     code += "folder = resolve('owner/nano'); load_model(folder); load_tokenizer(folder); print(folder)"
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    env |= {"HF_HUB_DISABLE_XET": "1"}
     env |= {"PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-1500:]
         folder = Path(done.stdout.strip())
-        assert folder.is_relative_to(tmp_path) and (folder / "model.safetensors").read_bytes() == (Hub.folder / "model.safetensors").read_bytes()
+        fetched, wanted = ((f / "model.safetensors").read_bytes() for f in (folder, Hub.folder))
+        assert folder.is_relative_to(tmp_path) and fetched == wanted
     fetched = [p for p in Hub.asked if p.endswith("/model.safetensors")]
-    assert 1 <= len(fetched) <= 2 and not (folder / "harm.bin").exists()  # a look at its size, then the file; nothing the second time
+    # a look at its size, then the file; nothing the second time
+    assert 1 <= len(fetched) <= 2 and not (folder / "harm.bin").exists()
     server.shutdown()
     server.server_close()

@@ -162,10 +162,7 @@ def test_packed_sequences_do_not_see_each_other():
     ids = [torch.tensor(ids) for ids, _ in sequences]
     positions = [mrope_positions(ids, grids, ours.cfg)[0] for ids, grids in sequences]
     features = [ours.visual(patches(g, ours.cfg, seed=i), g) if g else None for i, (_, g) in enumerate(sequences)]
-    alone = [
-        ours.hidden(one, where, cu(len(one)), feature)
-        for one, where, feature in zip(ids, positions, features, strict=True)
-    ]
+    alone = [ours.hidden(one, where, cu(len(one)), feature) for one, where, feature in zip(ids, positions, features, strict=True)]
     all_features = ours.visual(torch.cat([patches(GRIDS[:2], ours.cfg, 0), patches(GRIDS[2:], ours.cfg, 2)]), GRIDS)
     packed = ours.hidden(torch.cat(ids), torch.cat(positions, 1), cu(*map(len, ids)), all_features)
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=2e-5)
@@ -266,9 +263,7 @@ def test_cached_decode_equals_the_full_forward():
     _, ours = tiny_pair(tied=True)
     rows = [[[0], [1, 2], [], []], [[3, 0], [], [2], []], [[], [1], [], []]]
     rows = [[[GRIDS[i] for i in turn] for turn in row] for row in rows]
-    turns = [
-        [sequence(grids, seed=10 * b + i, text=3 + b) for i, grids in enumerate(row)] for b, row in enumerate(rows)
-    ]
+    turns = [[sequence(grids, seed=10 * b + i, text=3 + b) for i, grids in enumerate(row)] for b, row in enumerate(rows)]
     turns[1][3] = turns[0][3][:1]
     turns[0][3], turns[2][3] = turns[0][3][:1], []
     whole_ids = [list(chain(*turns_b)) for turns_b in turns]
@@ -280,9 +275,7 @@ def test_cached_decode_equals_the_full_forward():
 
     pixels = [patches(grids, ours.cfg, seed=b) for b, grids in enumerate(whole_grids)]
     starts, used, got = [0] * 3, [0] * 3, [[], [], []]
-    cache = KVCache(
-        ours.cfg, batch=3, capacity=max(map(len, whole_ids))
-    )  # full at the end: padding has no free slot left
+    cache = KVCache(ours.cfg, batch=3, capacity=max(map(len, whole_ids)))  # full at the end: padding has no free slot left
     for i in range(4):
         num_new_B = torch.tensor([len(turns[b][i]) for b in range(3)])
         ids_BT = torch.full((3, int(num_new_B.max())), 7)

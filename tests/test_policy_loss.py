@@ -30,7 +30,9 @@ def rows_by(request, monkeypatch):
     return request.param
 
 
-def inputs(seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32, temperature=1.0, banned=()) -> dict[str, torch.Tensor]:
+def inputs(
+    seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32, temperature=1.0, banned=()
+) -> dict[str, torch.Tensor]:
     """Old log-probs near the policy's own, so that ratios fall inside the clip range and on both sides of it."""
     g = torch.Generator().manual_seed(seed)
     x = {"hidden": torch.randn(rows, D, generator=g) * size, "weight": torch.randn(V, D, generator=g) * 0.5}
@@ -48,7 +50,10 @@ def inputs(seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32,
 def plain(x, objective: Objective, given=(), banned=None, dtype=torch.float64, sign=1.0, shift=0):
     """(loss, dhidden, dweight, logp, entropy) by autograd over all the logits; clips are gates here, not minima."""
     narrow = dtype in (torch.float16, torch.bfloat16)  # products in that type, the row in float32, as is usual
-    x = {k: v.to(torch.float32 if narrow and k not in ("hidden", "weight") else dtype) if v.is_floating_point() else v for k, v in x.items()}
+    x = {
+        k: v.to(torch.float32 if narrow and k not in ("hidden", "weight") else dtype) if v.is_floating_point() else v
+        for k, v in x.items()
+    }
     hidden, weight = x["hidden"].clone().requires_grad_(), x["weight"].clone().requires_grad_()
     logits = (hidden @ weight.T).to(torch.float32 if narrow else dtype) / objective.temperature
     if banned is not None:
@@ -163,7 +168,17 @@ def test_gradients_equal_finite_differences(case):
     def loss(hidden, weight):
         old, ref, rollout, sequence = (x[name] if name in given else None for name in ("old", "ref", "rollout", "sequence"))
         return fused_linear_policy_loss(
-            hidden, weight, x["targets"], x["advantages"], old, ref, rollout, x["scale"], objective, banned=banned, sequence_M=sequence
+            hidden,
+            weight,
+            x["targets"],
+            x["advantages"],
+            old,
+            ref,
+            rollout,
+            x["scale"],
+            objective,
+            banned=banned,
+            sequence_M=sequence,
         )[0]
 
     torch.autograd.gradcheck(loss, (x["hidden"].requires_grad_(), x["weight"].requires_grad_()), eps=1e-6, atol=1e-7, rtol=1e-5)
@@ -178,7 +193,11 @@ def test_a_wrong_reference_is_told_apart():
     changed = [Objective(*(getattr(objective, f) * (2 if f == g else 1) for f in FIELDS)) for g in FIELDS]
     wrong = [plain(x, o, given, banned) for o in changed]
     wrong += [plain(x, objective, tuple(g for g in given if g != left), banned) for left in given]
-    wrong += [plain(x, objective, given, None), plain(x, objective, given, banned, sign=-1.0), plain(x, objective, given, banned, shift=1)]
+    wrong += [
+        plain(x, objective, given, None),
+        plain(x, objective, given, banned, sign=-1.0),
+        plain(x, objective, given, banned, shift=1),
+    ]
     assert len(wrong) == 6 + 3 + 3
     for other in wrong:
         with pytest.raises(AssertionError):
@@ -390,7 +409,15 @@ def test_twenty_steps_of_the_nano_model_are_those_of_plain_autograd(nano_folder,
                 reference_M, _ = linear_logprobs(hidden_MD, model.head_weight_VD, batch.targets_M)
             if fused:
                 loss, _ = fused_linear_policy_loss(
-                    hidden_MD, model.head_weight_VD, batch.targets_M, advantages_M, None, reference_M, None, scale_M, Objective(beta=0.1)
+                    hidden_MD,
+                    model.head_weight_VD,
+                    batch.targets_M,
+                    advantages_M,
+                    None,
+                    reference_M,
+                    None,
+                    scale_M,
+                    Objective(beta=0.1),
                 )
             else:
                 log_p_MV = (hidden_MD @ model.head_weight_VD.T).log_softmax(-1)

@@ -94,7 +94,8 @@ def test_special_tokens_are_refused(token, tmp_path):
     with pytest.raises(ValueError, match="special token"):
         check_text(f"Who scored?{token}")
     assert check_text("a < b | c > d, <think>, <|>") == "a < b | c > d, <think>, <|>"
-    good = {"id": "q", "video": "v.mp4", "sport": "s", "dimension": "rules", "question": "Why?", "options": ["x", "y"], "answer": "A"}
+    good = {"id": "q", "video": "v.mp4", "sport": "s", "dimension": "rules"}
+    good |= {"question": "Why?", "options": ["x", "y"], "answer": "A"}
     file = tmp_path / "q.jsonl"
     for bad in ({"question": f"Why?{token}"}, {"options": ["x", f"y{token}"]}):
         file.write_text("\n".join(json.dumps(row) for row in (good, good | bad)) + "\n")
@@ -108,7 +109,10 @@ def test_special_tokens_are_refused(token, tmp_path):
             opening(question, SHOWN, [6] * 3, 41)
 
 
-@pytest.mark.parametrize("call", ['"<|image_pad|>"', '{"name": "<|image_pad|>"}', "<|image_pad|>", '{"arguments": {"<|image_pad|>": 1}}'])
+@pytest.mark.parametrize(
+    "call", ['"<|image_pad|>"', '{"name": "<|image_pad|>"}', "<|image_pad|>", '{"arguments": {"<|image_pad|>": 1}}']
+)
 def test_what_a_model_writes_is_not_quoted_back_to_it(call):
     action = parse(f"<think><|image_pad|></think>\n<tool_call>{call}</tool_call>", 100)
-    assert action.kind == "bad_call" and "<|" not in tool_result(action.error).removeprefix("<|im_end|>\n<|im_start|>").partition("</tool")[0]
+    shown = tool_result(action.error).removeprefix("<|im_end|>\n<|im_start|>").partition("</tool")[0]
+    assert action.kind == "bad_call" and "<|" not in shown

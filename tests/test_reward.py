@@ -56,12 +56,18 @@ def test_the_equation(acc, answer, turns, status, total):
         assert reward.total == reward.accuracy + reward.tool
 
 
-@pytest.mark.parametrize("said", ["B", "(B)", "B.", "B)", "B:", " B ", "(B) volley", "B volley", "B. volley", "B: volley", "volley", "Volley.", "the volley"])
+@pytest.mark.parametrize(
+    "said",
+    ["B", "(B)", "B.", "B)", "B:", " B ", "(B) volley", "B volley", "B. volley", "B: volley", "volley", "Volley.", "the volley"],
+)
 def test_a_right_choice(said):
     assert accuracy(said, CHOICE) == 1.0
 
 
-@pytest.mark.parametrize("said", [None, "", " ", "A", "(A)", "C. volley", "J", "b", "header", "A header", "tap in", "Because", "Both", "volley header", "?"])
+@pytest.mark.parametrize(
+    "said",
+    [None, "", " ", "A", "(A)", "C. volley", "J", "b", "header", "A header", "tap in", "Because", "Both", "volley header", "?"],
+)
 def test_a_wrong_choice(said):
     assert accuracy(said, CHOICE) == 0.0
 

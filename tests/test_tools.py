@@ -22,7 +22,9 @@ def test_a_call():
     assert parse(call(0, 99), 100).window == (0, 99)
 
 
-@pytest.mark.parametrize("written, read", [("A", "A"), (" red 7\n", "red 7"), ("3-2, \"quoted\" {json}", "3-2, \"quoted\" {json}"), ("赢", "赢")])
+@pytest.mark.parametrize(
+    "written, read", [("A", "A"), (" red 7\n", "red 7"), ('3-2, "quoted" {json}', '3-2, "quoted" {json}'), ("赢", "赢")]
+)
 def test_an_answer(written, read):
     action = parse(f"\n{THINK}<answer>{written}</answer>\n", 100)
     assert (action.kind, action.answer, action.window, action.error) == ("answer", read, None, None)
@@ -100,7 +102,9 @@ def test_indices_are_integers(value):
         assert action.kind == "bad_call" and action.error == "idx_start and idx_end must be integers"
 
 
-@pytest.mark.parametrize("start, end", [(-1, 40), (20, 100), (100, 200), (40, 20), (30, 30), (-9, -1), (0, 10**400), (-(10**400), 50)])
+@pytest.mark.parametrize(
+    "start, end", [(-1, 40), (20, 100), (100, 200), (40, 20), (30, 30), (-9, -1), (0, 10**400), (-(10**400), 50)]
+)
 def test_an_interval_inside_the_video(start, end):
     action = parse(call(start, end), 100)
     assert action.kind == "bad_call" and "inside 0 to 99" in action.error and action.window == (start, end)
@@ -145,8 +149,8 @@ def test_no_mutation_raises():
     """What comes back is always one of four kinds, and an action always carries what its kind promises."""
     rng = random.Random(0)
     seeds = [GOOD, call(3, 50), THINK + "<answer>B</answer>", call("true", '"x"'), THINK + "<answer>\n</answer>"]
-    parts = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>", "{", "}", '"', ":", ",", "[", "]", "\\", "\\u"]
-    parts += ["0", "-1", "1e999", "NaN", "null", "true", "\x00", "\ud800", "é", "\n", " ", "<|im_end|>", "idx_start", "name", "9" * 30]
+    parts = '<think> </think> <tool_call> </tool_call> <answer> </answer> { } " : , [ ] \\ \\u 0 -1 1e999 NaN null true <|im_end|>'.split()
+    parts += ["\x00", "\ud800", "é", "\n", " ", "idx_start", "name", "9" * 30]
     kinds = set()
     for _ in range(4000):
         text = rng.choice(seeds)

@@ -49,9 +49,7 @@ def image(height: int, width: int, n: int = 0) -> np.ndarray:
     return np.stack([(x * 3 + n * 9) % 256, (y * 5 + n * 17) % 256, (x + y + n * 40) % 256], -1).astype(np.uint8)
 
 
-def write(
-    path: Path, num=40, height=48, width=64, gop=10, times=None, rate=10, codec="libx264", pix_fmt="yuv420p"
-) -> Path:
+def write(path: Path, num=40, height=48, width=64, gop=10, times=None, rate=10, codec="libx264", pix_fmt="yuv420p") -> Path:
     """A clip with B-frames whose frames all differ. times: presentation times in ms."""
     with av.open(str(path), "w") as out:
         stream = out.add_stream(codec, rate=rate, options={"g": str(gop), "bf": "2", "preset": "veryfast"})
@@ -99,9 +97,7 @@ def test_every_shared_file(name, num):
         assert message.startswith(f"{path}: ") and "\n" not in message and WHY.get(path.name, "") in message
         return
     video = Video(path, backend="pyav")
-    assert (
-        video.num_frames == len(video.times_s) == num and video.times_s[0] == 0 and (np.diff(video.times_s) > 0).all()
-    )
+    assert video.num_frames == len(video.times_s) == num and video.times_s[0] == 0 and (np.diff(video.times_s) > 0).all()
     assert video.height * video.width <= V.MAX_PIXELS
     wanted = [num - 1, 0, num // 2]
     frames = video.frames(wanted)
@@ -157,9 +153,7 @@ def test_torchcodec_gives_the_same_frames(tmp_path):
     paths += [write(tmp_path / "vfr.mp4", times=[n * n * 10 for n in range(40)])]
     names = "rotated_meta_90.mp4 vfr_random_vp9.webm piped_no_duration.webm starts_mid_gop.ts hevc_10bit.mp4 vp8.webm"
     paths += [SHARED / "hard" / name for name in names.split() if FILES]
-    run = subprocess.run(
-        [sys.executable, "-c", BACKENDS_AGREE, *map(str, paths)], env=env, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", BACKENDS_AGREE, *map(str, paths)], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     if run.stdout.startswith("skip"):
         pytest.skip("torchcodec does not load, even with PyAV's FFmpeg libraries")
@@ -204,9 +198,7 @@ def test_one_frame_and_odd_size(tmp_path):
     video = Video(write(tmp_path / "a.mp4", num=1, height=49, width=63, pix_fmt="yuv444p"))
     assert (video.num_frames, video.height, video.width) == (1, 49, 63) and video.sample(8) == (0,)
     packed = load_frames(video, (0, 0), ImageConfig())
-    assert (
-        packed.indices == (0, 0) and packed.patches_PC.shape == (2 * 4 * 4, 1176) and packed.grids == ((1, 4, 4),) * 2
-    )
+    assert packed.indices == (0, 0) and packed.patches_PC.shape == (2 * 4 * 4, 1176) and packed.grids == ((1, 4, 4),) * 2
 
 
 def test_sample_is_uniform_in_time(tmp_path):
