@@ -147,9 +147,10 @@ class Config:
 
 RESUMABLE = (
     "model", "data", "steps", "num_prompts", "group_size", "updates", "reward", "solved_rate", "judge", "loss", "clip_low", "clip_high", "kl", "entropy_bonus",
-    "rollout_cap", "lr", "warmup", "weight_decay", "adam_eps", "max_grad_norm", "temperature", "max_new_tokens", "max_turns",
+    "rollout_cap", "warmup", "weight_decay", "adam_eps", "temperature", "max_new_tokens", "max_turns",
     "episode_tokens", "freeze_vision", "freeze_projector", "max_pixels", "dtype", "seed",
 )  # fmt: skip
+"""Flags that a run keeps when it is resumed; --lr and --max-grad-norm may change, for one that must calm down."""
 
 
 @torch.no_grad()
@@ -182,7 +183,7 @@ def main(cfg: Config) -> None:
         cfg = replace(cfg, model=default)
     source = resolve(cfg.model)
     run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if rank == 0 else None
-    dist.barrier()
+    dist.check_shared(cfg.out / "run.json")
     stages, preemption, skips = Stages(rank, cfg.stuck_after_s), Preemption(), Skips(cfg.out, rank)
     torch.manual_seed(cfg.seed)
     model = load_model(source, device)
@@ -211,6 +212,11 @@ def main(cfg: Config) -> None:
     engine = Engine(sampler, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
     loop = Loop(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens)
     judge = Judge(Endpoint(cfg.judge_url, cfg.judge, cfg.out / "answers")) if cfg.judge_url else None
+
+    def save(next_step: int) -> None:
+        with stages("save"):
+            checkpoints.save(model, optimizer, {"step": next_step, "starved": starved, "settings": settings})
+
     bar = tqdm(range(first, cfg.steps), initial=first, total=cfg.steps, desc="RL", disable=rank > 0)
     for step in bar:
         stages.new_step(step)
@@ -228,7 +234,11 @@ def main(cfg: Config) -> None:
             scores = judge.answers(answers, asked) if judge else map(accuracy, answers, asked)
             rewards = [gated_reward(e, cfg.reward, acc, cfg.solved_rate) for e, acc in zip(episodes, scores)]
         with stages("gather"):  # frames are known by index: an episode is small
-            shares = dist.gather(list(zip(episodes, rewards)))
+            shares, stopping = zip(*dist.gather((list(zip(episodes, rewards)), preemption.asked)))
+        if any(stopping):  # an update would take long; without it, this step can be done again
+            save(step)
+            checkpoints.finish()
+            raise Preempted(f"stopped by SIGTERM in step {step}; what was before it is saved, --resume goes on")
         episodes, rewards = map(list, zip(*(pair for share in shares for pair in share)))
         homes = [r for r, share in enumerate(shares) for _ in share]
         advantages = group_advantages([r.total for r in rewards], cfg.group_size, cfg.loss)
@@ -342,9 +352,8 @@ def main(cfg: Config) -> None:
             run.write(row)
             bar.set_postfix({k: f"{row[k]:.2f}" for k in ("reward", "accuracy", "tool_rate", "format_rate")})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            with stages("save"):
-                checkpoints.save(model, optimizer, {"step": step + 1, "starved": starved, "settings": settings})
-        if stop:
+            save(step + 1)
+        if stop and step + 1 < cfg.steps:
             checkpoints.finish()
             raise Preempted(f"stopped by SIGTERM behind step {step}, which is saved; --resume goes on")
     checkpoints.finish()

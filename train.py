@@ -80,9 +80,9 @@ class Config:
 
 
 RESUMABLE = (
-    "model", "data", "steps", "batch_size", "lr", "warmup", "weight_decay", "max_grad_norm", "freeze_vision", "freeze_projector",
-    "max_pixels", "dtype", "seed",
+    "model", "data", "steps", "batch_size", "warmup", "weight_decay", "freeze_vision", "freeze_projector", "max_pixels", "dtype", "seed",
 )  # fmt: skip
+"""Flags that a run keeps when it is resumed; --lr and --max-grad-norm may change, for one that must calm down."""
 
 
 def main(cfg: Config) -> None:
@@ -99,7 +99,7 @@ def main(cfg: Config) -> None:
     records = read_records(cfg.data)  # before a model is downloaded for nothing
     source = resolve(cfg.model)
     run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if rank == 0 else None
-    dist.barrier()
+    dist.check_shared(cfg.out / "run.json")
     stages, preemption, skips = Stages(rank, cfg.stuck_after_s), Preemption(), Skips(cfg.out, rank)
     model = load_model(source, device)
     model.recompute_every = model.visual.recompute_every = cfg.recompute_every
@@ -160,7 +160,7 @@ def main(cfg: Config) -> None:
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or asked:
             with stages("save"):
                 checkpoints.save(model, optimizer, {"step": step + 1, "settings": settings})
-        if asked:
+        if asked and step + 1 < cfg.steps:
             checkpoints.finish()
             raise Preempted(f"stopped by SIGTERM behind step {step}, which is saved; --resume goes on")
     checkpoints.finish()

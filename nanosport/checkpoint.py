@@ -20,17 +20,17 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nanosport import dist
+from nanosport import dist, optim
 from nanosport.load import load_model, save_model, sync
 from nanosport.log import write_atomically
 from nanosport.model import Qwen25VL
 
 warnings.filterwarnings("ignore", "torch.distributed is ")  # one process alone is said to be unusual, from the thread that writes
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def tensors(model: Qwen25VL, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Every weight, and the moments of those that are trained, by name."""
+    """Every weight, and the moments of those that are trained, by name: zeros before the first update."""
+    optim.start_moments(optimizer)
     found = {}
     for name, weight in model.named_parameters():
         found[f"model.{name}"] = weight.detach()
@@ -46,6 +46,13 @@ def latest(run: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name[5:]), default=None)
 
 
+def reason(error: BaseException) -> str:
+    """Of a failed save or load, in one line. What torch met on any rank it wraps, and not in an Exception."""
+    while isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class Checkpoints:
     """Saves in the background: `save` returns when everything to be written is copied out of the model."""
 
@@ -54,13 +61,17 @@ class Checkpoints:
         self.run, self.source, self.rank, self.dtype, self.keep, self.max_pixels = run, source, rank, dtype, keep, max_pixels
         self.folder = run.absolute() / "checkpoints"
         self.writing: threading.Thread | None = None
-        self.failed: Exception | None = None
-        self.group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+        self.failed: BaseException | None = None
+        self.group = None  # of its own: the thread that writes must not meet the loop's collectives
+        if torch.distributed.is_initialized():
+            self.group = torch.distributed.new_group(backend="gloo", timeout=dist.TIMEOUT)
 
     def save(self, model: Qwen25VL, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Called by all ranks. Raises ValueError where the save before this one could not be written; the older ones stay."""
         self.finish()
         whole, unfinished = self.folder / f"step_{state['step']:06d}", self.folder / f".step_{state['step']:06d}"
+        if latest(self.run) == whole:  # of the same seed and step, and so the same
+            return
         if self.rank == 0:
             for left in (*self.folder.glob(".step_*"), *self.run.glob(".model.*")):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
@@ -74,9 +85,11 @@ class Checkpoints:
             weight = dist.full(weight)  # of all ranks, one weight at a time
             if self.rank == 0:
                 weights[name] = weight.to("cpu", self.dtype, copy=True)
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        writer.per_thread_copy_ahead = 0  # all is in the CPU's memory by then: the thread that writes needs no stream on GPU 0
         saved = dcp.async_save(
             tensors(model, optimizer),
-            storage_writer=dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+            storage_writer=writer,
             process_group=self.group,
             no_dist=self.group is None,
         )
@@ -97,17 +110,18 @@ class Checkpoints:
                 sync(self.folder)
                 for old in sorted(self.folder.glob("step_*"), key=lambda p: int(p.name[5:]))[: -self.keep]:
                     shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:  # raised where somebody waits for it
+        except (Exception, dcp.CheckpointException) as error:  # raised where somebody waits for it
             self.failed = error
 
     def finish(self) -> None:
-        """Wait until all is on disk."""
+        """Wait until all is on disk, on all ranks: rank 0 still writes the model when the shards of the others are there."""
         if self.writing is not None:
             self.writing.join()
             self.writing = None
         if self.failed is not None:
             error, self.failed = self.failed, None
-            raise ValueError(f"{self.folder}: the checkpoint could not be saved ({error})") from error
+            raise ValueError(f"{self.folder}: the checkpoint could not be saved ({reason(error)})") from error
+        dist.barrier()
 
 
 def load(run: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer, settings: dict) -> dict:
@@ -126,16 +140,11 @@ def load(run: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer, settings:
         if state["settings"].get(key) != value:
             flag = key.replace("_", "-")
             raise ValueError(f"--{flag} {value}: the run in {run} has {state['settings'].get(key)}; resume with the same")
-    for group in optimizer.param_groups:
-        for weight in group["params"]:  # places for the moments, sharded as the weights are
-            moments = {key: torch.zeros_like(weight) for key in MOMENTS[1:]}
-            optimizer.state[weight] = {"step": torch.tensor(0.0), **moments}
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(tensors(model, optimizer), storage_reader=reader, no_dist=not torch.distributed.is_initialized())
-    except Exception as error:  # torch names no type for a file that is damaged or of another model
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{folder}: the checkpoint does not fit this model or is damaged ({reason})") from error
+    except (Exception, dcp.CheckpointException) as error:  # torch names no type for a file that is damaged or of another model
+        raise ValueError(f"{folder}: the checkpoint does not fit this model or is damaged ({reason(error)})") from error
     return state
 
 

@@ -7,12 +7,16 @@ dtype when it runs, its gradients summed in float32 behind it. Over several node
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from nanosport.model import Qwen25VL
+
+TIMEOUT = timedelta(hours=2)  # of a collective call; the watchdog (faults.py) ends what hangs, sooner
 
 
 def start() -> tuple[int, int, torch.device]:
@@ -24,7 +28,7 @@ def start() -> tuple[int, int, torch.device]:
     if not dist.is_initialized() and ("RANK" in os.environ or device.type == "cuda"):
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2), **alone)  # the watchdog ends what hangs, sooner
+        dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     return rank, world, device
 
 
@@ -56,13 +60,21 @@ def share(items: Sequence, rank: int) -> Sequence:
     return items[rank * len(items) // world : (rank + 1) * len(items) // world]
 
 
-def gather(mine: list) -> list[list]:
-    """Every rank's list, on every rank."""
+def gather(mine: Any) -> list[Any]:
+    """Every rank's object, on every rank."""
     if not dist.is_initialized():
         return [mine]
     everyones = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, mine)
     return everyones
+
+
+def check_shared(path: Path) -> None:
+    """Raise ValueError unless all ranks read in `path` what rank 0 has written: each puts its part of a checkpoint beside it."""
+    barrier()
+    found = gather(path.read_bytes() if path.is_file() else None)
+    if len(set(found)) > 1:
+        raise ValueError(f"{path.parent}: not the same folder for all ranks; give --out on a file system that all nodes share")
 
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
@@ -87,8 +99,11 @@ def shard(model: Qwen25VL, dtype: torch.dtype, device: torch.device) -> Qwen25VL
     world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     nodes = world // local
     shape, names = ((nodes, local), ("node", "gpu")) if nodes > 1 and local > 1 else ((world,), ("gpu",))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # a mesh makes its own with a shorter one
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
     how = {
-        "mesh": init_device_mesh(device.type, shape, mesh_dim_names=names),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     tower_learns = any(p.requires_grad for p in model.visual.parameters())

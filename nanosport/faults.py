@@ -73,7 +73,10 @@ class Preempted(Exception):
 
 
 class Preemption:
-    """SIGTERM, as a cluster sends it before it takes a node, becomes `asked`; the loop then saves and ends."""
+    """SIGTERM, as a cluster sends it before it takes a node, becomes `asked`; the loop saves and ends when it next looks.
+
+    torchrun passes SIGTERM on and kills what is still there 30 s later, unless told otherwise (--shutdown-timeout, in torch 2.13).
+    """
 
     def __init__(self):
         self.asked = False

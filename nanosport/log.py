@@ -72,7 +72,9 @@ class Run:
 
     def write(self, row: dict) -> None:
         with open(self.log, "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) and k != "loss" else v for k, v in row.items()}) + "\n")
+            file.write(
+                json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) and k != "loss" else v for k, v in row.items()}) + "\n"
+            )
 
     def close(self) -> None:
         self._describe(seconds=round(time.time() - self.began, 1))

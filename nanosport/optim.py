@@ -45,6 +45,14 @@ def build(model: torch.nn.Module, weight_decay: float, eps: float = 1e-8, offloa
     return (OffloadedAdamW if offload else torch.optim.AdamW)(groups, lr=0.0, betas=(0.9, 0.98), eps=eps)
 
 
+def start_moments(optimizer: torch.optim.AdamW) -> None:
+    """Zeros for the weights that were never updated, as AdamW's first step makes them, sharded as they are and where they rest."""
+    for weight in (w for group in optimizer.param_groups for w in group["params"] if not optimizer.state[w]):
+        place = "cpu" if isinstance(optimizer, OffloadedAdamW) else weight.device
+        zeros = {key: torch.zeros_like(weight, device=place) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": torch.tensor(0.0), **zeros}
+
+
 def clip(model: torch.nn.Module, max_norm: float) -> float:
     """Scale the gradients down to `max_norm`, over all ranks; returns their norm before, which may not be finite."""
     return float(dist.full(torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], max_norm)))

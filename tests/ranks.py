@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/ranks.py '[["train", {"out": …}], ["rl", {…}]]' [PLANT]
 
-PLANT happens on rank 1 at its third micro-batch: "error", "hang" or "bug"; or "blind", its episodes have lost their frames.
+PLANT happens on rank 1 at its third micro-batch: "error", "hang" or "bug"; or "blind", its episodes have lost their frames. "apart":
+rank 1 has a file system of its own. "slow": rank 0 takes two seconds to write a model, and rank 1 says so if it leaves before.
 """
 
 import json
@@ -16,7 +17,7 @@ import torch
 
 import rl
 import train
-from nanosport import cli
+from nanosport import checkpoint, cli
 
 
 def planted(kind: str, whole, calls=[]):  # noqa: B006
@@ -46,7 +47,22 @@ def main(_) -> None:
     for script, flags in json.loads(JOBS):
         module = {"train": train, "rl": rl}[script]
         known = {k: Path(v) if k in ("data", "out") else v for k, v in flags.items()}
+        if plant == ["apart"] and os.environ["RANK"] == "1":
+            known["out"] = known["out"].with_name("of_another_node")
         module.main(module.Config(**known))
+
+
+def slowly(whole):
+    def save_model(*args, **kwargs):
+        time.sleep(2)
+        return whole(*args, **kwargs)
+
+    return save_model
+
+
+def looking_back(whole):
+    out = Path(json.loads(JOBS)[0][1]["out"])
+    return lambda message, code: whole(f"{message}{'' if checkpoint.latest(out) else '; NOTHING IS SAVED'}", code)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     JOBS, *plant = sys.argv[1:]
     sys.argv[1:] = []
-    if plant:
+    if plant == ["slow"]:
+        checkpoint.save_model, cli.leave = slowly(checkpoint.save_model), looking_back(cli.leave)
+    elif plant != ["apart"] and plant:
         train.pack = planted(plant[0], train.pack)
     cli.run(main, NoFlags)

@@ -50,8 +50,11 @@ def flags(cfg, **more) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in given.items()}
 
 
-def torchrun(jobs: list, *plant: str, nodes: int = 1, timeout_s: float = 300) -> subprocess.CompletedProcess:
-    """tests/ranks.py on two processes, or on two for each of two nodes, which are both this machine."""
+def torchrun(jobs: list, *plant: str, nodes: int = 1, timeout_s: float = 300, meanwhile=None) -> subprocess.CompletedProcess:
+    """tests/ranks.py on two processes, or on two for each of two nodes, which are both this machine.
+
+    meanwhile: called with the running process.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     where = (
         ["--standalone"]
@@ -67,7 +70,15 @@ def torchrun(jobs: list, *plant: str, nodes: int = 1, timeout_s: float = 300) ->
         for k in range(1, nodes)
     ]
     try:
-        return subprocess.run([*command, "tests/ranks.py", json.dumps(jobs), *plant], **call, timeout=timeout_s)
+        with subprocess.Popen([*command, "tests/ranks.py", json.dumps(jobs), *plant], **call) as run:
+            try:
+                if meanwhile:
+                    meanwhile(run)
+                _, printed = run.communicate(timeout=timeout_s)
+            except BaseException:
+                run.kill()
+                raise
+            return subprocess.CompletedProcess(run.args, run.returncode, stderr=printed)
     finally:
         for other in others:
             other.wait(60)

@@ -1,18 +1,20 @@
 """Runs that are killed go on as if nothing had happened."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from runs import killed, log
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import rl
 import train
-from nanosport import checkpoint
+from nanosport import checkpoint, optim
 from nanosport.engine import Engine, Sampling, banned_ids
 from nanosport.episode import read_questions
 from nanosport.frames import FrameEncoder, load_frames
@@ -100,6 +102,61 @@ def test_a_checkpoint_is_named_behind_its_model(runs, monkeypatch, tmp_path):
     assert not list(cut.out.glob(".*")) and not list((cut.out / "checkpoints").glob(".*"))
 
 
+def test_a_shard_that_cannot_be_written_is_no_checkpoint(runs, monkeypatch, tmp_path):
+    """What torch raises for it is no Exception; one thread writes, another must hear of it."""
+    main, cfg, _ = runs["train"]
+    cut = replace(cfg, out=tmp_path / "cut")
+
+    def full(self, plan, planner):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be saved.*No space left"):
+        patch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
+        main(cut)
+    assert checkpoint.latest(cut.out) is None and not cut.out.joinpath("model").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(runs, tmp_path):
+    main, cfg, _ = runs["train"]
+    cut = replace(cfg, out=tmp_path / "cut")
+    shutil.copytree(cfg.out, cut.out)
+    (shard,) = checkpoint.latest(cut.out).glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"step_000004: the checkpoint does not fit this model or is damaged") as refused:
+        main(replace(cut, resume=True))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_was_saved_before_the_first_update_is_gone_on_from(runs, tmp_path):
+    """As when SIGTERM comes in the first rollout, or the first updates are skipped: there are no moments yet."""
+    _, cfg, _ = runs["train"]
+    source = Path(cfg.model)
+    for offload in (False, True):
+        model = load_model(source)
+        optim.trainable(model, True, True)
+        saved = optim.build(model, 0.0, offload=offload)
+        out = tmp_path / str(offload)
+        checkpoints = checkpoint.Checkpoints(out, source, 0, torch.float32, 1)
+        checkpoints.save(model, saved, {"step": 0, "settings": {}})
+        checkpoints.finish()
+        loaded = optim.build(model, 0.0, offload=offload)
+        assert checkpoint.load(out, model, loaded, {})["step"] == 0
+        assert len(loaded.state) == len(saved.state) > 40 and not any(s["exp_avg"].any() for s in loaded.state.values())
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
+def test_a_run_may_be_calmed_when_it_is_resumed(script, runs, monkeypatch, tmp_path):
+    main, cfg, straight = runs[script]
+    cut = replace(cfg, out=tmp_path / "cut")
+    killed(main, cut, monkeypatch, step=3)
+    main(replace(cut, resume=True, lr=cfg.lr / 10))
+    calmed = log(cut.out)
+    assert calmed[:2] == straight[:2] and [row["lr"] for row in calmed[2:]] == pytest.approx(
+        [r["lr"] / 10 for r in straight[2:]], rel=1e-5
+    )
+    assert json.loads((cut.out / "run.json").read_text())["config"]["lr"] == cfg.lr / 10
+
+
 @pytest.mark.parametrize("script", ["train", "rl"])
 def test_there_was_something_to_learn(script, runs):
     """Else the tests above compare nothing with nothing."""
@@ -126,7 +183,7 @@ def test_a_finished_run_resumed_changes_nothing(script, runs):
 
 @pytest.mark.parametrize(
     "script, change",
-    [("train", {"lr": 3e-4}), ("train", {"batch_size": 2}), ("rl", {"kl": 0.0}), ("rl", {"group_size": 8}), ("rl", {"seed": 1})],
+    [("train", {"warmup": 3}), ("train", {"batch_size": 2}), ("rl", {"kl": 0.0}), ("rl", {"group_size": 8}), ("rl", {"seed": 1})],
 )
 def test_changed_settings_are_refused(script, change, runs):
     main, cfg, straight = runs[script]
@@ -164,7 +221,10 @@ def test_a_run_says_what_it_was(runs):
     report = json.loads((cfg.out / "run.json").read_text())
     assert report["config"]["kl"] == 0.05 and report["config"]["data"] == str(cfg.data)
     assert {"command", "commit", "torch", "device", "date", "seconds"} <= report.keys()
-    assert Run(cfg.out.parent / "new", cfg, resume=False, overwrite=False).log.read_text() == ""
+    new = Run(cfg.out.parent / "new", cfg, resume=False, overwrite=False)
+    assert new.log.read_text() == ""
+    new.write({"step": 0, "lr": 5e-7, "reward": 1.23456789})
+    assert log(new.folder) == [{"step": 0, "lr": 5e-7, "reward": 1.23457}]  # the paper's learning rate is not 0
 
 
 def test_a_checkpoint_is_a_model_folder(runs):

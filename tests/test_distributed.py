@@ -27,7 +27,8 @@ from nanosport.episode import Episode, Question, read_records
 from nanosport.faults import MAX_SKIPPED
 from nanosport.frames import FrameEncoder
 from nanosport.image import ImageConfig
-from nanosport.load import load_config, load_model, load_tokenizer
+from nanosport.load import load_config, load_model, load_tokenizer, save_model
+from nanosport.model import Qwen25VL
 from nanosport.rollout import Loop, replay
 
 
@@ -120,7 +121,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(script, runs, tmp_path):
         {"micro_tokens": 300, "rollout_batch": 4},
         {"micro_tokens": 99_999},
         {"share_prefix": False},
-        {"recompute_every": 0, "offload_adam": False},
+        {"recompute_every": 0, "offload_adam": "the other"},
     ],
     ids=str,
 )
@@ -129,9 +130,38 @@ def test_memory_flags_change_no_gradient(script, change, runs, monkeypatch, tmp_
     """Micro-batches of one episode or of all, prefixes shared or not, recomputed or kept, moments here or there: the same."""
     main, cfg, _ = runs[script]
     change = {name: value for name, value in change.items() if hasattr(cfg, name)}
+    if "offload_adam" in change:
+        change["offload_adam"] = not cfg.offload_adam
     other = replace(cfg, out=tmp_path / "other", save_every=99, **change)
     killed(main, other, monkeypatch, step=2)
     assert_same(log(other.out), log(cfg.out)[:2])
+
+
+def test_the_7bs_layout_in_bfloat16(taught_folder, sft, grpo, tmp_path):
+    """A head of its own, which the loss gathers and no forward pass does, and bfloat16 products: close to one process in float32."""
+    source, untied = tmp_path / "source", tmp_path / "untied"
+    shutil.copytree(taught_folder, source)
+    (source / "config.json").write_text(
+        json.dumps(json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False})
+    )
+    model, tied = Qwen25VL(load_config(source)), load_model(taught_folder)
+    assert model.load_state_dict(tied.state_dict(), strict=False).missing_keys == ["lm_head.weight"]
+    model.lm_head.weight.data.copy_(tied.head_weight_VD.data)
+    save_model(model, untied, source)
+
+    frozen = {"model": str(untied), "freeze_vision": True, "freeze_projector": True, "recompute_every": 1, "offload_adam": True}
+    one = replace(sft, **frozen, steps=3, save_every=3, out=tmp_path / "one")
+    train.main(one)
+    two, policy = tmp_path / "two", tmp_path / "policy"
+    more = {"dtype": "bfloat16", "max_logprob_gap": 0.1}
+    jobs = [["train", flags(one, out=two, dtype="bfloat16")], ["rl", flags(replace(grpo, **frozen), out=policy, steps=2, **more)]]
+    done = torchrun(jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(log(two), log(one.out), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01) and ours["loss"] != theirs["loss"]
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
+    assert len(log(policy)) == 2 and all(row["grad_norm"] > 0 and not row["skipped"] for row in log(policy))
+    assert load_model(policy / "model").lm_head.weight.shape == model.lm_head.weight.shape
 
 
 # Dealing.
@@ -206,6 +236,13 @@ def test_a_rank_that_fails_ends_all_with_its_message(sft, tmp_path):
     done = torchrun([["train", flags(sft, out=tmp_path / "bug")]], "bug")
     assert done.returncode != 0 and "KeyError: 'nobody thought of this'" in done.stderr
     assert time.monotonic() - began < 100
+
+
+def test_nodes_must_share_the_runs_folder(sft, tmp_path):
+    """Else each writes its part of a checkpoint where no other finds it."""
+    done = torchrun([["train", flags(sft, out=tmp_path / "run")]], "apart")
+    assert done.returncode != 0
+    assert re.search(r"\[rank [01]\] error: .*not the same folder for all ranks.*file system that all nodes share", done.stderr)
 
 
 def test_a_rank_that_hangs_is_named_with_its_stage(sft, tmp_path):
@@ -316,4 +353,25 @@ def test_sigterm_saves_and_ends(runs, tmp_path):
     step = int(re.search(r"stopped by SIGTERM behind step (\d+)", message)[1])
     assert checkpoint.latest(cfg.out).name == f"step_{step + 1:06d}" and len(log(cfg.out)) == step + 1
     with pytest.raises(ValueError, match="resume with the same"):
-        train.main(replace(cfg, resume=True, lr=1.0))
+        train.main(replace(cfg, resume=True, weight_decay=0.5))
+
+
+def test_sigterm_to_torchrun_is_heard_by_all_ranks(runs, tmp_path):
+    """None leaves before rank 0 has written the model and named the checkpoint: torchrun would then kill rank 0."""
+    main, cfg, _ = runs["rl"]
+    cut = replace(cfg, out=tmp_path / "cut", save_every=99)
+
+    def stop(run):
+        while not (cut.out / "log.jsonl").exists() or not log(cut.out):
+            assert run.poll() is None, run.stderr.read()[-2000:]
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+
+    done = torchrun([["rl", flags(cut)]], "slow", meanwhile=stop)
+    assert done.returncode != 0 and "NOTHING IS SAVED" not in done.stderr
+    assert all(re.search(rf"\[rank {rank}\] stopped by SIGTERM (in|behind) step", done.stderr) for rank in (0, 1)), done.stderr[
+        -2000:
+    ]
+    assert 1 <= len(log(cut.out)) < 10 and checkpoint.latest(cut.out).name == f"step_{len(log(cut.out)):06d}"
+    main(replace(cut, resume=True))
+    assert_same(log(cut.out), log(cfg.out))
