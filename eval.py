@@ -55,7 +55,7 @@ class Config:
     judge_url: str | None = None
     """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers; else the F1 of their words does."""
     judge: str = ""
-    """Its name there. The key is read from OPENAI_API_KEY; verdicts are kept in out/answers."""
+    """Its name there. The key is read from JUDGE_API_KEY; verdicts are kept in out/answers."""
     seed: int = 0
 
     def check(self) -> None:
@@ -153,7 +153,7 @@ def main(cfg: Config) -> None:
     if not questions:
         raise ValueError(f"{cfg.data}: none of its videos can be used")
     name = cfg.name or source.name
-    judge = Judge(Endpoint(cfg.judge_url, cfg.judge, Path("out/answers"))) if cfg.judge_url else None
+    judge = Judge(Endpoint(cfg.judge_url, cfg.judge, Path("out/answers"), key_name="JUDGE_API_KEY")) if cfg.judge_url else None
     rows = {}
     for mode in cfg.modes:
         label = name if mode == "tool" else f"{name}, {cfg.num_frames} frames, no tool"

@@ -59,7 +59,7 @@ class Config:
     judge_url: str | None = None
     """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers; else the F1 of their words does."""
     judge: str = ""
-    """Its name there. The key is read from OPENAI_API_KEY; verdicts are kept in `out`/answers."""
+    """Its name there. The key is read from JUDGE_API_KEY; verdicts are kept in `out`/answers."""
     loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
     clip_low: float | None = None
     """The ratio is clipped to 1 − clip_low … 1 + clip_high. None: 0.2; gspo 0.0003 (its ratio is a whole sequence's); cispo 1, no bound."""
@@ -211,7 +211,7 @@ def main(cfg: Config) -> None:
     learning_encoder = encoder if frozen else FrameEncoder(model, image, frozen=False)
     engine = Engine(sampler, tokenizer, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
     loop = Loop(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens)
-    judge = Judge(Endpoint(cfg.judge_url, cfg.judge, cfg.out / "answers")) if cfg.judge_url else None
+    judge = Judge(Endpoint(cfg.judge_url, cfg.judge, cfg.out / "answers", key_name="JUDGE_API_KEY")) if cfg.judge_url else None
 
     def save(next_step: int) -> None:
         with stages("save"):

@@ -19,7 +19,7 @@ from nanosport import cli
 from nanosport.engine import Sampling, load_engine
 from nanosport.episode import read_questions, record_row
 from nanosport.judge import accuracy
-from nanosport.load import resolve
+from nanosport.load import resolve, version
 from nanosport.log import write_atomically
 from nanosport.rollout import Loop, rollout
 from nanosport.video import usable
@@ -49,9 +49,11 @@ def main(cfg: Config) -> None:
     if len({q.id for q in questions}) < len(questions):
         raise ValueError(f"{cfg.data}: two questions have one id; rates are kept by id")
     settings = {k: str(v) for k, v in asdict(cfg).items() if k in ("model", "samples", "temperature", "max_new_tokens", "seed")}
+    folder = resolve(cfg.model)
+    settings["weights"] = version(folder)
     kept = cfg.out.with_name(cfg.out.name + ".rates.jsonl")
     rates = read_rates(kept, settings)
-    encoder, engine = load_engine(resolve(cfg.model), Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
+    encoder, engine = load_engine(folder, Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens))
     loop, broken = Loop(use_tool=False), []
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     with open(kept, "a") as file:

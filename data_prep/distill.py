@@ -27,16 +27,18 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli, prompt
-from nanosport.endpoint import Endpoint, image_part
+from nanosport.endpoint import Endpoint, Refused, image_part
 from nanosport.engine import Sampling, load_engine
 from nanosport.episode import Episode, Question, Turn, check_text, read_questions, record_row
-from nanosport.judge import Judge, accuracy
-from nanosport.load import resolve
+from nanosport.judge import Judge, NoGrade, accuracy
+from nanosport.load import resolve, version
 from nanosport.log import provenance, write_atomically
 from nanosport.reward import format_valid
 from nanosport.rollout import Loop, act, rollout
 from nanosport.tools import STOPS, split_think
 from nanosport.video import Video, VideoError
+
+REFUSED = "refused by the endpoint"
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Config:
     """Of the reasoning of one turn."""
     judge_url: str | None = None
     judge: str = ""
-    """The judge's name at its endpoint."""
+    """The judge's name at its endpoint. The key is read from JUDGE_API_KEY."""
     min_grade: float = 0.75
     """The judge's grade of the reasoning."""
     workers: int = 8
@@ -97,7 +99,13 @@ def play(question: Question, endpoint: Endpoint, loop: Loop, cfg: Config) -> Ite
     for sample in range(cfg.samples):
         messages, frames, turns, status = list(opening), list(overview), [], None
         while status is None:
-            reply = endpoint.chat(messages, sample, temperature=cfg.temperature, max_tokens=cfg.max_new_tokens, stop=list(STOPS))
+            try:
+                reply = endpoint.chat(
+                    messages, sample, temperature=cfg.temperature, max_tokens=cfg.max_new_tokens, stop=list(STOPS)
+                )
+            except Refused:
+                status, answer = REFUSED, None
+                break
             text = closed(reply.text)
             cut = Turn(text, "invalid", error=f"no action within {cfg.max_new_tokens} tokens")
             turn, status, answer = act(text, turns, video, loop) if reply.finished else (cut, "out_of_tokens", None)
@@ -133,12 +141,22 @@ class LocalTeacher:
 
     def __init__(self, cfg: Config, cache: Path):
         sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens)
-        self.encoder, self.engine = load_engine(resolve(cfg.teacher), sampling)
+        folder = resolve(cfg.teacher)
+        self.encoder, self.engine, self.version = *load_engine(folder, sampling), version(folder)
         self.cfg, self.cache, self.lock = cfg, cache, threading.Lock()
 
     def episodes(self, question: Question, loop: Loop) -> list[Episode]:
         cfg = self.cfg
-        asked = [cfg.teacher, asdict(question), cfg.samples, cfg.temperature, cfg.max_new_tokens, cfg.max_turns, cfg.seed]
+        asked = [
+            cfg.teacher,
+            self.version,
+            asdict(question),
+            cfg.samples,
+            cfg.temperature,
+            cfg.max_new_tokens,
+            cfg.max_turns,
+            cfg.seed,
+        ]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         path = self.cache / name[:2] / f"{name}.json"
         if path.exists():
@@ -184,6 +202,8 @@ def consistent(episode: Episode) -> bool:
 def fault(episode: Episode, cfg: Config, judge: Judge | None) -> str | None:
     """The first filter an episode fails; the dear one, the judge's, is asked last."""
     texts = [t.text for t in episode.turns]
+    if episode.status == REFUSED:
+        return REFUSED
     if not format_valid(episode):
         return "format"
     try:
@@ -195,10 +215,13 @@ def fault(episode: Episode, cfg: Config, judge: Judge | None) -> str | None:
     if not consistent(episode):
         return "reasoning against its windows"
     asked = episode.answer, episode.question
-    if (accuracy(*asked) if judge is None else judge.answer(*asked)) < cfg.min_accuracy:
-        return "wrong answer"
-    if judge is not None and judge.reasoning(episode.question, texts) < cfg.min_grade:
-        return "grade of the reasoning"
+    try:
+        if (accuracy(*asked) if judge is None else judge.answer(*asked)) < cfg.min_accuracy:
+            return "wrong answer"
+        if judge is not None and judge.reasoning(episode.question, texts) < cfg.min_grade:
+            return "grade of the reasoning"
+    except (NoGrade, Refused):
+        return "no grade from the judge"
     return None
 
 
@@ -219,6 +242,9 @@ def results(cfg: Config, questions: list[Question], judge: Judge | None, endpoin
         for rows in pool.map(work, range(len(questions))):
             yield from rows
     finally:
+        for asked in (endpoint, judge and judge.endpoint):
+            if asked:
+                asked.close()  # questions at work end with the request that is under way
         pool.shutdown(cancel_futures=True)
 
 
@@ -227,10 +253,11 @@ def main(cfg: Config) -> None:
     if cfg.out.resolve() == cfg.data.resolve():
         raise ValueError(f"--out {cfg.out}: is the file that is read")
     questions = read_questions(cfg.data)
+    cfg.out.parent.mkdir(parents=True, exist_ok=True)
     cache = cfg.out.with_name(cfg.out.name + ".answers")
     limits = {"timeout_s": cfg.timeout_s, "per_minute": cfg.per_minute}
     endpoint = Endpoint(cfg.url, cfg.teacher, cache, price_in=cfg.price_in, price_out=cfg.price_out, **limits) if cfg.url else None
-    judge = Judge(Endpoint(cfg.judge_url, cfg.judge, cache, **limits)) if cfg.judge_url else None
+    judge = Judge(Endpoint(cfg.judge_url, cfg.judge, cache, key_name="JUDGE_API_KEY", **limits)) if cfg.judge_url else None
     faults, passed = Counter(), {}
     bar = tqdm(results(cfg, questions, judge, endpoint, cache), total=len(questions) * cfg.samples, desc="distil", unit="episode")
     for k, n, why, texts in bar:

@@ -178,6 +178,12 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
     return found
 
 
+def right_option(row: dict) -> str | None:
+    """Its text, of a choice."""
+    options = row.get("options")
+    return " ".join(normalise(options["ABCDEFGHIJ".index(row["answer"])])) if options else None
+
+
 def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict[str, str]:
     """Id of the one kept, by the id of each near-duplicate about the same clip."""
     about, found = defaultdict(list), {}
@@ -187,8 +193,12 @@ def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict
         if len(those) > 1:
             # test-only ones first: were they dropped, nothing would hold their group out of training
             those.sort(key=lambda entry: (not is_test_only(entry.source), entry.id))
-            twins = near_duplicates([read_row(entry, files)["question"] for entry in those])
-            found |= {those[dropped].id: those[kept].id for kept, dropped in twins}
+            rows, alike = [read_row(entry, files) for entry in those], defaultdict(list)
+            for k, row in enumerate(rows):  # words in another order may ask for another thing: then another option is right
+                alike[right_option(row)].append(k)
+            for places in alike.values():
+                twins = near_duplicates([rows[k]["question"] for k in places])
+                found |= {those[places[dropped]].id: those[places[kept]].id for kept, dropped in twins}
     return found
 
 

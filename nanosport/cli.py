@@ -13,7 +13,7 @@ from nanosport.faults import Preempted
 
 
 def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = None) -> None:
-    """Parse the flags and run; a ValueError (a user's mistake, a bad file) or Ctrl-C ends with one line and exit code 1.
+    """Parse the flags and run; a ValueError (a user's mistake, a bad file), an OSError or Ctrl-C ends with one line and exit code 1.
 
     presets: by name, fields of the config in the place of its defaults; the name may come first on the command line.
     """
@@ -32,6 +32,8 @@ def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = 
         )
     except ValueError as error:
         leave(f"error: {error}", 1)
+    except OSError as error:  # a disk that is full, a folder that is none, a file that may not be written
+        leave(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", 1)
     except Preempted as stop:
         leave(str(stop), 143)
     except KeyboardInterrupt:

@@ -4,7 +4,8 @@
     reply = endpoint.chat([{"role": "user", "content": "Hello"}], sample=0, temperature=0.7, max_tokens=500)
     endpoint.tally      # calls, answers from disk, retries, tokens, cost
 
-The key of the service is read from the environment variable OPENAI_API_KEY, and written nowhere. Threads may share one Endpoint.
+The key of the service is read from an environment variable (OPENAI_API_KEY; a judge's from JUDGE_API_KEY), sent to the address given
+and to no other, and written nowhere. Threads may share one Endpoint.
 """
 
 import base64
@@ -37,6 +38,24 @@ class EndpointError(ValueError):
     """A request that will not be answered. One line: what, why, what to do."""
 
 
+class Refused(EndpointError):
+    """This one request will not be, others may: too long for the model, or against the service's rules."""
+
+
+class Garbled(ValueError):
+    """A reply that is no chat completion."""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect ends as the error that its status is: it would take the key to another host."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
 @dataclass(frozen=True)
 class Reply:
     text: str
@@ -54,15 +73,17 @@ class Endpoint:
     cache: Path
     """Folder of the answers, one file each, named by what was asked."""
     timeout_s: float = 300.0
-    """Of one request."""
+    """Of one request, its reply included."""
     retries: int = 6
-    """After a time-out, a lost connection, 429 or 5xx: waits 1, 2, 4, … seconds, or what the server asks for."""
+    """After a time-out, a lost connection, a garbled reply, 429 or 5xx: waits 1, 2, 4, … seconds, or what the server asks for."""
     per_minute: float = 0.0
     """Requests a minute at most; 0 for no limit."""
     price_in: float = 0.0
     """Of a million prompt tokens."""
     price_out: float = 0.0
     """Of a million completion tokens."""
+    key_name: str = "OPENAI_API_KEY"
+    """The environment variable that holds its key."""
     tally: Counter = field(default_factory=Counter)
     """calls, cached, retries, prompt_tokens, completion_tokens."""
 
@@ -70,6 +91,10 @@ class Endpoint:
         if not self.url.startswith(("http://", "https://")):
             raise EndpointError(f"{self.url}: an endpoint is an http or https address, such as http://localhost:8000/v1")
         self._lock, self._next_s, self._asking = threading.Lock(), 0.0, WeakValueDictionary()
+        self._closed = threading.Event()
+        self._key = os.environ.get(self.key_name, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise EndpointError(f"{self.key_name}: holds what no key does; set it anew")
 
     @property
     def cost(self) -> float:
@@ -78,12 +103,9 @@ class Endpoint:
 
     def chat(self, messages: Sequence[dict], sample: int = 0, **options) -> Reply:
         """The answer to a conversation. `sample` numbers independent answers to the same one. Raises EndpointError."""
-        body = {"model": self.model, "messages": list(messages), **options}
-        asked = json.dumps([body, sample], sort_keys=True).encode()
-        name = hashlib.sha256(asked).hexdigest()
-        path = self.cache / name[:2] / f"{name}.json"
+        body, path = self._asked(messages, sample, options)
         with self._lock:
-            alone = self._asking.setdefault(name, threading.Lock())
+            alone = self._asking.setdefault(path.name, threading.Lock())
         with alone:  # threads that ask the same wait for the first one's answer
             if cached := path.exists():
                 answer = json.loads(path.read_text())
@@ -92,9 +114,22 @@ class Endpoint:
                 answer = self._ask(json.dumps(body).encode())
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(answer))
-                usage = {k: answer["usage"].get(k) or 0 for k in ("prompt_tokens", "completion_tokens")}
-                self._count(calls=1, **usage)
+                self._count(calls=1, **answer["usage"])
         return Reply(answer["text"], answer["finish_reason"] != "length", cached)
+
+    def forget(self, messages: Sequence[dict], sample: int = 0, **options) -> None:
+        """Remove an answer that was of no use: it will be asked for again."""
+        self._asked(messages, sample, options)[1].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Ask for nothing more: what waits to be asked for fails."""
+        self._closed.set()
+
+    def _asked(self, messages: Sequence[dict], sample: int, options: dict) -> tuple[dict, Path]:
+        """(the request, the file of its answer)."""
+        body = {"model": self.model, "messages": list(messages), **options}
+        name = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
+        return body, self.cache / name[:2] / f"{name}.json"
 
     def _count(self, **more: int) -> None:
         with self._lock:
@@ -102,21 +137,25 @@ class Endpoint:
 
     def _ask(self, body: bytes) -> dict:
         headers = {"Content-Type": "application/json", "User-Agent": "nanosport"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
         for attempt in range(self.retries + 1):
             self._wait_turn()
+            if self._closed.is_set():
+                raise EndpointError(f"{self.url}, {self.model}: stopped; what is done is kept")
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                    return self._read(response.read(MAX_REPLY))
+                with OPENER.open(request, timeout=self.timeout_s) as response:
+                    return self._read(whole(response, time.monotonic() + self.timeout_s))
             except urllib.error.HTTPError as error:
-                why, pause = f"status {error.code}: {error.read(300).decode(errors='replace')!r}", error.headers.get("Retry-After")
+                why, pause = f"status {error.code}: {beginning(error)!r}", error.headers.get("Retry-After")
+                if error.code in (400, 413, 422):
+                    raise Refused(f"{self.url}, {self.model}: {why}") from None
                 if error.code not in (408, 409, 429) and error.code < 500:
                     raise EndpointError(
-                        f"{self.url}, {self.model}: {why}; check the address, the model's name and OPENAI_API_KEY"
+                        f"{self.url}, {self.model}: {why}; check the address, the model's name and {self.key_name}"
                     ) from None
-            except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            except (OSError, http.client.HTTPException, Garbled) as error:  # URLError and time-outs are OSErrors
                 why, pause = str(getattr(error, "reason", error)) or type(error).__name__, None
             if attempt < self.retries:
                 self._count(retries=1)
@@ -134,16 +173,45 @@ class Endpoint:
             time.sleep(max(0.0, at_s - time.monotonic()))
 
     def _read(self, raw: bytes) -> dict:
+        """{text, finish_reason, usage} of a reply's bytes. Raises Garbled."""
         try:
             answer = json.loads(raw)
             (choice, *_) = answer["choices"]
-            message = choice["message"]
+            message, usage = choice["message"], answer.get("usage")
             text, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
+            if isinstance(text, list):
+                text = "".join(part["text"] for part in text if part["type"] == "text")
             if thought and "<think>" not in text:  # served apart by servers that know the model reasons
                 text = f"<think>{thought.strip()}</think>\n{text}"
-            return {"text": text, "finish_reason": choice.get("finish_reason"), "usage": answer.get("usage") or {}}
+            elif "</think>" in text and "<think>" not in text:  # the template of the server has opened it
+                text = f"<think>{text}"
+            usage = {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")} if isinstance(usage, dict) else {}
+            usage = {k: n if isinstance(n, int) else 0 for k, n in usage.items()}
+            return {"text": text, "finish_reason": choice.get("finish_reason"), "usage": usage}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise EndpointError(f"{self.url}, {self.model}: the reply is not a chat completion: {raw[:200]!r}") from None
+            raise Garbled(f"the reply is not a chat completion: {raw[:200]!r}") from None
+
+
+def whole(response: http.client.HTTPResponse, until_s: float) -> bytes:
+    """A reply's bytes. Raises TimeoutError after `until_s`, and IncompleteRead where fewer came than were announced."""
+    parts, num_bytes = [], 0
+    while part := response.read1(2**16):
+        parts.append(part)
+        num_bytes += len(part)
+        if num_bytes > MAX_REPLY:
+            raise Garbled(f"the reply is longer than {MAX_REPLY} bytes")
+        if time.monotonic() > until_s:
+            raise TimeoutError("timed out")
+    if response.length:
+        raise http.client.IncompleteRead(b"".join(parts), response.length)
+    return b"".join(parts)
+
+
+def beginning(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def image_part(frame_CHW: torch.Tensor) -> dict:

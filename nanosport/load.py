@@ -147,6 +147,12 @@ def save_model(
         shutil.rmtree(temp, ignore_errors=True)  # the unfinished new folder, or the old one
 
 
+def version(folder: Path) -> str:
+    """What changes when a model folder is trained anew: sizes and times of its weights."""
+    stats = ((path.name, path.stat()) for path in sorted(Path(folder).glob("*.safetensors")))
+    return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+
+
 def check_replaceable(folder: Path):
     """Refuse to replace what is not plainly a model folder: the old one is deleted."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

@@ -3,7 +3,8 @@
     with ChatServer(folder) as server: … server.url …
 
 It reads system, user and assistant messages with JPEG data URLs, samples one turn, and cuts the stop string off, as public services
-do. `trouble` holds what goes wrong with the next requests: a status code, "drop", "rubbish" or "cut" (by length).
+do. `trouble` holds what goes wrong with the next requests: a status code, "drop", "rubbish", "cut" (by length), or a function that
+answers in the server's place.
 """
 
 import base64
@@ -60,6 +61,8 @@ class ChatServer:
             request.end_headers()
             request.wfile.write(b'{"error": "as told"}')
             return
+        if callable(wrong):
+            return wrong(request)
         if wrong == "drop":
             request.connection.close()
             return

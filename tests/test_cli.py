@@ -1,12 +1,14 @@
 """The command lines as a user meets them: answers, clear errors, no traceback."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from source_folders import finebadminton
 
 import rl
 import train
@@ -81,6 +83,13 @@ def test_scripts_refuse_a_missing_model_in_one_line(script, tmp_path):
     data.write_text(json.dumps(row) + "\n")
     done = call(script, "--model", tmp_path / "none", "--data", data, *(() if script == "eval.py" else ("--out", tmp_path / "out")))
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no such folder" in done.stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_line(clip, tmp_path):
+    (tmp_path / "file").write_text("")
+    finebadminton(tmp_path / "root")
+    done = call("-m", "data_prep.convert", "finebadminton", "--root", tmp_path / "root", "--out", tmp_path / "file" / "x.jsonl")
+    assert done.returncode == 1 and re.fullmatch(r"error: .*/file.*: (File exists|Not a directory)\n", done.stderr), done.stderr
 
 
 def test_eval_leaves_out_a_broken_video_and_says_so(clip, tmp_path):

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +26,7 @@ from nanosport.episode import Episode, Question, Turn, read_questions, read_reco
 from nanosport.frames import FrameEncoder
 from nanosport.image import ImageConfig
 from nanosport.judge import Judge, agreement
-from nanosport.load import load_model, load_tokenizer
+from nanosport.load import load_model, load_tokenizer, version
 from nanosport.reward import gated_reward
 from nanosport.rollout import Loop, replay
 from nanosport.tools import tool_call
@@ -80,7 +82,9 @@ def test_passing_trouble_is_waited_for(endpoint, server):
     [
         ([401], "status 401"),
         ([404], "model's name"),
-        (["rubbish"], "not a chat completion"),
+        (["rubbish"] * 7, "not a chat completion"),
+        ([400], "as told"),
+        ([302], "status 302"),
         ([500] * 7, "no answer after 7 tries"),
     ],
 )
@@ -98,9 +102,98 @@ def test_addresses_and_keys(endpoint, server, monkeypatch):
     with pytest.raises(EndpointError, match="no answer after 2 tries"):
         ask(replace(endpoint, url="http://127.0.0.1:9/v1", retries=1))
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    ask(endpoint, sample=5)
+    ask(replace(endpoint), sample=5)
     assert server.headers[-1]["Authorization"] == "Bearer secret-key"
     assert not any("secret-key" in path.read_text() for path in endpoint.cache.glob("*/*"))
+    ask(replace(endpoint, key_name="JUDGE_API_KEY"), sample=6)  # each service has its own
+    assert "Authorization" not in server.headers[-1]
+    for bad in ("secret\nkey", "secret\x00", "sécret"):
+        monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": bad})
+        with pytest.raises(EndpointError, match="OPENAI_API_KEY: holds what no key does") as caught:
+            replace(endpoint)
+        assert "cret" not in str(caught.value)
+    monkeypatch.setattr(
+        os, "environ", {**os.environ, "OPENAI_API_KEY": "secret-key\r\n"}
+    )  # as `export KEY=$(cat file)` may leave it
+    ask(replace(endpoint), sample=9)
+    assert server.headers[-1]["Authorization"] == "Bearer secret-key"
+
+
+def test_a_redirect_does_not_take_the_key_elsewhere(endpoint, server, monkeypatch):
+    asked = []
+
+    def elsewhere(request):
+        request.send_response(302)
+        request.send_header("Location", f"{server.url}/elsewhere")
+        request.end_headers()
+        asked.append(1)
+
+    server.trouble += [elsewhere]
+    before = len(server.headers)
+    with pytest.raises(EndpointError, match="status 302"):
+        ask(endpoint, sample=11)
+    assert asked and len(server.headers) == before + 1
+
+
+def reply(*, status=200, body=b"", announced=None, stall_s=0.0, each_s=0.0):
+    """What a server may do to a request, for ChatServer.trouble."""
+
+    def answer(request):
+        request.send_response(status)
+        request.send_header("Content-Length", str(len(body) if announced is None else announced))
+        request.end_headers()
+        for k in range(len(body)):
+            request.wfile.write(body[k : k + 1])
+            if each_s:
+                request.wfile.flush()
+                threading.Event().wait(each_s)  # time.sleep is not what it was in these tests
+        request.wfile.flush()
+        threading.Event().wait(stall_s)
+
+    return answer
+
+
+def completion(**message) -> bytes:
+    return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        reply(body=completion(content="half")[:30], announced=500),
+        reply(body=completion(content=5)),
+        reply(body=completion(content=[{"type": "text", "text": 7}])),
+        reply(body=completion(content="x", reasoning_content=["y"])),
+        reply(status=500, body=b"x", announced=1000, stall_s=2.0),
+        reply(body=b" " * 40 + completion(content="slow"), each_s=0.05),
+    ],
+    ids=["half an answer", "a number", "a part of another type", "a list of thoughts", "an error that stalls", "a trickle"],
+)
+def test_a_garbled_or_halting_reply_is_asked_for_again(endpoint, server, trouble):
+    endpoint = replace(endpoint, timeout_s=1.0)
+    server.trouble += [trouble]
+    assert ask(endpoint, sample=20).text and endpoint.tally["retries"] == 1 and endpoint.tally["calls"] == 1
+    (kept,) = endpoint.cache.glob("*/*.json")
+    assert json.loads(kept.read_text())["usage"]["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize("usage", ["n/a", {"prompt_tokens": "10"}, {"prompt_tokens": None}, [], None])
+def test_odd_counts_are_none(usage):
+    body = json.dumps(
+        {"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}}], "usage": usage}
+    )
+    found = Endpoint("http://x/v1", "m", Path("unused"))._read(body.encode())
+    assert found["text"] == "ab" and not sum(found["usage"].values())
+
+
+def test_a_closed_endpoint_asks_for_nothing_more(endpoint, server):
+    ask(endpoint, sample=30)
+    before = len(server.headers)
+    endpoint.close()
+    assert ask(endpoint, sample=30).cached
+    with pytest.raises(EndpointError, match="stopped"):
+        ask(endpoint, sample=31)
+    assert len(server.headers) == before
 
 
 def test_requests_keep_to_their_rate(server, tmp_path, monkeypatch):
@@ -116,6 +209,9 @@ def test_reasoning_that_a_server_sends_apart_is_put_back():
     endpoint = Endpoint("http://x/v1", "m", Path("unused"))
     message = {"content": "<answer>B</answer>", "reasoning_content": " red 7. "}
     found = endpoint._read(json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
+    assert found["text"] == "<think>red 7.</think>\n<answer>B</answer>"
+    opened = {"content": "red 7.</think>\n<answer>B</answer>"}  # the server's template wrote <think> itself
+    found = endpoint._read(json.dumps({"choices": [{"message": opened, "finish_reason": "stop"}]}).encode())
     assert found["text"] == "<think>red 7.</think>\n<answer>B</answer>"
 
 
@@ -166,6 +262,18 @@ def test_a_judge_that_rambles_is_asked_again_then_named(grader):
         Judge(grader).answer("x", OPEN)
 
 
+def test_a_judge_that_gave_no_grade_is_asked_anew_and_distillation_goes_on(endpoint, server, grader):
+    judge = Judge(endpoint)
+    server.trouble += [reply(body=completion(content="Well."))] * 3
+    with pytest.raises(judging.NoGrade):
+        judge.answer("x", OPEN)
+    assert not list(endpoint.cache.glob("*/*.json"))
+    server.trouble += [reply(body=completion(content="It fits. GRADE: **4**"))]
+    assert judge.answer("x", OPEN) == 1.0
+    grader.replies = ["Well."] * 3
+    assert distill.fault(episode(), distill.Config(Path("x"), "t"), Judge(grader)) == "no grade from the judge"
+
+
 def test_agreement_is_cohens_kappa():
     found = agreement([1, 1, 0, 0, 1, 0.5], [1, 0, 0, 1, 1, 1])
     # both right 3, both wrong 1; rates 4/6 and 4/6: chance 5/9, so (6/9 − 5/9) / (4/9)
@@ -211,6 +319,26 @@ def test_a_served_teacher_plays_the_environment_and_its_trajectories_train(disti
     assert tools
     train.main(train.Config(str(TEACHER), distilled.out, tmp_path / "sft", steps=2, batch_size=2, warmup=1))
     assert (tmp_path / "sft" / "model" / "config.json").exists()
+
+
+def test_a_refused_request_ends_its_episode_only(server, records, tmp_path):
+    server.trouble[:] = [400, 422]
+    cfg = distill.Config(records, "nano", tmp_path / "new" / "t.jsonl", server.url, samples=2, max_new_tokens=160, workers=1)
+    distill.main(cfg)
+    report = json.loads((tmp_path / "new" / "t.jsonl.json").read_text())
+    assert report["episodes"]["refused by the endpoint"] == 2 and sum(report["episodes"].values()) == 12
+    distill.main(cfg)  # it is asked again, and answered now
+    assert "refused by the endpoint" not in json.loads((tmp_path / "new" / "t.jsonl.json").read_text())["episodes"]
+
+
+def test_a_teacher_trained_anew_is_another_teacher(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TEACHER, folder)
+    before = version(folder)
+    assert before == version(folder) != ""
+    (weights,) = folder.glob("*.safetensors")
+    os.utime(weights, ns=(1, 1))
+    assert version(folder) != before
 
 
 def test_a_second_run_asks_for_nothing(distilled, server):

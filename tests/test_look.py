@@ -192,6 +192,14 @@ def test_a_trajectory_shows_what_is_trained(tmp_path, clip):
     assert "before message 2 of 2" in page.faults[0] and page.marked == ["Highlighted", good[2]] and "too much" in page.text
 
 
+def test_it_does_not_write_over_its_records(tmp_path):
+    data = tmp_path / "records.jsonl"
+    data.write_text("{}\n")
+    with pytest.raises(ValueError, match="is the file that is read"):
+        look.main(look.Config(data, out=tmp_path / "x" / ".." / "records.jsonl"))
+    assert data.read_text() == "{}\n"
+
+
 def test_the_seed_decides_which_rows(tmp_path):
     rows = [record("gone.mp4", k) for k in range(200)]
     render(tmp_path / "r.jsonl", rows, rows=10)

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from source_folders import (
 )
 
 from data_prep import convert
+from data_prep.sources.finebadminton import _window
+from data_prep.sources.finediving import _steps
 from nanosport.episode import parse_question, read_questions
 from nanosport.video import Video
 
@@ -166,6 +169,11 @@ def test_finediving(tmp_path):
     assert len(skips) == 1 + 4 + 1 + 1 + 1  # no names of steps; all of entry 2; no frames; a path; a key
 
 
+def test_a_part_of_a_dive_may_come_again():
+    names = {"1": "Forward", "2": "1.5 Soms.Pike", "9": "Entry"}
+    assert _steps([1, 1, 2, 2, 1, 9], names) == ["Forward", "1.5 Soms.Pike", "Forward", "Entry"]
+
+
 def test_facts_fencing(tmp_path):
     facts_fencing(tmp_path)
     questions, skips = run("facts_fencing", tmp_path)
@@ -223,6 +231,7 @@ def test_sportu(tmp_path):
     ]
     assert questions[0].options[3] == "None of the above" and questions[3].video == "Badminton/badminton_1.MP4"
     assert len(skips) == 7 and questions[4].kind == "open"
+    assert len({q.id for q in questions}) == len(questions) and "/mc/" in questions[0].id and "/oe/" in questions[4].id
 
 
 def test_sports_qa(tmp_path):
@@ -272,6 +281,27 @@ def test_finebadminton(tmp_path):
     assert {right(q) for q in questions} == {"2"} and {q.group for q in questions} == {"finebadminton/0011", "finebadminton/0099"}
     assert {q.video for q in questions} <= {p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("video/*.mp4")}
     assert len(skips) == 7  # six questions and a round
+
+
+def test_a_stroke_that_cannot_be_read_leaves_no_window(tmp_path):
+    """The others would be counted as if it were not there."""
+    finebadminton(tmp_path)
+    whole = [q.window for q in run("finebadminton", tmp_path)[0]]
+    for path in tmp_path.glob("*.json"):
+        entries = json.loads(path.read_text())
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("hitting"), list) and len(entry["hitting"]) > 1:
+                entry["hitting"][-1]["hit_frame"] = None
+        path.write_text(json.dumps(entries))
+    damaged, _ = run("finebadminton", tmp_path)
+    assert any(whole) and not any(q.window for q in damaged) and len(damaged) == len(whole)
+
+
+def test_the_players_stroke_or_none():
+    strokes = {(10, 12, 20): "top", (20, 25, 30): "bottom"}
+    ask = partial(_window, strokes, 0, 40, "hitting comment")
+    assert ask("What does the top player do?", "A") == (10, 20) and ask("What happens?", "A") == (20, 30)
+    assert _window({(10, 12, 20): "top"}, 0, 40, "hitting comment", "What does the bottom player do?", "A") is None
 
 
 @pytest.mark.skipif(not FINEBADMINTON.exists(), reason="needs the shared FineBadminton sample")

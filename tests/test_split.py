@@ -356,6 +356,17 @@ def test_near_duplicates_of_one_clip_are_dropped(tmp_path):
     assert report["same_text_in_several_groups"] == 4  # a/1, a/2 and a/4 are one group's, a/5 is another's
 
 
+def test_words_in_another_order_may_be_another_question(tmp_path):
+    options = {"video": "v.mp4", "options": ["yes", "no"]}
+    rows = [
+        record("a/1", question="Does the white team score before the red team?", **options, answer="A"),
+        record("a/2", question="Does the red team score before the white team?", **options, answer="B"),
+        record("a/3", question="Does white team score before red team?", **options, answer="A"),
+    ]
+    _, report = make(tmp_path, *rows)
+    assert report["near_duplicates"] == [{"kept": "a/1", "dropped": "a/3"}]
+
+
 def test_near_duplicates_are_those_of_all_pairs():
     rng, texts = random.Random(4), []
     for _ in range(400):

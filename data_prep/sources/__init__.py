@@ -60,11 +60,12 @@ class Folder:
     def __init__(self, root: Path):
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder; --root is the folder of the downloaded data set")
-        self.root, self.files, self.videos = root, [], []
+        self.root, self.files, self.videos, self.links = root, [], [], []
         self._named: dict[str, list[str]] = {}
         inside = root.resolve()
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            self.links += [os.path.relpath(Path(folder, name), root) for name in folders if Path(folder, name).is_symlink()]
             here = os.path.relpath(folder, root)
             here = "" if here == "." else here + "/"
             for name in sorted(name for name in names if not name.startswith(".")):
@@ -77,7 +78,8 @@ class Folder:
                 self.files.append(here + name)
                 if suffix in VIDEOS:
                     self._add(here + name)
-            if here and any(os.path.splitext(name)[1].lower() in IMAGES for name in names):
+            suffixes = {os.path.splitext(name)[1].lower() for name in names}
+            if here and suffixes & set(IMAGES) and not suffixes & set(VIDEOS):  # beside videos they are thumbnails
                 self._add(here[:-1])
 
     def _add(self, path: str) -> None:
@@ -109,6 +111,8 @@ class Folder:
             found = [path for path in found if path == name] or found
         if len(found) != 1:
             several = f"names {len(found)} videos, {found[0]} and {found[1]}: remove one" if found else "is not below root"
+            if not found and self.links:
+                several += f" ({self.links[0]} is a link, which is not followed: mount the folder there, or move it)"
             raise ValueError(f"video {name!r}: {several}")
         return found[0]
 
@@ -195,11 +199,25 @@ def _no_bytes() -> bytes:
     return b""  # which they spell as a call of bytes
 
 
+def _ndarray(*_):
+    raise pickle.UnpicklingError("asks for numpy.ndarray over a buffer")  # which could be taken for pointers
+
+
+def _empty_array(*_) -> np.ndarray:
+    return np.ndarray((0,), np.int8)  # its content follows: numpy checks it
+
+
+def _scalar(dtype: np.dtype, *data):
+    if dtype.kind == "O":
+        raise pickle.UnpicklingError("asks for a scalar of any object")
+    return multiarray.scalar(dtype, *data)
+
+
 _PLAIN = {
-    ("numpy._core.multiarray", "_reconstruct"): multiarray._reconstruct,
-    ("numpy._core.multiarray", "scalar"): multiarray.scalar,
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy._core.multiarray", "scalar"): _scalar,
     ("numpy._core.numeric", "_frombuffer"): numeric._frombuffer,
-    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "ndarray"): _ndarray,
     ("numpy", "dtype"): _dtype,
     ("_codecs", "encode"): _latin1,
     ("builtins", "bytes"): _no_bytes,

@@ -38,6 +38,8 @@ DIMENSION = {
 }
 ON_LAST_STROKE = ("action classification", "action prediction", "hitting localization", "hitting prediction", "hitting comment")
 
+FRAMES = ("start_frame", "hit_frame", "end_frame")
+
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder, strokes, asked = Folder(root), defaultdict(dict), []
@@ -51,22 +53,33 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
 
 
 def _collect(strokes: dict, number: int, entry: dict) -> Iterator[Skip]:
-    """Keep a round's strokes by match and first frame: the rounds may be there in two languages."""
-    match = field(entry, "video").partition("_")[0]
-    for stroke in field(entry, "hitting", list):
-        frames = tuple(field(stroke, name, int) for name in ("start_frame", "hit_frame", "end_frame"))
-        strokes[match][frames] = stroke.get("hitter")
+    """Keep a round's strokes by match and frames: the rounds may be there in two languages.
+
+    Of a round with a stroke that cannot be read the others would be counted wrongly: (first, None, last) marks where it lies.
+    """
+    match, rows = field(entry, "video").partition("_")[0], field(entry, "hitting", list)
+    try:
+        strokes[match] |= {tuple(field(row, name, int) for name in FRAMES): row.get("hitter") for row in rows}
+    except ValueError:
+        named = [row[name] for row in rows if isinstance(row, dict) for name in FRAMES if isinstance(row.get(name), int)]
+        if named:
+            strokes[match][min(named), None, max(named)] = None
+        raise
     yield from ()
 
 
 def _window(strokes: dict, start: int, end: int, task: str, question: str, answer: str) -> tuple[int, int] | None:
-    inside = sorted(frames for frames in strokes if start <= frames[1] <= end)
+    if any(hit is None and first <= end and start <= last for first, hit, last in strokes):
+        return None
+    inside = sorted(frames for frames in strokes if frames[1] is not None and start <= frames[1] <= end)
     if task == "action localization" and answer.isdecimal() and 0 < int(answer) <= len(inside):
         first, _, last = inside[int(answer) - 1]
     elif task in ON_LAST_STROKE and inside:
         side = re.search(r"\b(top|bottom)\b", question.lower())
-        own = [frames for frames in inside if side and strokes[frames] == side[1]]
-        first, _, last = (own or inside)[-1]
+        own = [frames for frames in inside if not side or strokes[frames] == side[1]]
+        if not own:
+            return None
+        first, _, last = own[-1]
     else:
         return None
     return max(first, start) - start, min(last, end) - start

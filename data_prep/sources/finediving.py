@@ -12,7 +12,7 @@ which the official split has dives on both sides.
 
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice, permutations
+from itertools import groupby, islice, permutations
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,7 @@ def _steps(labels, names) -> list[str]:
     if not isinstance(names, dict) or not all(isinstance(key, int | str | np.integer) for key in names):
         raise ValueError("sub-action_types: the entry has no names for its sub-actions")
     names = {int(key): name for key, name in names.items()}
-    order = [names.get(int(label)) for label in dict.fromkeys(labels)]
+    order = [names.get(int(label)) for label, _ in groupby(labels)]  # a part may come again
     if len(order) > 10 or not all(isinstance(name, str) for name in order):
         raise ValueError("sub-action_types: must name every label of frames_labels, ten at most")
     return order

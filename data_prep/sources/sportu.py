@@ -38,8 +38,9 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
     play = re.fullmatch(r"([a-z_ ]+?)_(\d+)(?:_\d+)?", stem.lower())
     if not play or (sport := play[1].replace("_", " ")) not in SPORTS:
         raise ValueError(f"id {stem!r}: must be <sport>_<N> or <sport>_<N>_<K>, with one of {', '.join(SPORTS)}")
-    id = f"{SOURCE}/{stem}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
-    if path.lower().endswith("mc.json"):
+    kind = "mc" if path.lower().endswith("mc.json") else "oe"
+    id = f"{SOURCE}/{stem}/{kind}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
+    if kind == "mc":
         texts = {label: field(entry["options"], label) for label in field(entry, "options", dict)}
         options, answer = choose(seed, id, texts, answer)
     yield Question(
