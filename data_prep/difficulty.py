@@ -43,8 +43,7 @@ class Config:
 
 def main(cfg: Config) -> None:
     cli.at_least(1, samples=cfg.samples, batch_size=cfg.batch_size)
-    if cfg.out.resolve() == cfg.data.resolve():
-        raise ValueError(f"--out {cfg.out}: is the file that is read")
+    cli.not_the_input(cfg.out, cfg.data)
     questions = read_questions(cfg.data)
     if len({q.id for q in questions}) < len(questions):
         raise ValueError(f"{cfg.data}: two questions have one id; rates are kept by id")

@@ -147,16 +147,8 @@ class LocalTeacher:
 
     def episodes(self, question: Question, loop: Loop) -> list[Episode]:
         cfg = self.cfg
-        asked = [
-            cfg.teacher,
-            self.version,
-            asdict(question),
-            cfg.samples,
-            cfg.temperature,
-            cfg.max_new_tokens,
-            cfg.max_turns,
-            cfg.seed,
-        ]
+        limits = cfg.samples, cfg.temperature, cfg.max_new_tokens, cfg.max_turns, cfg.seed
+        asked = [cfg.teacher, self.version, asdict(question), *limits]
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         path = self.cache / name[:2] / f"{name}.json"
         if path.exists():
@@ -250,8 +242,7 @@ def results(cfg: Config, questions: list[Question], judge: Judge | None, endpoin
 
 def main(cfg: Config) -> None:
     cfg.check()
-    if cfg.out.resolve() == cfg.data.resolve():
-        raise ValueError(f"--out {cfg.out}: is the file that is read")
+    cli.not_the_input(cfg.out, cfg.data)
     questions = read_questions(cfg.data)
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     cache = cfg.out.with_name(cfg.out.name + ".answers")

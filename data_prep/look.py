@@ -168,8 +168,7 @@ def row_body(row: dict, question: Question, folder: Path) -> str:
 
 def main(cfg: Config) -> None:
     cli.at_least(1, rows=cfg.rows)
-    if cfg.out.resolve() == cfg.data.resolve():
-        raise ValueError(f"--out {cfg.out}: is the file that is read")
+    cli.not_the_input(cfg.out, cfg.data)
     picked, counts = survey(cfg.data, cfg.rows, cfg.seed)
     total, trajectories = counts["kind"].total(), counts["turns"].total()
     title = f"{len(picked)} of {total} rows of {cfg.data.name}".encode(errors="replace").decode()

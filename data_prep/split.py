@@ -106,10 +106,15 @@ def checkable(question: Question) -> bool:
     return question.kind != "open" or len(question.answer.split()) <= CHECKABLE_WORDS
 
 
+def right_text(options: Sequence[str], answer: str) -> str:
+    """The right option, or the answer of what is no choice."""
+    return options[ord(answer) - ord("A")] if options else answer
+
+
 def text_hash(question: Question) -> bytes:
     """Equal where question, right answer and options have the same words, in whatever order the options stand."""
-    right = question.options[ord(question.answer) - ord("A")] if question.options else question.answer
-    return _hash(repr([normalise(question.question), normalise(right), sorted(map(normalise, question.options))]))
+    right = normalise(right_text(question.options, question.answer))
+    return _hash(repr([normalise(question.question), right, sorted(map(normalise, question.options))]))
 
 
 def read_entries(paths: Sequence[Path], seed: int) -> list[Entry]:
@@ -178,12 +183,6 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
     return found
 
 
-def right_option(row: dict) -> str | None:
-    """Its text, of a choice."""
-    options = row.get("options")
-    return " ".join(normalise(options["ABCDEFGHIJ".index(row["answer"])])) if options else None
-
-
 def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict[str, str]:
     """Id of the one kept, by the id of each near-duplicate about the same clip."""
     about, found = defaultdict(list), {}
@@ -195,7 +194,8 @@ def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict
             those.sort(key=lambda entry: (not is_test_only(entry.source), entry.id))
             rows, alike = [read_row(entry, files) for entry in those], defaultdict(list)
             for k, row in enumerate(rows):  # words in another order may ask for another thing: then another option is right
-                alike[right_option(row)].append(k)
+                options = row.get("options")
+                alike[tuple(normalise(right_text(options, row["answer"]))) if options else None].append(k)
             for places in alike.values():
                 twins = near_duplicates([rows[k]["question"] for k in places])
                 found |= {those[places[dropped]].id: those[places[kept]].id for kept, dropped in twins}

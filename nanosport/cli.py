@@ -4,6 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import tyro
@@ -60,6 +61,11 @@ def at_least(minimum: int, **flags: int) -> None:
     for name, value in flags.items():
         if value < minimum:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+
+
+def not_the_input(out: Path, data: Path) -> None:
+    if out.resolve() == data.resolve():
+        raise ValueError(f"--out {out}: is the file that is read")
 
 
 def above(bound: float, **flags: float) -> None:

@@ -59,7 +59,7 @@ def test_a_hostile_pickle_does_not_run(tmp_path, protocol):
     pointers = Hostile(np.ndarray, (1,), np.dtype("O"), b"A" * 8), Hostile(np.ndarray, (1,), np.dtype("i8"), b"A" * 8)
     for forged in (
         *pointers,
-        Hostile(np.core.multiarray.scalar if hasattr(np, "core") else np._core.multiarray.scalar, np.dtype("O"), "x"),
+        Hostile(np._core.multiarray.scalar, np.dtype("O"), "x"),
     ):
         path.write_bytes(pickle.dumps({("a", 1): ["407c", 80.0, 3.2, None, forged]}, protocol))
         with pytest.raises(ValueError, match=rf"{path.name}.*asks for.*download"):
@@ -334,9 +334,8 @@ def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_30_000_entries_take_bounded_time_and_memory(tmp_path):
-    """Their share of a minute and 1 GB for 100,000, which are too many for a test; 220 MB go to the imports. A million took 108 s
-    of one core and 124 MB besides: the ids, which must differ."""
+def test_100_000_entries_take_less_than_a_minute_and_a_gigabyte(tmp_path):
+    """220 MB go to the imports. A million took 108 s of one core and 124 MB besides: the ids, which must differ."""
     touch(tmp_path, *(f"data/{n % 10}/soccer_{n}.mp4" for n in range(500)))
     options = {"A": "One team wears black", "B": "One team wears red", "C": "One team wears blue", "D": "Others"}
     script = (
@@ -346,7 +345,7 @@ def test_30_000_entries_take_bounded_time_and_memory(tmp_path):
         "print(time.process_time() - began, re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1])"
     )
     used_mb = []
-    for count in (3_000, 30_000):
+    for count in (3_000, 100_000):
         with open(tmp_path / "data" / "SportU_Video_mc.json", "w") as file:
             for n in range(count):
                 row = {"id": f"soccer_{n % 500}", "question": f"Question {n}?", "options": options, "answer": "ABCD"[n % 4]}
@@ -355,6 +354,6 @@ def test_30_000_entries_take_bounded_time_and_memory(tmp_path):
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         seconds, kilobytes = map(float, done.stdout.split("\n")[-2].split())
-        assert re.search(rf"kept +{count:,}", done.stdout) and seconds < 18
+        assert re.search(rf"kept +{count:,}", done.stdout) and seconds < 60
         used_mb.append(kilobytes / 1024)
-    assert used_mb[1] - used_mb[0] < 12 and used_mb[1] < 500, "the file alone has 6 MB, its entries as objects 40"
+    assert used_mb[1] - used_mb[0] < 30 and used_mb[1] < 1000, "the file alone has 20 MB, its entries as objects 130"

@@ -5,8 +5,9 @@ question_id}, each with a clip cut to start_frame … end_frame, called by `loca
 of {video "<match>_<round>.mp4", hitting [{start_frame, end_frame, hit_frame, hitter, …}]}.
 
 `window` is the stroke that the question is about, counted in the clip: the last one (of the player at the top or bottom,
-where the question says so), or the one whose number is the answer. It takes the rounds of the match; without them, and
-for questions on the whole rally, nothing narrower than the clip is known and `window` is None. `group` is the match.
+where the question says so), or the one whose number is the answer. It takes the rounds of the match; without them, where a
+stroke of the round cannot be read, and for questions on the whole rally, nothing narrower than the clip is known and `window`
+is None. `group` is the match.
 
 Quirks: frames are counted in the match's video, not in the clip. `duration` is a word or a number. A file name has `_` for the
 space of its question_id. `quality` is a text or a number. Some answers stand in the same place: options are shuffled.
@@ -37,7 +38,6 @@ DIMENSION = {
     "round comment": "assessment",
 }
 ON_LAST_STROKE = ("action classification", "action prediction", "hitting localization", "hitting prediction", "hitting comment")
-
 FRAMES = ("start_frame", "hit_frame", "end_frame")
 
 
