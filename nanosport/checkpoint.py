@@ -70,7 +70,7 @@ class Checkpoints:
         """Called by all ranks. Raises ValueError where the save before this one could not be written; the older ones stay."""
         self.finish()
         whole, unfinished = self.folder / f"step_{state['step']:06d}", self.folder / f".step_{state['step']:06d}"
-        if latest(self.run) == whole:  # of the same seed and step, and so the same
+        if whole.exists():  # of the same seed and step, and so the same
             return
         if self.rank == 0:
             for left in (*self.folder.glob(".step_*"), *self.run.glob(".model.*")):  # by a run that was killed

@@ -185,9 +185,9 @@ class Endpoint:
                 text = f"<think>{thought.strip()}</think>\n{text}"
             elif "</think>" in text and "<think>" not in text:  # the template of the server has opened it
                 text = f"<think>{text}"
-            usage = {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")} if isinstance(usage, dict) else {}
-            usage = {k: n if isinstance(n, int) else 0 for k, n in usage.items()}
-            return {"text": text, "finish_reason": choice.get("finish_reason"), "usage": usage}
+            usage = usage if isinstance(usage, dict) else {}
+            counts = {k: usage[k] for k in ("prompt_tokens", "completion_tokens") if isinstance(usage.get(k), int)}
+            return {"text": text, "finish_reason": choice.get("finish_reason"), "usage": counts}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise Garbled(f"the reply is not a chat completion: {raw[:200]!r}") from None
 

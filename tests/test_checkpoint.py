@@ -127,18 +127,22 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(runs, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_what_was_saved_before_the_first_update_is_gone_on_from(runs, tmp_path):
+def test_what_was_saved_before_the_first_update_is_gone_on_from(runs, monkeypatch, tmp_path):
     """As when SIGTERM comes in the first rollout, or the first updates are skipped: there are no moments yet."""
     _, cfg, _ = runs["train"]
     source = Path(cfg.model)
+    monkeypatch.chdir(tmp_path)
     for offload in (False, True):
         model = load_model(source)
         optim.trainable(model, True, True)
         saved = optim.build(model, 0.0, offload=offload)
-        out = tmp_path / str(offload)
+        out = Path(str(offload))  # a relative one, as users give it
         checkpoints = checkpoint.Checkpoints(out, source, 0, torch.float32, 1)
-        checkpoints.save(model, saved, {"step": 0, "settings": {}})
-        checkpoints.finish()
+        first = {}
+        for _ in range(2):  # what is there already is left alone: replacing it would leave a moment without it
+            checkpoints.save(model, saved, {"step": 0, "settings": {}})
+            checkpoints.finish()
+            assert (first := first or checkpoint.latest(out).stat()).st_ino == checkpoint.latest(out).stat().st_ino
         loaded = optim.build(model, 0.0, offload=offload)
         assert checkpoint.load(out, model, loaded, {})["step"] == 0
         assert len(loaded.state) == len(saved.state) > 40 and not any(s["exp_avg"].any() for s in loaded.state.values())
