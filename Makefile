@@ -26,7 +26,7 @@ demo: .venv/.installed
 	$(PY) eval.py --model $(OUT)/rl/model --name SFT+RL --modes no-tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_no_tool.json
 	$(PY) eval.py --model $(OUT)/rl/model --name SFT+RL --modes tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_rl.json
 	$(PY) infer.py $(OUT)/arena/clips/test_00000.mp4 "Call the decisive play." --model $(OUT)/rl/model --page $(OUT)/episode.html
-	$(PY) -m nanosport.report $(OUT)
+	$(PY) -m nanosport.bench.demo $(OUT)
 
 test: .venv/.installed
 	$(PY) -m pytest -q

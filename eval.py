@@ -1,32 +1,40 @@
-"""The benchmark: accuracy by dimension and sport, how often and how well the tool is used, with and without it.
+"""The benchmark: accuracy by dimension and sport, how often and how well the tool is used, with and
+without it.
 
-    python eval.py                                              # the shipped model on the arena's held-out clips
+    python eval.py                                # the shipped model on the arena's held-out clips
     python eval.py --model out/rl/model --data my/test.jsonl --out results/mine.json
     python eval.py --modes no-tool --num-frames 16
 
-Mode `tool` is the paper's loop from eight overview frames; mode `no-tool` gives the *same* model 16 uniform frames and no tool.
+Mode `tool` is the paper's loop from eight overview frames; mode `no-tool` gives the *same* model 16
+uniform frames and no tool.
 """
 
 import json
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from tqdm import tqdm
 
 from data_prep import arena
 from nanosport import cli
-from nanosport.endpoint import Endpoint
-from nanosport.engine import Engine, Sampling, load_engine
-from nanosport.episode import DIMENSIONS, Episode, Question, read_questions
-from nanosport.frames import FrameEncoder
-from nanosport.judge import Judge, accuracy, agreement
-from nanosport.load import resolve
-from nanosport.log import provenance, write_atomically
-from nanosport.reward import format_valid
-from nanosport.rollout import Loop, rollout
+from nanosport.cli import AtLeast
+from nanosport.engine.own import load_sampler
+from nanosport.engine.sampler import Sampler, Sampling
+from nanosport.env.env import Limits
+from nanosport.env.judge import Judge, agreement, judge_of
+from nanosport.env.reward import format_valid, used_tool
+from nanosport.env.rollout import rollout
+from nanosport.env.scoring import accuracy
+from nanosport.env.tools import STOPS
+from nanosport.files import provenance, write_atomically
+from nanosport.model.folder import resolve
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import DIMENSIONS, Episode, Question, read_questions
+from nanosport.report import table
 from nanosport.video import usable
 
 
@@ -41,123 +49,124 @@ class Config:
     modes: tuple[Literal["tool", "no-tool"], ...] = ("tool", "no-tool")
     name: str | None = None
     """Name of the row; the model's by default."""
-    num_frames: int = 16
+    num_frames: Annotated[int, AtLeast(1)] = 16
     """Uniform frames in mode no-tool."""
     temperature: float = 0.6
-    """0.6 and top-p 0.9 are the settings of FrameThinker, the paper's nearest ancestor; 0 is greedy."""
+    """0.6 and top-p 0.9 are the settings of FrameThinker, the paper's nearest ancestor; 0 is
+    greedy."""
     top_p: float = 0.9
     max_new_tokens: int = 160
-    """Of one assistant turn."""
+    """One assistant turn is cut after so many tokens."""
     limit: int | None = None
-    """Only the first so many questions."""
-    batch_size: int = 32
-    """Questions in flight."""
+    """Only the first so many questions are asked."""
+    batch_size: Annotated[int, AtLeast(1)] = 32
+    """So many questions are played at a time."""
     judge_url: str | None = None
-    """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers; else the F1 of their words does."""
+    """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers;
+    else the F1 of their words does."""
     judge: str = ""
-    """Its name there. The key is read from JUDGE_API_KEY; verdicts are kept in out/answers."""
+    """The judge's name there. The key is read from JUDGE_API_KEY; verdicts are kept in
+    out/answers."""
     seed: int = 0
-
-    def check(self) -> None:
-        """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
-        cli.at_least(1, num_frames=self.num_frames, batch_size=self.batch_size)
-        if self.judge_url and not self.judge:
-            raise ValueError("--judge-url needs --judge, the model's name there")
-        if not self.modes:
-            raise ValueError("--modes: name at least one of tool, no-tool")
 
 
 def contained(episode: Episode) -> bool:
     """Whether one requested window held the whole event."""
     first, last = episode.question.window
-    return any(t.action == "tool" and t.frames and t.window[0] <= first and last <= t.window[1] for t in episode.turns)
+    looks = [turn.window for turn in episode.turns if turn.action == "tool" and turn.frames]
+    return any(start <= first and last <= end for start, end in looks)
 
 
-def figures(episodes: list[Episode], acc: list[float]) -> dict:
-    """Given each episode's score, all rates and means, in percent where they are shares; None where nothing was there to count."""
+def mean_percent(values: Iterable[float]) -> float | None:
+    """Their mean in percent; None where there are none."""
+    values = list(values)
+    return round(100 * sum(values) / len(values), 2) if values else None
 
-    def mean(values) -> float | None:
-        values = list(values)
-        return round(100 * sum(values) / len(values), 2) if values else None
 
-    used = [any(t.action == "tool" and t.frames for t in e.turns) for e in episodes]
-    needs = [e.question.needs_tool for e in episodes]
-    placed = [e for e, n in zip(episodes, needs) if n and e.question.window]
+def figures(episodes: list[Episode], scores: list[float]) -> dict:
+    """All rates and means of episodes and their scores: shares in percent, None where there was
+    nothing to count."""
+    questions = [episode.question for episode in episodes]
+    used = [used_tool(episode) for episode in episodes]
+    needs = [question.needs_tool for question in questions]
+    placed = [e for e, needed in zip(episodes, needs) if needed and e.question.window]
+
+    def where(values: list, keys: Iterable, key) -> float | None:
+        return mean_percent(value for value, its_key in zip(values, keys) if its_key == key)
+
+    dimensions, sports = [q.dimension for q in questions], [q.sport for q in questions]
     return {
-        "accuracy": mean(acc),
-        **{d: mean(a for a, e in zip(acc, episodes) if e.question.dimension == d) for d in DIMENSIONS},
-        "by_sport": {
-            s: mean(a for a, e in zip(acc, episodes) if e.question.sport == s) for s in sorted({e.question.sport for e in episodes})
-        },
-        "accuracy_tool_needed": mean(a for a, n in zip(acc, needs) if n),
-        "accuracy_tool_not_needed": mean(a for a, n in zip(acc, needs) if n is False),
+        "accuracy": mean_percent(scores),
+        **{dimension: where(scores, dimensions, dimension) for dimension in DIMENSIONS},
+        "by_sport": {sport: where(scores, sports, sport) for sport in sorted(set(sports))},
+        "accuracy_tool_needed": where(scores, needs, True),
+        "accuracy_tool_not_needed": where(scores, needs, False),
         "frames": round(sum(len(e.frames) for e in episodes) / len(episodes), 2),
-        "tool_rate": mean(used),
-        "tool_rate_needed": mean(u for u, n in zip(used, needs) if n),
-        "tool_rate_not_needed": mean(u for u, n in zip(used, needs) if n is False),
-        "window_hit_rate": mean(contained(e) for e in placed),
-        "format_rate": mean(format_valid(e) for e in episodes),
+        "tool_rate": mean_percent(used),
+        "tool_rate_needed": where(used, needs, True),
+        "tool_rate_not_needed": where(used, needs, False),
+        "window_hit_rate": mean_percent(contained(e) for e in placed),
+        "format_rate": mean_percent(format_valid(e) for e in episodes),
         "status": dict(Counter(e.status for e in episodes)),
         "questions": len(episodes),
     }
 
 
+def outcome(episode: Episode, score: float) -> dict:
+    """What the report keeps of an episode."""
+    return {
+        "id": episode.question.id,
+        "answer": episode.answer,
+        "truth": episode.question.answer,
+        "accuracy": round(score, 3),
+        "windows": [turn.window for turn in episode.turns if turn.window],
+        "status": episode.status,
+    }
+
+
 def run_mode(
-    cfg: Config, mode: str, engine: Engine, encoder: FrameEncoder, questions: list[Question], judge: Judge | None = None
+    cfg: Config,
+    mode: str,
+    players: tuple[FrameEncoder, Sampler],
+    questions: list[Question],
+    judge: Judge | None = None,
 ) -> dict:
     """Figures of one mode, with every episode's outcome."""
-    began = time.time()
-    loop = Loop() if mode == "tool" else Loop(num_frames=cfg.num_frames, use_tool=False)
+    began, (encoder, sampler) = time.time(), players
+    limits = Limits() if mode == "tool" else Limits(num_frames=cfg.num_frames, use_tool=False)
     episodes = []
     for start in tqdm(range(0, len(questions), cfg.batch_size), desc=f"eval {mode}", unit="batch"):
-        some = questions[start : start + cfg.batch_size]
-        episodes += rollout(engine, encoder, some, loop, seed=(cfg.seed,), first=start)
-    acc, judged = [accuracy(e.answer, e.question) for e in episodes], {}
+        batch = questions[start : start + cfg.batch_size]
+        episodes += rollout(sampler, encoder, batch, limits, seed=(cfg.seed,), first=start)
+    scores, judged = [accuracy(e.answer, e.question) for e in episodes], {}
     if judge is not None:
-        rule, acc = acc, judge.answers([e.answer for e in episodes], [e.question for e in episodes])
-        judged = {"judge_and_rule": agreement(rule, acc)}
-    outcomes = [
-        {
-            "id": e.question.id,
-            "answer": e.answer,
-            "truth": e.question.answer,
-            "accuracy": round(score, 3),
-            "windows": [t.window for t in e.turns if t.window],
-            "status": e.status,
-        }
-        for e, score in zip(episodes, acc)
-    ]
-    return {**figures(episodes, acc), **judged, "seconds": round(time.time() - began, 1), "episodes": outcomes}
-
-
-def table(rows: dict[str, dict]) -> str:
-    """The paper's table: a line a row, Markdown."""
-    columns = [*DIMENSIONS, "accuracy", "frames", "tool_rate", "tool_rate_needed", "tool_rate_not_needed", "window_hit_rate"]
-    heads = [*DIMENSIONS, "overall", "frames", "tool rate", "… needed", "… not needed", "window hit"]
-    lines = ["| model | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, row in rows.items():
-        cells = ["–" if row.get(c) is None else f"{row[c]:.1f}" for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        by_rule, asked = scores, [e.question for e in episodes]
+        scores = judge.answers([e.answer for e in episodes], asked)
+        judged = {"judge_and_rule": agreement(by_rule, scores)}
+    seconds = round(time.time() - began, 1)
+    outcomes = [outcome(episode, score) for episode, score in zip(episodes, scores)]
+    return {**figures(episodes, scores), **judged, "seconds": seconds, "episodes": outcomes}
 
 
 def main(cfg: Config) -> None:
-    cfg.check()
+    cli.check(cfg)
+    if not cfg.modes:
+        raise ValueError("--modes: name at least one of tool, no-tool")
+    judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"))
     if cfg.data == Config.data and not cfg.data.exists():
         arena.main(arena.Config())
     source = resolve(cfg.model)
-    encoder, engine = load_engine(source, Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens))
-    questions, broken = usable(read_questions(cfg.data)[: cfg.limit], encoder.open)
+    players = load_sampler(source, Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS))
+    questions, broken = usable(read_questions(cfg.data)[: cfg.limit], players[0].open)
     for line in broken:
         print(f"left out: {line}")
     if not questions:
         raise ValueError(f"{cfg.data}: none of its videos can be used")
-    name = cfg.name or source.name
-    judge = Judge(Endpoint(cfg.judge_url, cfg.judge, Path("out/answers"), key_name="JUDGE_API_KEY")) if cfg.judge_url else None
-    rows = {}
+
+    name, rows = cfg.name or source.name, {}
     for mode in cfg.modes:
         label = name if mode == "tool" else f"{name}, {cfg.num_frames} frames, no tool"
-        rows[label] = run_mode(cfg, mode, engine, encoder, questions, judge)
+        rows[label] = run_mode(cfg, mode, players, questions, judge)
     print(table(rows))
     if cfg.out is not None:
         cfg.out.parent.mkdir(parents=True, exist_ok=True)

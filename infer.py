@@ -14,14 +14,25 @@ from typing import Annotated
 
 import tyro
 
+from data_prep import arena, draw
 from nanosport import cli
-from nanosport.engine import Sampling, load_engine
-from nanosport.episode import Episode, Question, Turn, check_text
-from nanosport.load import resolve
-from nanosport.log import write_atomically
+from nanosport.cli import AtLeast
+from nanosport.engine.own import load_sampler
+from nanosport.engine.sampler import Sampling
+from nanosport.env.env import Env, Limits
+from nanosport.env.rollout import rollout
+from nanosport.env.tools import STOPS, split_think
+from nanosport.files import write_atomically
+from nanosport.model.folder import resolve
+from nanosport.records import LETTERS, Episode, Question, Turn, check_text
 from nanosport.report import episode_page
-from nanosport.rollout import Loop, Session, rollout
-from nanosport.tools import split_think
+from nanosport.video import Video
+
+ASSETS = Path(__file__).parent / "assets"
+ARENA_ONLY = (
+    "this model has two million parameters and knows only the rendered arena; for real video give "
+    "--model Qwen/Qwen2.5-VL-7B-Instruct, or a folder that you have trained from it"
+)
 
 
 @dataclass(frozen=True)
@@ -31,18 +42,18 @@ class Config:
     question: Annotated[str, tyro.conf.Positional]
     options: tuple[str, ...] = ()
     """Options to choose from; they are lettered (A), (B), …"""
-    model: str = str(Path(__file__).parent / "assets" / "nano-deepsport")
+    model: str = str(ASSETS / "nano-deepsport")
     """A model folder, or a Hugging Face hub id. The default knows the arena and nothing else."""
     tool: bool = True
     """Whether the model may ask for more frames."""
     num_frames: int | None = None
     """Overview frames: 8 with the tool, 16 without, unless given."""
-    max_turns: int = 5
+    max_turns: Annotated[int, AtLeast(1)] = 5
     temperature: float = 0.0
     """0 takes the most likely token; FrameThinker samples with 0.6 and top-p 0.9."""
     top_p: float = 1.0
     max_new_tokens: int = 160
-    """Of one turn."""
+    """One turn is cut after so many tokens."""
     seed: int = 0
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -50,22 +61,31 @@ class Config:
     """Write the episode with its frames as a web page."""
 
     def check(self) -> None:
-        """Raise ValueError for values no run can use. Not in __post_init__: tyro would print it as a parse error."""
-        cli.at_least(1, max_turns=self.max_turns)
+        """Raise ValueError for values that no run can use."""
+        cli.check(self)
         if len(self.options) > 10 or len(self.options) == 1:
-            raise ValueError(f"--options: {len(self.options)} given; give two to ten, or none for an open question")
+            rule = "give two to ten, or none for an open question"
+            raise ValueError(f"--options: {len(self.options)} given; {rule}")
         if not self.question.strip():
             raise ValueError("the question is empty")
         for text in (self.question, *self.options):
             check_text(text)
 
 
+def is_lost(model: Path, video: Video) -> bool:
+    """Whether a shipped model is asked about a video that is not the arena's."""
+    shipped = model.resolve().parent == ASSETS.resolve()
+    rendered = (video.width, video.height) == (draw.WIDTH, draw.HEIGHT)
+    return shipped and not (rendered and round(video.fps) == arena.FPS)
+
+
 def show(turn: Turn) -> None:
-    """One turn, for people."""
+    """Print one turn, for people."""
     think, _ = split_think(turn.text)
     print(f"think   {think}")
     if turn.action == "tool":
-        print(f"look    frames {turn.window[0]} to {turn.window[1]} → {', '.join(map(str, turn.frames)) or 'no turn left'}")
+        frames = ", ".join(map(str, turn.frames)) or "no turn left"
+        print(f"look    frames {turn.window[0]} to {turn.window[1]} → {frames}")
     elif turn.error:
         print(f"refused {turn.error}")
     sys.stdout.flush()
@@ -73,10 +93,11 @@ def show(turn: Turn) -> None:
 
 def as_json(episode: Episode, seconds: float) -> dict:
     """The episode, for machines."""
-    turns = []
-    for turn in episode.turns:
-        think, _ = split_think(turn.text)
-        turns.append({"think": think, "action": turn.action, "window": turn.window, "frames": turn.frames, "error": turn.error})
+    fields = ("action", "window", "frames", "error")
+    turns = [
+        {"think": split_think(turn.text)[0]} | {name: getattr(turn, name) for name in fields}
+        for turn in episode.turns
+    ]
     return {
         "video": episode.question.video,
         "question": episode.question.question,
@@ -88,32 +109,45 @@ def as_json(episode: Episode, seconds: float) -> dict:
     }
 
 
+def answer_line(episode: Episode, options: tuple[str, ...]) -> str:
+    """The answer with the option that its letter stands for, or why there is none."""
+    if not episode.answer:
+        return f"no answer ({episode.status.replace('_', ' ')})"
+    letters = LETTERS[: len(options)]
+    option = f"  {options[letters.index(episode.answer)]}" if episode.answer in [*letters] else ""
+    return f"answer  {episode.answer}{option}"
+
+
 def main(cfg: Config) -> None:
     cfg.check()
-    began = time.time()
-    encoder, engine = load_engine(resolve(cfg.model), Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens))
-    question = Question("infer", str(cfg.video), "", "recognition", cfg.question.strip(), cfg.options, "")
+    began, folder = time.time(), resolve(cfg.model)
+    sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
+    encoder, sampler = load_sampler(folder, sampling)
+    asked = cfg.question.strip()
+    question = Question("infer", str(cfg.video), "", "recognition", asked, cfg.options, "")
     num_frames = (8 if cfg.tool else 16) if cfg.num_frames is None else cfg.num_frames
-    loop = Loop(num_frames=num_frames, max_turns=cfg.max_turns, use_tool=cfg.tool)
+    limits = Limits(num_frames=num_frames, max_turns=cfg.max_turns, use_tool=cfg.tool)
+    video = encoder.open(question.clip)
+    if is_lost(folder, video):
+        print(f"note    {ARENA_ONLY}", file=sys.stderr if cfg.json else sys.stdout)
+    if not cfg.json:
+        overview = ", ".join(map(str, video.sample(num_frames)))
+        print(f"video   {video.num_frames} frames, seen first: {overview}")
 
-    def on_turn(session: Session) -> None:
+    def on_turn(env: Env) -> None:
         if not cfg.json:
-            if len(session.turns) == 1:
-                first = session.frames[: loop.num_frames]
-                print(f"video   {session.video.num_frames} frames, seen first: {', '.join(map(str, first))}")
-            show(session.turns[-1])
+            show(env.turns[-1])
 
-    (episode,) = rollout(engine, encoder, [question], loop, seed=(cfg.seed,), on_turn=on_turn)
+    (episode,) = rollout(sampler, encoder, [question], limits, seed=(cfg.seed,), on_turn=on_turn)
+    seconds = time.time() - began
     if cfg.page is not None:
         cfg.page.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cfg.page, episode_page(episode))
     if cfg.json:
-        print(json.dumps(as_json(episode, time.time() - began)))
+        print(json.dumps(as_json(episode, seconds)))
     else:
-        answer = f"answer  {episode.answer}" if episode.answer else f"no answer ({episode.status.replace('_', ' ')})"
-        if episode.answer and cfg.options and episode.answer in "ABCDEFGHIJ"[: len(cfg.options)]:
-            answer += f"  {cfg.options[ord(episode.answer) - ord('A')]}"
-        print(f"{answer}\n{len(episode.frames)} frames looked at, {time.time() - began:.1f} s")
+        print(answer_line(episode, cfg.options))
+        print(f"{len(episode.frames)} frames looked at, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

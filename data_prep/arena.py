@@ -1,31 +1,35 @@
-"""The arena: short clips of made-up matches as real H.264 files, with questions whose answers are known.
+"""The arena: short clips of made-up matches as real H.264 files, with questions whose answers are
+known.
 
-    python -m data_prep.arena                          # out/arena: clips, sft.jsonl, rl.jsonl, test.jsonl, contact sheet
+    python -m data_prep.arena               # → out/arena: clips, sft.jsonl, rl.jsonl, test.jsonl
     python -m data_prep.arena --rl-clips 500 --seed 1
 
-A clip shows one passage of play. At some moment the director cuts for four frames to the scorer, and then the score
-changes. Eight overview frames show *that* and roughly *when* the score changed; who scored, how, in what balance and
-with which card only the close-up shows, and it lies between two overview frames. Some questions need it, some do not.
-The three sets share no clip and no seed; the test set also has venue layouts that the others never show.
+A clip shows one passage of play. At some moment the director cuts for four frames to the scorer,
+and then the score changes. Eight overview frames show *that* and roughly *when* the score changed;
+who scored, how, in what balance and with which card only the close-up shows, and it lies between
+two overview frames. Some questions need it, some do not. The three sets share no clip and no seed;
+the test set also has venue layouts that the others never show.
 """
 
 import json
 import math
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Annotated
 
-import av
 import numpy as np
 from tqdm import tqdm
 
 from data_prep import draw
 from nanosport import cli
-from nanosport.episode import Question
-from nanosport.log import write_atomically
-from nanosport.report import png
+from nanosport.cli import AtLeast
+from nanosport.files import write_atomically
+from nanosport.image import encode_png
+from nanosport.records import LETTERS, Question
 
 FPS = 12
 EVENT_FRAMES = 4
@@ -50,7 +54,8 @@ class Plan:
     kits: tuple[str, str]
     """Left team, right team."""
     deep: tuple[bool, bool]
-    """Whether each team stands back at its end, or up at the middle: variety for the eye, no question asks for it."""
+    """Whether each team stands back at its end, or up at the middle: variety for the eye, no
+    question asks for it."""
     num_frames: int
     score: tuple[int, int]
     """Before the decisive play."""
@@ -74,11 +79,15 @@ class Plan:
 
     def score_at(self, frame: int) -> tuple[int, int]:
         scored = frame > self.end
-        return (self.score[0] + (scored and self.scorer == 0), self.score[1] + (scored and self.scorer == 1))
+        return (
+            self.score[0] + (scored and self.scorer == 0),
+            self.score[1] + (scored and self.scorer == 1),
+        )
 
 
 def make_plan(rng: np.random.Generator, layouts: range) -> Plan:
-    """A random clip. The close-up lies strictly inside one of the seven gaps between eight uniform frames."""
+    """A random clip. The close-up lies strictly inside one of the seven gaps between eight uniform
+    frames."""
     num_frames = int(rng.integers(144, 193))
     overview = np.round(np.linspace(0, num_frames - 1, 8)).astype(int)
     gap = int(rng.integers(7))
@@ -126,7 +135,8 @@ def _wide_shot(canvas: np.ndarray, plan: Plan, frame: int) -> None:
             figures.append((v, u if team == 0 else 1 - u, plan.kits[team], 5 * t + phase[0]))
     for v, u, kit, stride in sorted(figures):
         draw.player(canvas, u, v, kit, stride)
-    # the rally: the ball flies from side to side, and before the close-up towards the scorer's target
+    # the rally: the ball flies from side to side, and before the close-up towards the scorer's
+    # target
     rally = 0.5 + 0.32 * math.sin(2.1 * t + rng.uniform(0, 6.3))
     if 0 <= plan.start - frame < 6:
         rally += (0.9 - 0.8 * plan.scorer - rally) * (6 - plan.start + frame) / 6
@@ -135,12 +145,14 @@ def _wide_shot(canvas: np.ndarray, plan: Plan, frame: int) -> None:
 
 
 def describe(plan: Plan, frame: int) -> str:
-    """What one frame shows, in the few words that matter: the score, or the close-up. The card has words of its own: in
-    those of the kits, red and yellow, the backbone never learnt to say its colour."""
+    """What one frame shows, in the few words that matter: the score, or the close-up. The card has
+    words of its own: in those of the kits, red and yellow, the backbone never learnt to say its
+    colour."""
     if not plan.in_event(frame):
         return "{}-{}".format(*plan.score_at(frame))
     shot = SHOTS[plan.sport][plan.shot]
-    return f"{plan.kits[plan.scorer]} {plan.number}, {shot}, {BALANCE[plan.lean]}, {SANCTION[plan.card]}"
+    who, card = f"{plan.kits[plan.scorer]} {plan.number}", SANCTION[plan.card]
+    return f"{who}, {shot}, {BALANCE[plan.lean]}, {card}"
 
 
 def scene(plan: Plan) -> str:
@@ -148,74 +160,99 @@ def scene(plan: Plan) -> str:
     return f"{plan.sport}, {plan.kits[0]} left, {plan.kits[1]} right"
 
 
-def make_questions(plan: Plan, rng: np.random.Generator, clip: str, video: str) -> list[Question]:
-    """Six questions: one in each dimension that needs the close-up, and two that the overview answers."""
-    shots = SHOTS[plan.sport]
-    kit, shot = plan.kits[plan.scorer], shots[plan.shot]
-    final = plan.score_at(plan.num_frames)
-    leader = "level" if final[0] == final[1] else plan.kits[int(final[1] > final[0])]
-    behind = "neither" if final[0] == final[1] else plan.kits[int(final[1] < final[0])]
-    call = f"{kit} {plan.number} {shot}"
-    others = [int(n) for n in rng.permutation([n for n in range(1, 10) if n != plan.number])[:3]]
+def closeup_questions(plan: Plan, rng: np.random.Generator) -> dict[str, list[tuple]]:
+    """By dimension, the questions that only the close-up answers: (text, answer, wrong options or
+    None for an open question)."""
+    shots, kit = SHOTS[plan.sport], plan.kits[plan.scorer]
+    shot, number, lean, card = shots[plan.shot], plan.number, BALANCE[plan.lean], plan.card
+    others = [int(n) for n in rng.permutation([n for n in range(1, 10) if n != number])[:3]]
     wrong_calls = [
         f"{kit} {others[0]} {shot}",
-        f"{kit} {plan.number} {shots[(plan.shot + 1) % 3]}",
+        f"{kit} {number} {shots[(plan.shot + 1) % 3]}",
         f"{kit} {others[0]} {shots[(plan.shot + 2) % 3]}",
     ]
-    closeup = {
+    call, who = "Call the decisive play.", "Which shirt number scored?"
+    balance, imposed = "How is the balance of the scorer?", SANCTION[card]
+    return {
         "recognition": [
-            ("Which shirt number scored?", str(plan.number), [str(n) for n in others]),
-            ("How was the point scored?", shot, [s for s in shots if s != shot]),
-            ("Which shirt number scored?", str(plan.number), None),
+            (who, str(number), [str(n) for n in others]),
+            ("How was the point scored?", shot, without(shots, shot)),
+            (who, str(number), None),
         ],
         "rules": [
-            ("What do the rules impose on the scorer?", SANCTION[plan.card], [s for c, s in SANCTION.items() if c != plan.card]),
-            ("Which card did the official show?", plan.card, None),
+            (
+                "What do the rules impose on the scorer?",
+                imposed,
+                without(SANCTION.values(), imposed),
+            ),
+            ("Which card did the official show?", card, None),
         ],
         "assessment": [
-            ("How is the balance of the scorer?", BALANCE[plan.lean], [b for k, b in BALANCE.items() if k != plan.lean]),
-            ("How is the balance of the scorer?", BALANCE[plan.lean], None),
+            (balance, lean, without(BALANCE.values(), lean)),
+            (balance, lean, None),
         ],
         "commentary": [
-            ("Call the decisive play.", call, wrong_calls),
-            ("Call the decisive play.", call, None),
+            (call, f"{kit} {number} {shot}", wrong_calls),
+            (call, f"{kit} {number} {shot}", None),
         ],
     }
-    overview = {
-        "recognition": ("Which sport is this?", plan.sport, [s for s in SHOTS if s != plan.sport]),
-        "rules": ("Who leads at the end?", leader, [o for o in (*plan.kits, "level") if o != leader]),
-        "assessment": ("Which team must score more?", behind, [o for o in (*plan.kits, "neither") if o != behind]),
-        "commentary": ("Give the final score.", f"{plan.kits[0]} {final[0]} {plan.kits[1]} {final[1]}", None),
+
+
+def overview_questions(plan: Plan) -> dict[str, tuple]:
+    """By dimension, the question that the overview answers."""
+    (left, right), (first, second) = plan.kits, plan.score_at(plan.num_frames)
+    leader, loser = (left, right) if first > second else (right, left)
+    if first == second:
+        leader, loser = "level", "neither"
+    score = f"{left} {first} {right} {second}"
+    return {
+        "recognition": ("Which sport is this?", plan.sport, without(SHOTS, plan.sport)),
+        "rules": ("Who leads at the end?", leader, without((left, right, "level"), leader)),
+        "assessment": (
+            "Which team must score more?",
+            loser,
+            without((left, right, "neither"), loser),
+        ),
+        "commentary": ("Give the final score.", score, None),
     }
+
+
+def without(options: Iterable[str], answer: str) -> list[str]:
+    """The wrong options."""
+    return [option for option in options if option != answer]
+
+
+def make_questions(plan: Plan, rng: np.random.Generator, clip: str, video: str) -> list[Question]:
+    """Six questions: one in each dimension that needs the close-up, and two that the overview
+    answers."""
+    closeup, overview = closeup_questions(plan, rng), overview_questions(plan)
     drawn = [(d, kinds[int(rng.integers(len(kinds)))], True) for d, kinds in closeup.items()]
-    drawn += [(d, overview[d], False) for d in rng.permutation(list(overview))[:2]]
+    drawn += [(str(d), overview[d], False) for d in rng.permutation(list(overview))[:2]]
     questions = []
     for k, (dimension, (text, answer, wrong), needs_tool) in enumerate(drawn):
         options = () if wrong is None else tuple(str(o) for o in rng.permutation([answer, *wrong]))
-        questions.append(
-            Question(
-                id=f"{clip}-{k}",
-                video=video,
-                sport=plan.sport,
-                dimension=str(dimension),
-                question=text,
-                options=options,
-                answer="ABCD"[options.index(answer)] if options else answer,
-                needs_tool=needs_tool,
-                window=(plan.start, plan.end),
-            )
-        )
+        letter = LETTERS[options.index(answer)] if options else answer
+        asked = (plan.sport, dimension, text, options, letter, needs_tool, (plan.start, plan.end))
+        questions.append(Question(f"{clip}-{k}", video, *asked))
     return questions
 
 
 def write_video(path: Path, frames, fps: int = FPS) -> None:
     """uint8 (H, W, 3) frames → an H.264 mp4 with a key frame every two seconds."""
+    import av  # not before it is needed: a benchmark's machine may have none
+
     with av.open(str(path), "w") as container:
-        # one thread and plain SIMD: with x264's own choice the same frames now and then gave other bytes
+        # one thread and plain SIMD: with x264's own choice the same frames now and then gave other
+        # bytes
         exact = {"x264-params": "threads=1:lookahead-threads=1:asm=sse4.2"}
         options = {"crf": "24", "preset": "superfast", "g": str(2 * fps), **exact}
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = draw.WIDTH, draw.HEIGHT, "yuv420p", 1
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = (
+            draw.WIDTH,
+            draw.HEIGHT,
+            "yuv420p",
+            1,
+        )
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
@@ -242,19 +279,19 @@ def _make_clip(job: tuple[Path, str, int, int]) -> tuple[Plan, list[Question]]:
 class Config:
     out: Path = Path("out/arena")
     """Folder to write."""
-    sft_clips: int = 240
+    sft_clips: Annotated[int, AtLeast(1)] = 240
     """Clips for teacher trajectories, six questions each."""
-    rl_clips: int = 120
+    rl_clips: Annotated[int, AtLeast(1)] = 120
     """Clips for reinforcement learning."""
-    test_clips: int = 50
+    test_clips: Annotated[int, AtLeast(1)] = 50
     """Held-out clips."""
     seed: int = 0
-    workers: int = 2
+    workers: Annotated[int, AtLeast(1)] = 2
     """Rendering processes."""
 
 
 def main(cfg: Config) -> None:
-    cli.at_least(1, sft_clips=cfg.sft_clips, rl_clips=cfg.rl_clips, test_clips=cfg.test_clips, workers=cfg.workers)
+    cli.check(cfg)
     began = time.time()
     (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
     jobs = [
@@ -263,14 +300,24 @@ def main(cfg: Config) -> None:
         for k in range(count)
     ]
     with ProcessPoolExecutor(cfg.workers) as pool:
-        made = list(tqdm(pool.map(_make_clip, jobs, chunksize=4), total=len(jobs), desc="render clips", unit="clip"))
+        made = list(
+            tqdm(
+                pool.map(_make_clip, jobs, chunksize=4),
+                total=len(jobs),
+                desc="render clips",
+                unit="clip",
+            )
+        )
     for split in ("sft", "rl", "test"):
         rows = [m for m, job in zip(made, jobs) if job[1] == split]
-        with open(cfg.out / f"{split}.jsonl", "w") as questions, open(cfg.out / f"{split}_plans.jsonl", "w") as plans:
+        with (
+            open(cfg.out / f"{split}.jsonl", "w") as questions,
+            open(cfg.out / f"{split}_plans.jsonl", "w") as plans,
+        ):
             for plan, asked in rows:
                 plans.write(json.dumps({"video": asked[0].video, **asdict(plan)}) + "\n")
                 questions.writelines(json.dumps(asdict(q)) + "\n" for q in asked)
-    (cfg.out / "contact_sheet.png").write_bytes(png(contact_sheet([m[0] for m in made[:6]])))
+    (cfg.out / "contact_sheet.png").write_bytes(encode_png(contact_sheet([m[0] for m in made[:6]])))
     report = {"clips": len(jobs), "seed": cfg.seed, "seconds": round(time.time() - began, 1)}
     write_atomically(cfg.out / "arena.json", json.dumps(report) + "\n")
     print(f"{len(jobs)} clips, {sum(len(m[1]) for m in made)} questions in {cfg.out}")

@@ -1,17 +1,20 @@
-"""The video doctor: opens every clip of a record file as the training would, and keeps the records whose clip is usable.
+"""The video doctor: opens every clip of a record file as the training would, and keeps the records
+whose clip is usable.
 
-    python -m data_prep.check records.jsonl                      # → records.clean.jsonl, records.clean.report.jsonl
+    python -m data_prep.check records.jsonl    # → records.clean.jsonl, records.clean.report.jsonl
     python -m data_prep.check records.jsonl --out clean.jsonl --workers 8 --resume
 
-A decoder may hang or crash inside C code, where no exception ends it. So each clip is opened in a worker process that is killed
-and replaced when it passes the time-out or dies; only that clip is then lost. The report beside the clean file gets one line a clip
-as soon as it is checked: --resume goes on from there and trusts it. A line holds
+A decoder may hang or crash inside C code, where no exception ends it. So each clip is opened in a
+worker process that is killed and replaced when it passes the time-out or dies; only that clip is
+then lost. The report beside the clean file gets one line a clip as soon as it is checked: --resume
+goes on from there and trusts it. A line holds
 
     video, span_s       the clip, the path as it stands in the record file
     usable, reason      whether it can be used, and in one line why not
-    frames_promised     what the container's header says of the whole file; null where it says nothing, and for a part of a file
+    frames_promised     what the header says of the whole file; null where it says nothing, and for
+                        a part of a file
     frames              that are there and decode
-    window_outside      whether some record's window ends after the last of them; such records are kept
+    window_outside      whether a record's window ends after the last of them; such records are kept
     duration_s, fps, width, height, rotation (degrees counter-clockwise; null for stills), backend
     seconds             the check took
 """
@@ -33,8 +36,9 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli
-from nanosport.episode import Clip, stream_records
-from nanosport.log import writing
+from nanosport.cli import Above, AtLeast
+from nanosport.files import writing
+from nanosport.records import Clip, stream_records
 from nanosport.video import Video
 
 NUM_FRAMES = 8
@@ -46,9 +50,9 @@ class Config:
     """Records or trajectories, one JSON object a line."""
     out: Path | None = None
     """The clean file; default: RECORDS with .clean before its suffix."""
-    workers: int = 2
+    workers: Annotated[int, AtLeast(1)] = 2
     """Processes that decode."""
-    timeout_s: float = 60.0
+    timeout_s: Annotated[float, Above(0)] = 60.0
     """A clip that takes longer is given up."""
     resume: bool = False
     """Skip the clips that the report already has."""
@@ -76,12 +80,17 @@ def examine(path: str, span_s: tuple[float, float] | None, timeout_s: float) -> 
         }
     except Exception as error:  # whatever an untrusted file brings about
         why = str(error).removeprefix(str(Path(path))).lstrip(":/ ") or type(error).__name__
-        found = {"usable": False, "reason": "".join(c if c.isprintable() else "?" for c in " ".join(why.split()))}
+        found = {
+            "usable": False,
+            "reason": "".join(c if c.isprintable() else "?" for c in " ".join(why.split())),
+        }
     return {**found, "seconds": round(time.monotonic() - began, 3)}
 
 
 def _work(pipe: Connection, timeout_s: float) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is the parent's, which then ends its workers
     pipe.send("ready")
     while True:
         try:
@@ -106,8 +115,11 @@ def start(timeout_s: float) -> tuple[multiprocessing.Process, Connection]:
     return process, ours
 
 
-def check_clips(clips: Iterable[Clip], folder: Path, workers: int, timeout_s: float) -> Iterator[tuple[Clip, dict]]:
-    """(clip, its line of the report), in the order in which they are done. Relative paths start at `folder`."""
+def check_clips(
+    clips: Iterable[Clip], folder: Path, workers: int, timeout_s: float
+) -> Iterator[tuple[Clip, dict]]:
+    """(clip, its line of the report), in the order in which they are done. Relative paths start at
+    `folder`."""
     waiting, idle, busy = iter(clips), [], {}
     try:
         while True:
@@ -125,15 +137,23 @@ def check_clips(clips: Iterable[Clip], folder: Path, workers: int, timeout_s: fl
                     continue
                 try:
                     found = pipe.recv() if pipe in ready else None
-                    why = f"not checked within {timeout_s:g} s; raise --timeout-s if the clip is long, else its decoder hangs: convert it"
+                    why = (
+                        f"not checked within {timeout_s:g} s; raise --timeout-s if the clip is "
+                        "long, else its decoder hangs: convert it"
+                    )
                 except (EOFError, OSError):
-                    found, why = None, f"its decoder crashed{_signal(process)}; download or convert it anew"
+                    found, why = (
+                        None,
+                        f"its decoder crashed{_signal(process)}; download or convert it anew",
+                    )
                 if found:
                     idle.append((process, pipe))
                 else:
                     found = {"usable": False, "reason": why, "seconds": round(spent, 3)}
                     process.kill()
-                    process.join(5)  # not for ever: one that waits for a dead network disk outlives even this
+                    process.join(
+                        5
+                    )  # not for ever: one that waits for a dead network disk outlives even this
                 del busy[pipe]
                 yield clip, {"video": clip.video, "span_s": clip.span_s, **found}
     finally:
@@ -144,7 +164,11 @@ def check_clips(clips: Iterable[Clip], folder: Path, workers: int, timeout_s: fl
 
 def _signal(process: multiprocessing.Process) -> str:
     process.join(5)
-    return f" ({signal.strsignal(-process.exitcode)})" if process.exitcode and process.exitcode < 0 else ""
+    return (
+        f" ({signal.strsignal(-process.exitcode)})"
+        if process.exitcode and process.exitcode < 0
+        else ""
+    )
 
 
 def read_report(path: Path) -> Iterator[tuple[Clip, dict]]:
@@ -162,28 +186,38 @@ def read_report(path: Path) -> Iterator[tuple[Clip, dict]]:
                 _ = row["frames"] if row["usable"] else row["reason"]
                 yield Clip(row["video"], span_s), row
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}: not a line of this report; remove the file to check anew") from None
+                raise ValueError(
+                    f"{path}, line {number}: not a line of this report; remove the file to "
+                    "check anew"
+                ) from None
 
 
 def last_windows(records: Path) -> dict[Clip, int]:
-    """Every clip of the file, with the last frame that a window on it asks for; -1 where none does."""
+    """Every clip of the file, with the last frame that a window on it asks for; -1 where none
+    does."""
     last = {}
     for _, question in stream_records(records):
-        last[question.clip] = max(last.get(question.clip, -1), question.window[1] if question.window else -1)
+        last[question.clip] = max(
+            last.get(question.clip, -1), question.window[1] if question.window else -1
+        )
     return last
 
 
 def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int, int, list[str]]:
-    """Copy the records whose clip has frames, all at once or not at all → (kept, dropped, ids with a window outside the clip).
+    """Copy the records whose clip has frames, all at once or not at all → (kept, dropped, ids with
+    a window outside the clip).
 
-    Only `video` changes, where the new file lies in another folder; `group`, which defaults to it, is then written out.
+    Only `video` changes, where the new file lies in another folder; `group`, which defaults to it,
+    is then written out.
     """
     kept, dropped, outside = 0, 0, []
     old, new = os.path.realpath(records.parent), os.path.realpath(out.parent)
     with writing(out) as file:
         for row, question in stream_records(records):
             if question.clip not in frames:
-                raise ValueError(f"{records}: has changed during the check; start again with --resume")
+                raise ValueError(
+                    f"{records}: has changed during the check; start again with --resume"
+                )
             if not (count := frames[question.clip]):
                 dropped += 1
                 continue
@@ -192,48 +226,76 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
                 outside.append(question.id)
             if old != new and not os.path.isabs(question.video):
                 fields = row["question"] if "messages" in row else row
-                fields |= {"video": os.path.relpath(os.path.join(old, question.video), new), "group": question.group}
+                fields |= {
+                    "video": os.path.relpath(os.path.join(old, question.video), new),
+                    "group": question.group,
+                }
             file.write(json.dumps(row) + "\n")
     return kept, dropped, outside
 
 
-def main(cfg: Config) -> None:
-    cli.at_least(1, workers=cfg.workers)
-    cli.above(0, timeout_s=cfg.timeout_s)
+def paths(cfg: Config) -> tuple[Path, Path]:
+    """(the clean file, the report). Raises ValueError where one of them must not be written."""
     out = cfg.out or cfg.records.with_suffix(".clean.jsonl")
     report = out.with_suffix(".report.jsonl")
     if cfg.records.resolve() in (out.resolve(), report.resolve()):
-        raise ValueError(f"--out {out}: it or its report {report} is the file that is read; choose another name")
+        raise ValueError(
+            f"--out {out}: it or its report {report} is the file that is read; choose another name"
+        )
     if report.exists() and not cfg.resume:
-        raise ValueError(f"{report}: is there already; go on with --resume, or remove it to check anew")
-    last = last_windows(cfg.records)
-    out.parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError(
+            f"{report}: is there already; go on with --resume, or remove it to check anew"
+        )
+    return out, report
+
+
+def write_report(cfg: Config, report: Path, last: dict[Clip, int]) -> None:
+    """Check every clip of `last` that the report does not have yet."""
     left = dict.fromkeys(last)
     for clip, _ in read_report(report) if report.exists() else ():
         left.pop(clip, None)
     with open(report, "a") as file:
         rows = check_clips(left, cfg.records.parent, cfg.workers, cfg.timeout_s)
-        for clip, row in tqdm(rows, initial=len(last) - len(left), total=len(last), desc="check", unit="clip"):
+        counts = {"initial": len(last) - len(left), "total": len(last)}
+        for clip, row in tqdm(rows, desc="check", unit="clip", **counts):
             if row["usable"]:
                 row["window_outside"] = last[clip] >= row["frames"]
             file.write(json.dumps(row) + "\n")
             file.flush()
 
+
+def sum_up(report: Path, last: dict[Clip, int]) -> dict[Clip, int]:
+    """Print what the report says of the clips of `last`; returns their frames, 0 where a clip is
+    unusable."""
     frames, reasons, short = dict.fromkeys(last, 0), Counter(), 0
     for clip, row in read_report(report):
-        if clip in last:
-            if row["usable"]:
-                frames[clip] = row["frames"]
-                short += row["frames"] < (row["frames_promised"] or 0)
-            else:
-                reasons[re.sub(r"(?<= )\d[\d.x]*", "…", row["reason"])] += 1
+        if clip in last and row["usable"]:
+            frames[clip] = row["frames"]
+            short += row["frames"] < (row["frames_promised"] or 0)
+        elif clip in last:
+            reasons[re.sub(r"(?<= )\d[\d.x]*", "…", row["reason"])] += 1
     unusable = reasons.total()
-    usable = len(frames) - unusable
-    print(f"{len(frames)} clips: {usable} usable, {short} of them with fewer frames than promised; {unusable} unusable")
+    print(
+        f"{len(frames)} clips: {len(frames) - unusable} usable, {short} of them with fewer frames "
+        f"than promised; {unusable} unusable"
+    )
     for reason, count in reasons.most_common(20):
         print(f"{count:8}  {reason}")
-    if not usable:
-        raise ValueError(f"{cfg.records}: not one clip is usable, nothing is kept; are its video paths right? Reasons in {report}")
+    return frames
+
+
+def main(cfg: Config) -> None:
+    cli.check(cfg)
+    out, report = paths(cfg)
+    last = last_windows(cfg.records)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_report(cfg, report, last)
+    frames = sum_up(report, last)
+    if not any(frames.values()):
+        raise ValueError(
+            f"{cfg.records}: not one clip is usable, nothing is kept; are its video paths right? "
+            f"Reasons in {report}"
+        )
     kept, dropped, outside = write_clean(cfg.records, out, frames)
     if outside:
         named = ", ".join(map(repr, outside[:5])) + (", …" if outside[5:] else "")

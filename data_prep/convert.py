@@ -1,11 +1,11 @@
 """Turn a downloaded data set into the project's records, one JSON line a question.
 
     python -m data_prep.convert sportu --root data/sportu --out out/sportu.jsonl
-    python -m data_prep.convert finediving --root data/FineDiving --out out/finediving.jsonl --limit 100
+    python -m data_prep.convert finediving --root data/FineDiving --out out/diving.jsonl --limit 9
 
-A source is a module of data_prep/sources; its docstring says which files it reads. Every entry ends in the record file or in
-the table of what was skipped and why. Records are checked as a reader will check them, and written as they come; the file
-appears under its name when all are there.
+A source is a module of data_prep/sources; its docstring says which files it reads. Every entry ends
+in the record file or in the table of what was skipped and why. Records are checked as a reader will
+check them, and written as they come; the file appears under its name when all are there.
 """
 
 import json
@@ -25,8 +25,9 @@ from tqdm import tqdm
 from data_prep import sources
 from data_prep.sources import Skip
 from nanosport import cli
-from nanosport.episode import Question, parse_question, record_row
-from nanosport.log import writing
+from nanosport.cli import AtLeast
+from nanosport.files import writing
+from nanosport.records import Question, parse_question, record_row
 
 SHOWN = 20
 """Reasons for skipping that the table shows; the rest is one line."""
@@ -42,7 +43,7 @@ class Config:
     """The record file; the paths of its videos are relative to its folder."""
     seed: int = 0
     """Of phrasings and of the order of options."""
-    limit: int | None = None
+    limit: Annotated[int | None, AtLeast(1)] = None
     """Stop after this many records."""
 
 
@@ -54,7 +55,9 @@ class Tally:
     skipped: Counter = field(default_factory=Counter)
     """By reason, with … for what differs from entry to entry."""
     example: dict[str, Skip] = field(default_factory=dict)
-    counts: dict[str, Counter] = field(default_factory=lambda: {name: Counter() for name in ("sport", "dimension", "kind")})
+    counts: dict[str, Counter] = field(
+        default_factory=lambda: {name: Counter() for name in ("sport", "dimension", "kind")}
+    )
 
     def keep(self, question: Question) -> None:
         self.kept += 1
@@ -76,10 +79,14 @@ class Tally:
             lines.append(f"  {count:8,}  e.g. {example}")
         if len(self.skipped) > SHOWN:
             lines.append(
-                f"  {sum(n for _, n in self.skipped.most_common()[SHOWN:]):8,}  for {len(self.skipped) - SHOWN} other reasons"
+                f"  {sum(n for _, n in self.skipped.most_common()[SHOWN:]):8,}  for "
+                f"{len(self.skipped) - SHOWN} other reasons"
             )
         for name, counter in self.counts.items():
-            lines.append(f"{name:10}" + ", ".join(f"{value} {count:,}" for value, count in counter.most_common()))
+            lines.append(
+                f"{name:10}"
+                + ", ".join(f"{value} {count:,}" for value, count in counter.most_common())
+            )
         return "\n".join(lines)
 
 
@@ -87,8 +94,11 @@ def source_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(sources.__path__))
 
 
-def record_lines(found: Iterable[Question | Skip], root: Path, folder: Path, tally: Tally) -> Iterator[str]:
-    """The lines of a record file in `folder` for questions whose video is relative to `root`; both end in the tally.
+def record_lines(
+    found: Iterable[Question | Skip], root: Path, folder: Path, tally: Tally
+) -> Iterator[str]:
+    """The lines of a record file in `folder` for questions whose video is relative to `root`; both
+    end in the tally.
 
     What a reader of the file would refuse is skipped, and so is an id that was there before.
     """
@@ -100,7 +110,11 @@ def record_lines(found: Iterable[Question | Skip], root: Path, folder: Path, tal
         try:
             if item.id in seen:
                 raise ValueError("id: another entry has it too")
-            line = json.dumps(record_row(replace(item, video=str(root / item.video)), folder), ensure_ascii=False, allow_nan=False)
+            line = json.dumps(
+                record_row(replace(item, video=str(root / item.video)), folder),
+                ensure_ascii=False,
+                allow_nan=False,
+            )
             line.encode()  # a lone surrogate could be written nowhere
             parse_question(json.loads(line))
         except ValueError as error:
@@ -112,16 +126,20 @@ def record_lines(found: Iterable[Question | Skip], root: Path, folder: Path, tal
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     if cfg.source not in source_names():
         raise ValueError(f"{cfg.source}: no such source; there are {', '.join(source_names())}")
-    if cfg.limit is not None:
-        cli.at_least(1, limit=cfg.limit)
     root, out = cfg.root.resolve(), cfg.out.resolve()
     if out.is_dir() or out.is_relative_to(root) and out.exists():
-        raise ValueError(f"--out {cfg.out}: is a folder, or a file of the input; choose another name")
+        raise ValueError(
+            f"--out {cfg.out}: is a folder, or a file of the input; choose another name"
+        )
     source, tally = import_module(f"data_prep.sources.{cfg.source}"), Tally()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with writing(out) as file, tqdm(source.records(cfg.root, cfg.seed), desc=cfg.source, unit="entry") as found:
+    with (
+        writing(out) as file,
+        tqdm(source.records(cfg.root, cfg.seed), desc=cfg.source, unit="entry") as found,
+    ):
         for line in islice(record_lines(found, root, out.parent, tally), cfg.limit):
             file.write(line + "\n")
         if not tally.kept:

@@ -1,7 +1,8 @@
 """The arena's painter: four courts in perspective, players, officials and a scoreboard, in numpy.
 
-A canvas is a uint8 array (HEIGHT, WIDTH, 3). Court coordinates are u ∈ [0, 1] from left to right and
-v ∈ [0, 1] from the far to the near side line; `project` maps them to pixels as a broadcast camera would.
+A canvas is a uint8 array (HEIGHT, WIDTH, 3). Court coordinates are u ∈ [0, 1] from left to right
+and v ∈ [0, 1] from the far to the near side line; `project` maps them to pixels as a broadcast
+camera would.
 """
 
 import math
@@ -42,14 +43,19 @@ def rect(canvas: np.ndarray, x0: float, y0: float, x1: float, y1: float, colour)
     canvas[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = colour
 
 
-def capsule(canvas: np.ndarray, x0: float, y0: float, x1: float, y1: float, width: float, colour) -> None:
+def capsule(
+    canvas: np.ndarray, x0: float, y0: float, x1: float, y1: float, width: float, colour
+) -> None:
     """A thick line with round ends; a disc where both ends meet."""
     r = width / 2
     left, right = max(0, int(min(x0, x1) - r)), min(WIDTH, int(max(x0, x1) + r) + 2)
     top, bottom = max(0, int(min(y0, y1) - r)), min(HEIGHT, int(max(y0, y1) + r) + 2)
     if left >= right or top >= bottom:
         return
-    x, y = np.arange(left, right, dtype=np.float32)[None] - x0, np.arange(top, bottom, dtype=np.float32)[:, None] - y0
+    x, y = (
+        np.arange(left, right, dtype=np.float32)[None] - x0,
+        np.arange(top, bottom, dtype=np.float32)[:, None] - y0,
+    )
     dx, dy = x1 - x0, y1 - y0
     along = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-6), 0, 1)
     inside = (x - along * dx) ** 2 + (y - along * dy) ** 2 <= r * r
@@ -61,7 +67,14 @@ def glyph(canvas: np.ndarray, digit: str, x: float, y: float, scale: int, colour
     for row, bits in enumerate(_GLYPHS[digit]):
         for column in range(4):
             if int(bits, 16) >> (3 - column) & 1:
-                rect(canvas, x + column * scale, y + row * scale, x + (column + 1) * scale, y + (row + 1) * scale, colour)
+                rect(
+                    canvas,
+                    x + column * scale,
+                    y + row * scale,
+                    x + (column + 1) * scale,
+                    y + (row + 1) * scale,
+                    colour,
+                )
 
 
 def _line(canvas, u0, v0, u1, v1, width=2.0, colour=PAPER):
@@ -97,52 +110,67 @@ def court(sport: str, layout: int) -> np.ndarray:
     outside, inside = (np.array(c) * rng.uniform(0.88, 1.08) for c in FLOORS[sport])
     canvas = np.empty((HEIGHT, WIDTH, 3), np.uint8)
     canvas[:] = outside.clip(0, 255)
-    stand = rng.integers(50, 110, 3)
-    crowd = stand + rng.integers(-30, 45, (17, WIDTH // 4, 1)) + rng.integers(-12, 12, (17, WIDTH // 4, 3))
+    crowd = rng.integers(50, 110, 3) + rng.integers(-30, 45, (17, WIDTH // 4, 1))
+    crowd = crowd + rng.integers(-12, 12, (17, WIDTH // 4, 3))
     canvas[:68] = np.kron(crowd.clip(0, 255), np.ones((4, 4, 1))).astype(np.uint8)
     rect(canvas, 0, 68, WIDTH, 72, (40, 44, 60))
-    inside = inside.clip(0, 255)
-    if sport == "soccer":
-        for k in range(10):
-            _floor(canvas, k / 10, 0, (k + 1) / 10, 1, inside * (1.06 if k % 2 else 0.94))
-        _frame(canvas, 0.02, 0.02, 0.98, 0.98)
-        _line(canvas, 0.5, 0.02, 0.5, 0.98)
-        ring = [(0.5 + 0.1 * math.cos(a), 0.5 + 0.2 * math.sin(a)) for a in np.linspace(0, 2 * math.pi, 25)]
-        for a, b in zip(ring, ring[1:]):
-            _line(canvas, *a, *b)
-        for u0, u1, post in ((0.02, 0.16, 0.0), (0.84, 0.98, 1.0)):
-            _frame(canvas, u0, 0.22, u1, 0.78)
-            (xa, ya), (xb, yb) = project(post, 0.36), project(post, 0.64)
-            for k in range(5):
-                capsule(canvas, xa, ya - 5 * k, xb, yb - 6 * k, 1 if k < 4 else 4, PAPER)
-            capsule(canvas, xa, ya, xa, ya - 20, 4, PAPER)
-            capsule(canvas, xb, yb, xb, yb - 24, 4, PAPER)
-    elif sport == "volleyball":
-        _floor(canvas, 0.1, 0.08, 0.9, 0.94, inside)
-        _frame(canvas, 0.1, 0.08, 0.9, 0.94, 3)
-        _line(canvas, 0.36, 0.08, 0.36, 0.94)
-        _line(canvas, 0.64, 0.08, 0.64, 0.94)
-        _net(canvas, 0.02, 1.0, 44)
-    elif sport == "badminton":
-        _floor(canvas, 0.06, 0.04, 0.94, 0.96, inside)
-        _frame(canvas, 0.12, 0.1, 0.88, 0.9)
-        _frame(canvas, 0.12, 0.2, 0.88, 0.8)
-        _frame(canvas, 0.18, 0.1, 0.82, 0.9)
-        _frame(canvas, 0.38, 0.1, 0.62, 0.9)
-        _line(canvas, 0.12, 0.5, 0.38, 0.5)
-        _line(canvas, 0.62, 0.5, 0.88, 0.5)
-        _net(canvas, 0.06, 0.94, 30)
-    else:
-        _floor(canvas, 0.05, 0.02, 0.95, 0.98, inside)
-        (xa, ya), (xb, yb) = project(0.34, 0.8), project(0.66, 0.8)
-        rect(canvas, xa + 8, ya - 26, xa + 14, ya + 8, (50, 50, 54))
-        rect(canvas, xb - 14, yb - 26, xb - 8, yb + 8, (50, 50, 54))
-        _floor(canvas, 0.32, 0.3, 0.68, 0.66, (24, 74, 158))
-        _frame(canvas, 0.32, 0.3, 0.68, 0.66, 3)
-        _line(canvas, 0.32, 0.48, 0.68, 0.48)
-        _net(canvas, 0.28, 0.68, 12)
+    draw_field = {
+        "soccer": _soccer_pitch,
+        "volleyball": _volleyball_court,
+        "badminton": _badminton_court,
+        "table tennis": _table,
+    }
+    draw_field[sport](canvas, inside.clip(0, 255))
     canvas.setflags(write=False)
     return canvas
+
+
+def _soccer_pitch(canvas: np.ndarray, grass: np.ndarray) -> None:
+    for k in range(10):
+        _floor(canvas, k / 10, 0, (k + 1) / 10, 1, grass * (1.06 if k % 2 else 0.94))
+    _frame(canvas, 0.02, 0.02, 0.98, 0.98)
+    _line(canvas, 0.5, 0.02, 0.5, 0.98)
+    angles = np.linspace(0, 2 * math.pi, 25)
+    ring = [(0.5 + 0.1 * math.cos(a), 0.5 + 0.2 * math.sin(a)) for a in angles]
+    for a, b in zip(ring, ring[1:]):
+        _line(canvas, *a, *b)
+    for u0, u1, post in ((0.02, 0.16, 0.0), (0.84, 0.98, 1.0)):
+        _frame(canvas, u0, 0.22, u1, 0.78)
+        (xa, ya), (xb, yb) = project(post, 0.36), project(post, 0.64)
+        for k in range(5):
+            capsule(canvas, xa, ya - 5 * k, xb, yb - 6 * k, 1 if k < 4 else 4, PAPER)
+        capsule(canvas, xa, ya, xa, ya - 20, 4, PAPER)
+        capsule(canvas, xb, yb, xb, yb - 24, 4, PAPER)
+
+
+def _volleyball_court(canvas: np.ndarray, floor: np.ndarray) -> None:
+    _floor(canvas, 0.1, 0.08, 0.9, 0.94, floor)
+    _frame(canvas, 0.1, 0.08, 0.9, 0.94, 3)
+    _line(canvas, 0.36, 0.08, 0.36, 0.94)
+    _line(canvas, 0.64, 0.08, 0.64, 0.94)
+    _net(canvas, 0.02, 1.0, 44)
+
+
+def _badminton_court(canvas: np.ndarray, floor: np.ndarray) -> None:
+    _floor(canvas, 0.06, 0.04, 0.94, 0.96, floor)
+    _frame(canvas, 0.12, 0.1, 0.88, 0.9)
+    _frame(canvas, 0.12, 0.2, 0.88, 0.8)
+    _frame(canvas, 0.18, 0.1, 0.82, 0.9)
+    _frame(canvas, 0.38, 0.1, 0.62, 0.9)
+    _line(canvas, 0.12, 0.5, 0.38, 0.5)
+    _line(canvas, 0.62, 0.5, 0.88, 0.5)
+    _net(canvas, 0.06, 0.94, 30)
+
+
+def _table(canvas: np.ndarray, floor: np.ndarray) -> None:
+    _floor(canvas, 0.05, 0.02, 0.95, 0.98, floor)
+    (xa, ya), (xb, yb) = project(0.34, 0.8), project(0.66, 0.8)
+    rect(canvas, xa + 8, ya - 26, xa + 14, ya + 8, (50, 50, 54))
+    rect(canvas, xb - 14, yb - 26, xb - 8, yb + 8, (50, 50, 54))
+    _floor(canvas, 0.32, 0.3, 0.68, 0.66, (24, 74, 158))
+    _frame(canvas, 0.32, 0.3, 0.68, 0.66, 3)
+    _line(canvas, 0.32, 0.48, 0.68, 0.48)
+    _net(canvas, 0.28, 0.68, 12)
 
 
 def scoreboard(canvas: np.ndarray, kits: tuple[str, str], score: tuple[int, int]) -> None:
@@ -176,41 +204,54 @@ def ball(canvas: np.ndarray, x: float, y: float, size: float, sport: str) -> Non
         capsule(canvas, x, y, x - size, y - size * 0.8, size * 0.5, PAPER)
 
 
-def closeup(canvas: np.ndarray, sport: str, kit: str, number: int, height: int, lean: int, card: str, phase: float) -> None:
-    """The director cuts to the scorer: `height` 0 high, 1 middle, 2 low is where the ball is struck, `lean` −1, 0, 1
-    tilts the body left, not at all, right; the official at the right holds `card` up (`none`: arms down)."""
-    outside, inside = FLOORS[sport]
-    canvas[56:] = np.array(inside) * 0.72
-    rect(canvas, 0, 56, WIDTH, 96, np.array(outside) * 0.8)
-    canvas[56:96:5] = np.array(outside) * 0.6
+def closeup(
+    canvas: np.ndarray,
+    sport: str,
+    kit: str,
+    number: int,
+    height: int,
+    lean: int,
+    card: str,
+    phase: float,
+) -> None:
+    """The director cuts to the scorer. `height` 0 high, 1 middle, 2 low is where the ball is
+    struck; `lean` −1, 0, 1 tilts the body left, not at all, right; the official at the right holds
+    `card` up (`none`: arms down)."""
+    outside, inside = map(np.array, FLOORS[sport])
+    canvas[56:] = inside * 0.72
+    rect(canvas, 0, 56, WIDTH, 96, outside * 0.8)
+    canvas[56:96:5] = outside * 0.6
     tilt, hip_x, hip_y = 0.42 * lean, 140 + 2 * math.sin(phase), 171 + 2 * math.cos(phase)
-    colour = KITS[kit]
 
     def body(forward: float, up: float) -> tuple[float, float]:
-        return (
-            hip_x + forward * math.cos(tilt) + up * math.sin(tilt),
-            hip_y + forward * math.sin(tilt) - up * math.cos(tilt),
-        )
+        x = hip_x + forward * math.cos(tilt) + up * math.sin(tilt)
+        return x, hip_y + forward * math.sin(tilt) - up * math.cos(tilt)
 
+    # legs, arms and racket
     kick = 62 if height == 2 else 16
     capsule(canvas, *body(0, 0), hip_x - 22, 222, 20, INK)
     capsule(canvas, *body(0, 0), hip_x + kick, 208 if height == 2 else 222, 20, INK)
-    shoulder = body(14, 58)
     hand = (body(34, 104), body(66, 52), body(44, 14))[height]
     capsule(canvas, *body(-14, 58), *body(-44, 30), 14, SKIN)
-    capsule(canvas, *shoulder, *hand, 14, SKIN)
+    capsule(canvas, *body(14, 58), *hand, 14, SKIN)
     if sport in ("badminton", "table tennis"):
+        blade = (200, 60, 50) if sport == "table tennis" else (150, 210, 235)
         racket = (hand[0] + 14, hand[1] + (10 if height == 2 else -14))
         capsule(canvas, *hand, *racket, 5, INK)
-        capsule(canvas, *racket, *racket, 20, (200, 60, 50) if sport == "table tennis" else (150, 210, 235))
+        capsule(canvas, *racket, *racket, 20, blade)
+
+    # shirt, head, number and ball
+    colour, (x, y) = KITS[kit], body(0, 31)
     capsule(canvas, *body(0, 10), *body(0, 52), 54, np.array(colour) * 0.55 + 20)
     capsule(canvas, *body(0, 10), *body(0, 52), 50, colour)
     capsule(canvas, *body(0, 92), *body(0, 92), 32, SKIN)
-    x, y = body(0, 31)
     rect(canvas, x - 20, y - 28, x + 20, y + 28, PAPER)
     glyph(canvas, str(number), x - 16, y - 24, 8, INK)
     ball(canvas, *((hip_x + 74, 76), (hip_x + 84, 126), (hip_x + 80, 196))[height], 26, sport)
-    x = 290
+    _official(canvas, 290, card)
+
+
+def _official(canvas: np.ndarray, x: int, card: str) -> None:
     capsule(canvas, x, 160, x - 10, 222, 16, INK)
     capsule(canvas, x, 160, x + 12, 222, 16, INK)
     capsule(canvas, x, 128, x, 158, 36, (150, 90, 190))

@@ -1,7 +1,8 @@
-"""What must stay in one split: records that share a group, a video or a soccer match, and all that a test-only source has.
+"""What must stay in one split: records that share a group, a video or a soccer match, and all that
+a test-only source has.
 
-`tied` finds which records belong together before they are divided; `check_splits` looks for leaks in files that are there,
-whoever made them (`python -m data_prep.split --check DIR`).
+`tied` finds which records belong together before they are divided; `check_splits` looks for leaks
+in files that are there, whoever made them (`python -m data_prep.split --check DIR`).
 """
 
 import json
@@ -12,13 +13,15 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from nanosport.episode import Question, stream_records
+from nanosport.records import Question, stream_records
 
 SPLITS = ("sft", "rl", "test")
 TEST_ONLY = {"soccerbench"}
-"""Sources never to be trained on: SoccerBench is a published benchmark, partly on matches that SoccerReplay-1988 has too."""
+"""Sources never to be trained on: SoccerBench is a published benchmark, partly on matches that
+SoccerReplay-1988 has too."""
 NO_TEAM = frozenset(
-    "league premier liga serie bundesliga ligue champions uefa cup club football united city real afc ssc rcd vfl vfb tsg fsv ogc".split()
+    "league premier liga serie bundesliga ligue champions uefa cup club football united city real "
+    "afc ssc rcd vfl vfb tsg fsv ogc".split()
 )
 """Words in the names of matches that say nothing about who plays."""
 
@@ -30,14 +33,20 @@ def is_test_only(source: str) -> bool:
 def group_ties(group: str) -> list[tuple[str, str]]:
     """Names of what a group must not be parted from.
 
-    A soccer match has a name for each word of its teams with its date besides: "2015-02-21 - 18-00 Chelsea 1 - 1 Burnley" in
-    SoccerNet is "2015-02-21_chelsea-fc-burnley-fc-premier-league" in SoccerReplay-1988. Two matches of a day that share such a
-    word ("manchester") are tied as well, which costs a little data, where a match overlooked would be a leak.
+    A soccer match has a name for each word of its teams with its date besides: "2015-02-21 - 18-00
+    Chelsea 1 - 1 Burnley" in SoccerNet is "2015-02-21_chelsea-fc-burnley-fc-premier-league" in
+    SoccerReplay-1988. Two matches of a day that share such a word ("manchester") are tied as well,
+    which costs a little data, where a match overlooked would be a leak.
     """
     ties = [("group", group)]
     if match := re.fullmatch(r"soccer/[^/]+/(\d{4}-\d\d-\d\d)-(.+)", group):
-        plain = "".join(c for c in unicodedata.normalize("NFKD", match[2]) if not unicodedata.combining(c))
-        ties += [("match", f"{match[1]} {word}") for word in sorted(set(re.findall(r"[^\W\d_]{3,}", plain)) - NO_TEAM)]
+        plain = "".join(
+            c for c in unicodedata.normalize("NFKD", match[2]) if not unicodedata.combining(c)
+        )
+        ties += [
+            ("match", f"{match[1]} {word}")
+            for word in sorted(set(re.findall(r"[^\W\d_]{3,}", plain)) - NO_TEAM)
+        ]
     return ties
 
 
@@ -54,12 +63,17 @@ def real_path(path: str) -> str:
 
 
 def question_ties(question: Question, video: str) -> list[tuple[str, str]]:
-    """Of a question whose video really is `video`. A group that only repeats the video's name is no group of its own."""
-    return [("video", video), *(group_ties(question.group) if question.group != question.video else ())]
+    """Of a question whose video really is `video`. A group that only repeats the video's name is no
+    group of its own."""
+    return [
+        ("video", video),
+        *(group_ties(question.group) if question.group != question.video else ()),
+    ]
 
 
 def tied(ties: Iterable[Sequence[tuple[str, str]]]) -> list[int]:
-    """For each record the number of the first one it is tied to, directly or through others (union-find)."""
+    """For each record the number of the first one it is tied to, directly or through others
+    (union-find)."""
     parent, first = [], {}
 
     def root(k: int) -> int:
@@ -76,10 +90,12 @@ def tied(ties: Iterable[Sequence[tuple[str, str]]]) -> list[int]:
 
 
 def check_splits(paths: Iterable[Path], held_out: Iterable[str] = ()) -> int:
-    """Number of records of the split files, which are named after their split (test.jsonl; any other name is training).
+    """Number of records of the split files, which are named after their split (test.jsonl; any
+    other name is training).
 
-    Raises ValueError, naming what leaks and where, if a group, a match or a video is in two of them, if a test-only source or
-    something it shares is in training, or if two records have one id. `held_out` are groups that must not be in training.
+    Raises ValueError, naming what leaks and where, if a group, a match or a video is in two of
+    them, if a test-only source or something it shares is in training, or if two records have one
+    id. `held_out` are groups that must not be in training.
     """
     held, where, files = {tie for group in held_out for tie in group_ties(group)}, {}, {}
     for path in map(Path, paths):
@@ -89,26 +105,39 @@ def check_splits(paths: Iterable[Path], held_out: Iterable[str] = ()) -> int:
         for num, (_, question) in enumerate(stream_records(path), len(files)):
             first = files.setdefault(question.id, path)
             if len(files) == num:
-                raise ValueError(f"id {question.id!r}: is in {first} and in {path}; ids must differ in all files")
+                raise ValueError(
+                    f"id {question.id!r}: is in {first} and in {path}; ids must differ in all files"
+                )
             if split != "test" and is_test_only(question.source):
-                raise ValueError(f"{question.id!r} is in {split}, but its source {question.source!r} is test material only")
+                raise ValueError(
+                    f"{question.id!r} is in {split}, but its source {question.source!r} is test "
+                    "material only"
+                )
             ties = question_ties(question, real_path(os.path.join(path.parent, question.video)))
             if split != "test" and (tie := next((tie for tie in ties if tie in held), None)):
                 raise ValueError(
-                    f"{' '.join(tie)!r} is in {split} ({question.id!r}), but a test-only source has it: to test or nowhere"
+                    f"{' '.join(tie)!r} is in {split} ({question.id!r}), but a test-only source "
+                    "has it: to test or nowhere"
                 )
             for tie in ties:
                 other, other_id = where.setdefault(tie, (split, question.id))
                 if other != split:
-                    raise ValueError(f"{' '.join(tie)!r} is in {other} ({other_id!r}) and in {split} ({question.id!r})")
+                    raise ValueError(
+                        f"{' '.join(tie)!r} is in {other} ({other_id!r}) and in {split} "
+                        f"({question.id!r})"
+                    )
     return len(files)
 
 
 def check_folder(folder: Path) -> int:
-    """check_splits on the three files of a folder; split.json, where it is there, says what was held out."""
+    """check_splits on the three files of a folder; split.json, where it is there, says what was
+    held out."""
     report, paths = folder / "split.json", [folder / f"{split}.jsonl" for split in SPLITS]
     if missing := [path for path in paths if not path.is_file()]:
-        raise ValueError(f"{missing[0]}: no such file; --check takes a folder with sft.jsonl, rl.jsonl and test.jsonl")
+        raise ValueError(
+            f"{missing[0]}: no such file; --check takes a folder with sft.jsonl, rl.jsonl and "
+            "test.jsonl"
+        )
     try:
         held_out = json.loads(report.read_bytes())["held_out"] if report.is_file() else []
         return check_splits(paths, map(str, held_out))

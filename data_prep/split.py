@@ -1,20 +1,23 @@
-"""Splits records into sft.jsonl, rl.jsonl and test.jsonl, so that nothing of one match, player or video is in two of them.
+"""Splits records into sft.jsonl, rl.jsonl and test.jsonl, so that nothing of one match, player or
+video is in two of them.
 
-    python -m data_prep.split sportu.jsonl t3set.jsonl --out out/splits              # 15,000, 63,000 and 6,700 questions
+    python -m data_prep.split *.jsonl --out out/splits    # 15,000, 63,000 and 6,700 questions
     python -m data_prep.split *.jsonl --out out/small --scale 0.1 --quota sports_qa=0.3 t3set=0.05
-    python -m data_prep.split --check out/splits                                     # once more, after files were edited
+    python -m data_prep.split --check out/splits          # once more, after files were edited
 
-1. Records that share a `group`, a video or a soccer match are tied and go to one split. What is tied to a test-only source
-   can only go to test.
+1. Records that share a `group`, a video or a soccer match are tied and go to one split. What is
+   tied to a test-only source can only go to test.
 2. Of questions about one clip in nearly the same words, the first by id stays.
-3. What is tied goes as a whole to one split, for each source in the ratio of --sft, --rl and --test. RL is given none
-   without a checkable answer; SFT takes those.
-4. A split takes its target from what it was given, with an equal share of each source (or its --quota); a source that runs
-   out leaves the rest of its share to the others. RL takes checkable answers only. Where the data are too few for the targets,
-   the splits take all they were given, and so keep the ratio; test-only sources come on top of that, up to the test's target.
+3. What is tied goes as a whole to one split, for each source in the ratio of --sft, --rl and
+   --test. RL is given none without a checkable answer; SFT takes those.
+4. A split takes its target from what it was given, with an equal share of each source (or its
+   --quota); a source that runs out leaves the rest of its share to the others. RL takes checkable
+   answers only. Where the data are too few for the targets, the splits take all they were given,
+   and so keep the ratio; test-only sources come on top of that, up to the test's target.
 
-The same records and seed give the same bytes, in whatever order the files are named; a smaller --scale gives subsets of the
-three files. What was reached, what was dropped and why, and the near-duplicates are in DIR/split.json.
+The same records and seed give the same bytes, in whatever order the files are named; a smaller
+--scale gives subsets of the three files. What was reached, what was dropped and why, and the
+near-duplicates are in DIR/split.json.
 """
 
 import hashlib
@@ -33,14 +36,25 @@ from typing import Annotated, BinaryIO
 import tyro
 from tqdm import tqdm
 
-from data_prep.leaks import SPLITS, check_folder, check_splits, is_test_only, question_ties, real_folder, real_path, tied
+from data_prep import leaks
+from data_prep.leaks import (
+    SPLITS,
+    check_folder,
+    check_splits,
+    is_test_only,
+    question_ties,
+    real_folder,
+    real_path,
+)
 from nanosport import cli
-from nanosport.episode import Question, stream_records
-from nanosport.judge import normalise
-from nanosport.log import write_atomically
+from nanosport.cli import AtLeast
+from nanosport.env.scoring import normalise
+from nanosport.files import write_atomically
+from nanosport.records import Question, stream_records
 
 CHECKABLE_WORDS = 12
-"""An open answer of at most so many words is short enough for the F1 of its words to tell right from wrong."""
+"""An open answer of at most so many words is short enough for the F1 of its words to tell right
+from wrong."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +65,18 @@ class Config:
     """Folder for sft.jsonl, rl.jsonl, test.jsonl and split.json."""
     check: Path | None = None
     """Instead of splitting: look for leaks in the three files of this folder."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     scale: float = 1.0
     """Take this part of the targets, above 0 and at most 1."""
-    sft: int = 15_000
+    sft: Annotated[int, AtLeast(0)] = 15_000
     """Questions wanted for SFT."""
-    rl: int = 63_000
+    rl: Annotated[int, AtLeast(0)] = 63_000
     """Questions wanted for RL."""
-    test: int = 6_700
+    test: Annotated[int, AtLeast(0)] = 6_700
     """Questions wanted for the test."""
     quota: tuple[str, ...] = ()
-    """NAME=SHARE: the share of a source in each split, between 0 and 1; the sources not named have equal parts of the rest."""
+    """NAME=SHARE: the share of a source in each split, between 0 and 1; the sources not named have
+    equal parts of the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +127,38 @@ def right_text(options: Sequence[str], answer: str) -> str:
 
 
 def text_hash(question: Question) -> bytes:
-    """Equal where question, right answer and options have the same words, in whatever order the options stand."""
+    """Equal where question, right answer and options have the same words, in whatever order the
+    options stand."""
     right = normalise(right_text(question.options, question.answer))
-    return _hash(repr([normalise(question.question), right, sorted(map(normalise, question.options))]))
+    return _hash(
+        repr([normalise(question.question), right, sorted(map(normalise, question.options))])
+    )
 
 
 def read_entries(paths: Sequence[Path], seed: int) -> list[Entry]:
-    """One entry a record. Raises ValueError where a line is no record, and where two have one id."""
+    """One entry a record. Raises ValueError where a line is no record, and where two have one
+    id."""
     entries, files, names = [], {}, {}
     for number, path in enumerate(paths):
         records = zip(stream_records(path), _line_offsets(path))
         for (row, question), offset in tqdm(records, desc=path.name, unit="record"):
             if "messages" in row:
-                raise ValueError(f"{path}: {question.id!r} is a trajectory; split the records, and distil after it")
+                raise ValueError(
+                    f"{path}: {question.id!r} is a trajectory; split the records, and distil "
+                    "after it"
+                )
             first = files.setdefault(question.id, number)
             if len(files) == len(entries):
-                raise ValueError(f"id {question.id!r}: is in {paths[first]} and in {path}; ids must differ in all files")
+                raise ValueError(
+                    f"id {question.id!r}: is in {paths[first]} and in {path}; ids must differ "
+                    "in all files"
+                )
             try:
                 video = real_path(os.path.join(path.parent, question.video))
             except ValueError as error:
-                raise ValueError(f"{path}: video {question.video!r} of {question.id!r}: is no path ({error})") from None
+                raise ValueError(
+                    f"{path}: video {question.video!r} of {question.id!r}: is no path ({error})"
+                ) from None
             ties = tuple(names.setdefault(name, name) for name in question_ties(question, video))
             entries.append(
                 Entry(
@@ -164,9 +191,11 @@ def read_row(entry: Entry, files: Sequence[BinaryIO]) -> dict:
 
 
 def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """(kept, dropped) positions of texts whose sets of words have a Jaccard index of at least 0.9 with one kept before.
+    """(kept, dropped) positions of texts whose sets of words have a Jaccard index of at least 0.9
+    with one kept before.
 
-    Two such sets share one of their rarest words, n − ⌈0.9 n⌉ + 1 of n, so only those that do are compared.
+    Two such sets share one of their rarest words, n − ⌈0.9 n⌉ + 1 of n, so only those that do are
+    compared.
     """
     words = [frozenset(normalise(text)) for text in texts]
     count = Counter(word for each in words for word in each)
@@ -174,7 +203,9 @@ def near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
     for k, each in enumerate(words):
         rare = sorted(each, key=lambda word: (count[word], word))[: len(each) // 10 + 1]
         candidates = sorted({j for word in rare for j in having[word]})
-        twin = next((j for j in candidates if 10 * len(each & words[j]) >= 9 * len(each | words[j])), None)
+        twin = next(
+            (j for j in candidates if 10 * len(each & words[j]) >= 9 * len(each | words[j])), None
+        )
         if twin is not None:
             found.append((twin, k))
             continue
@@ -190,22 +221,33 @@ def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict
         about[entry.clip].append(entry)
     for those in about.values():
         if len(those) > 1:
-            # test-only ones first: were they dropped, nothing would hold their group out of training
+            # test-only ones first: were they dropped, nothing would hold their group out of
+            # training
             those.sort(key=lambda entry: (not is_test_only(entry.source), entry.id))
             rows, alike = [read_row(entry, files) for entry in those], defaultdict(list)
-            for k, row in enumerate(rows):  # words in another order may ask for another thing: then another option is right
+            for k, row in enumerate(
+                rows
+            ):  # words in another order may ask for another thing: then another option is right
                 options = row.get("options")
-                alike[tuple(normalise(right_text(options, row["answer"]))) if options else None].append(k)
+                alike[
+                    tuple(normalise(right_text(options, row["answer"]))) if options else None
+                ].append(k)
             for places in alike.values():
                 twins = near_duplicates([rows[k]["question"] for k in places])
-                found |= {those[places[dropped]].id: those[places[kept]].id for kept, dropped in twins}
+                found |= {
+                    those[places[dropped]].id: those[places[kept]].id for kept, dropped in twins
+                }
     return found
 
 
-def divide(tied_entries: Iterable[Sequence[Entry]], targets: dict[str, int]) -> Iterator[tuple[str, Sequence[Entry]]]:
-    """(split, tied entries). Each set of sources is divided in the ratio of the targets, what is left over carried to the next.
+def divide(
+    tied_entries: Iterable[Sequence[Entry]], targets: dict[str, int]
+) -> Iterator[tuple[str, Sequence[Entry]]]:
+    """(split, tied entries). Each set of sources is divided in the ratio of the targets, what is
+    left over carried to the next.
 
-    They come in order of their lowest rank, so the large come early, where they spoil the ratio least.
+    They come in order of their lowest rank, so the large come early, where they spoil the ratio
+    least.
     """
     pools, need = defaultdict(list), dict.fromkeys(SPLITS, 0.0)
     for those in tied_entries:
@@ -215,23 +257,36 @@ def divide(tied_entries: Iterable[Sequence[Entry]], targets: dict[str, int]) -> 
         else:
             pools[sources, any(entry.checkable for entry in those)].append(those)
     for (_, takes_rl), pool in sorted(pools.items()):
-        size, num_checkable = sum(map(len, pool)), sum(entry.checkable for those in pool for entry in those)
-        ratio = dict(targets) if takes_rl else {"sft": targets["sft"] + targets["rl"], "test": targets["test"]}
-        if takes_rl:  # what RL will not use of its groups is made up for, until that takes more than twice as many
+        size, num_checkable = (
+            sum(map(len, pool)),
+            sum(entry.checkable for those in pool for entry in those),
+        )
+        ratio = (
+            dict(targets)
+            if takes_rl
+            else {"sft": targets["sft"] + targets["rl"], "test": targets["test"]}
+        )
+        # what RL will not use of its groups is made up for, until that takes more than twice as
+        # many
+        if takes_rl:
             ratio["rl"] /= max(0.5, num_checkable / size)
         ratio = {split: part / sum(ratio.values()) for split, part in ratio.items() if part}
         for split, share in ratio.items():
             need[split] += share * size
         for those in sorted(pool, key=lambda those: min(entry.rank for entry in those)):
-            split = max(ratio, key=lambda split: (min(need[split], len(those)), need[split] / ratio[split]))
+            split = max(
+                ratio, key=lambda split: (min(need[split], len(those)), need[split] / ratio[split])
+            )
             need[split] -= len(those)
             yield split, those
 
 
 def fill(total: int, have: dict[str, int], weight: dict[str, float]) -> Counter:
-    """How many to take of each source: one after the other of the one furthest below its weight that has any left.
+    """How many to take of each source: one after the other of the one furthest below its weight
+    that has any left.
 
-    So a larger total takes at least as many of each, which rounding shares would not (the Alabama paradox).
+    So a larger total takes at least as many of each, which rounding shares would not (the Alabama
+    paradox).
     """
     taken = Counter()
     waiting = [(1 / weight[source], source) for source in have if have[source] and weight[source]]
@@ -251,7 +306,8 @@ def weights(quota: Sequence[str], sources: Iterable[str]) -> dict[str, float]:
         name, _, share = text.rpartition("=")
         if name not in sources or name in named:
             raise ValueError(
-                f"--quota {text}: must be NAME=SHARE, once each, with NAME one of {', '.join(map(repr, sorted(sources)))}"
+                f"--quota {text}: must be NAME=SHARE, once each, with NAME one of "
+                f"{', '.join(map(repr, sorted(sources)))}"
             )
         try:
             named[name] = float(share)
@@ -261,11 +317,17 @@ def weights(quota: Sequence[str], sources: Iterable[str]) -> dict[str, float]:
             raise ValueError(f"--quota {text}: the share must be a number between 0 and 1")
     if (left := 1 - math.fsum(named.values())) < -1e-9:
         raise ValueError(f"--quota {' '.join(quota)}: the shares must not sum to more than 1")
-    return {source: named.get(source, max(0.0, left) / max(1, len(sources - named.keys()))) for source in sources}
+    return {
+        source: named.get(source, max(0.0, left) / max(1, len(sources - named.keys())))
+        for source in sources
+    }
 
 
 def choose(
-    groups: Iterable[Sequence[Entry]], targets: dict[str, int], scale: float, weight: dict[str, float]
+    groups: Iterable[Sequence[Entry]],
+    targets: dict[str, int],
+    scale: float,
+    weight: dict[str, float],
 ) -> tuple[dict[str, list[Entry]], dict[str, Counter]]:
     """(chosen entries by split, in order of rank; how many were dropped, by reason and source)."""
     pools, chosen = {split: [] for split in SPLITS}, {}
@@ -295,11 +357,14 @@ def choose(
 def check_config(cfg: Config) -> None:
     if not cfg.records or not cfg.out:
         raise ValueError("name the record files and --out DIR, or --check DIR alone")
-    cli.at_least(0, seed=cfg.seed, sft=cfg.sft, rl=cfg.rl, test=cfg.test)
+    cli.check(cfg)
     if not cfg.sft + cfg.rl + cfg.test:
         raise ValueError("--sft 0 --rl 0 --test 0: one of them must be above 0")
     if not 0 < cfg.scale <= 1:
-        raise ValueError(f"--scale {cfg.scale}: must be above 0 and at most 1; for more, raise --sft, --rl and --test")
+        raise ValueError(
+            f"--scale {cfg.scale}: must be above 0 and at most 1; for more, raise --sft, --rl "
+            "and --test"
+        )
     written = {(cfg.out / f"{split}.jsonl").resolve() for split in SPLITS}
     if read := [path for path in cfg.records if path.resolve() in written]:
         raise ValueError(f"--out {cfg.out}: {read[0]} would be written over; choose another folder")
@@ -308,7 +373,8 @@ def check_config(cfg: Config) -> None:
 
 
 def split_line(row: dict, folder: Path, out: Path) -> str:
-    """A record of a file in `folder` as a line for a file in `out`; absolute paths of videos stay as they are."""
+    """A record of a file in `folder` as a line for a file in `out`; absolute paths of videos stay
+    as they are."""
     if not os.path.isabs(row["video"]):
         parent, name = os.path.split(os.path.join(folder, row["video"]))
         video = os.path.relpath(os.path.join(real_folder(parent), name), out)
@@ -317,9 +383,14 @@ def split_line(row: dict, folder: Path, out: Path) -> str:
 
 
 def describe(
-    cfg: Config, entries: Sequence[Entry], first: Sequence[int], chosen: dict[str, list[Entry]], duplicates: dict[str, str]
+    cfg: Config,
+    entries: Sequence[Entry],
+    first: Sequence[int],
+    chosen: dict[str, list[Entry]],
+    duplicates: dict[str, str],
 ) -> dict:
-    """split.json, but for what was dropped. `first` is the number of the tied records that each entry belongs to."""
+    """split.json, but for what was dropped. `first` is the number of the tied records that each
+    entry belongs to."""
     split_of = {entry.id: split for split, those in chosen.items() for entry in those}
     held = {number for entry, number in zip(entries, first) if is_test_only(entry.source)}
     groups, shared, places = defaultdict(set), defaultdict(Counter), defaultdict(set)
@@ -329,45 +400,67 @@ def describe(
         places[entry.text].add(number)
         if number in held and not is_test_only(entry.source):
             shared[entry.source][split] += 1
+
+    # what was read, and what has become of it
+    read = zip(cfg.records, Counter(entry.file for entry in entries).values())
+    names = ("source", "sport", "dimension")
+    reached = {
+        split: {"questions": len(those), "groups": len(groups[split])}
+        | {name: Counter(getattr(entry, name) for entry in those) for name in names}
+        for split, those in chosen.items()
+    }
+    ties = {tie for entry in entries if is_test_only(entry.source) for tie in entry.ties}
+    twins = sorted(duplicates.items())
     return {
         "seed": cfg.seed,
         "scale": cfg.scale,
         "quota": sorted(cfg.quota),
-        "records": {os.path.relpath(path, cfg.out): n for path, n in zip(cfg.records, Counter(e.file for e in entries).values())},
+        "records": {os.path.relpath(path, cfg.out): count for path, count in read},
         "targets": {split: round(getattr(cfg, split) * cfg.scale) for split in SPLITS},
-        "reached": {
-            split: {"questions": len(those), "groups": len(groups[split])}
-            | {name: Counter(getattr(entry, name) for entry in those) for name in ("source", "sport", "dimension")}
-            for split, those in chosen.items()
-        },
+        "reached": reached,
         "tied_to_test_only": shared,
         "same_text_in_several_groups": sum(len(places[entry.text]) > 1 for entry in entries),
-        "near_duplicates": [{"kept": kept, "dropped": lost} for lost, kept in sorted(duplicates.items())],
-        "held_out": sorted({name for e in entries if is_test_only(e.source) for kind, name in e.ties if kind == "group"}),
+        "near_duplicates": [{"kept": kept, "dropped": dropped} for dropped, kept in twins],
+        "held_out": sorted(name for kind, name in ties if kind == "group"),
     }
 
 
 def print_report(report: dict) -> None:
     """A table of sources and splits, and a line for whatever a user has to know."""
     reached, dropped, targets = report["reached"], report["dropped"], report["targets"]
-    columns = {split: reached[split]["source"] for split in SPLITS} | {"dropped": sum(dropped.values(), Counter())}
+    columns = {split: reached[split]["source"] for split in SPLITS} | {
+        "dropped": sum(dropped.values(), Counter())
+    }
     print(" " * 20 + "".join(f"{name:>10}" for name in columns))
     for source in sorted(set().union(*columns.values())):
-        print(f"{ascii(source)[1:-1]:20}" + "".join(f"{column[source]:10,}" for column in columns.values()))
+        print(
+            f"{ascii(source)[1:-1]:20}"
+            + "".join(f"{column[source]:10,}" for column in columns.values())
+        )
     print(f"{'all':20}" + "".join(f"{column.total():10,}" for column in columns.values()))
     for reason, counts in dropped.items():
         if counts:
             print(f"dropped, {reason}: {counts.total():,}")
     if tied_ones := sum(report["tied_to_test_only"].values(), Counter()):
-        print(f"kept out of training, tied to a test-only source: {tied_ones.total():,}, of which {tied_ones['test']:,} in test")
+        print(
+            f"kept out of training, tied to a test-only source: {tied_ones.total():,}, of which "
+            f"{tied_ones['test']:,} in test"
+        )
     if several := report["same_text_in_several_groups"]:
         print(f"kept, though another group has the same question with the same answer: {several:,}")
     if any(reached[split]["questions"] < targets[split] for split in SPLITS):
-        got = ", ".join(f"{split} {reached[split]['questions']:,} of {targets[split]:,}" for split in SPLITS)
-        print(f"too few questions for the targets, so the groups were divided in the targets' ratio: {got}")
+        got = ", ".join(
+            f"{split} {reached[split]['questions']:,} of {targets[split]:,}" for split in SPLITS
+        )
+        print(
+            "too few questions for the targets, so the groups were divided in the targets' "
+            f"ratio: {got}"
+        )
 
 
-def write(chosen: dict[str, list[Entry]], report: dict, cfg: Config, files: Sequence[BinaryIO]) -> None:
+def write(
+    chosen: dict[str, list[Entry]], report: dict, cfg: Config, files: Sequence[BinaryIO]
+) -> None:
     """The three files and split.json, under their names when all are there and hold no leak."""
     out = cfg.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -376,9 +469,13 @@ def write(chosen: dict[str, list[Entry]], report: dict, cfg: Config, files: Sequ
         for split, entries in chosen.items():
             with open(partial[split], "w") as file:
                 for entry in tqdm(entries, desc=split, unit="record"):
-                    file.write(split_line(read_row(entry, files), cfg.records[entry.file].parent, out))
+                    file.write(
+                        split_line(read_row(entry, files), cfg.records[entry.file].parent, out)
+                    )
         check_splits(partial.values(), report["held_out"])
-        (out / "split.json").unlink(missing_ok=True)  # where a kill leaves old files beside new ones there is no report
+        (out / "split.json").unlink(
+            missing_ok=True
+        )  # where a kill leaves old files beside new ones there is no report
         for path in partial.values():
             path.replace(path.with_suffix(""))
         write_atomically(out / "split.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
@@ -391,20 +488,27 @@ def main(cfg: Config) -> None:
     if cfg.check:
         if cfg.records or cfg.out:
             raise ValueError("--check DIR: stands alone, without record files and --out")
-        print(f"{cfg.check}: {check_folder(cfg.check):,} records, no group, match or video in two splits")
+        print(
+            f"{cfg.check}: {check_folder(cfg.check):,} records, no group, match or video in two "
+            "splits"
+        )
         return
     check_config(cfg)
     entries = read_entries(cfg.records, cfg.seed)
     weight = weights(cfg.quota, (entry.source for entry in entries))
-    first = tied(entry.ties for entry in entries)
+    first = leaks.tied(entry.ties for entry in entries)
     with ExitStack() as stack:
         files = [stack.enter_context(open(path, "rb")) for path in cfg.records]
         duplicates, groups = find_duplicates(entries, files), defaultdict(list)
         for entry, number in zip(entries, first):
             if entry.id not in duplicates:
                 groups[number].append(entry)
-        chosen, dropped = choose(groups.values(), {split: getattr(cfg, split) for split in SPLITS}, cfg.scale, weight)
-        dropped["near-duplicate"] = Counter(entry.source for entry in entries if entry.id in duplicates)
+        chosen, dropped = choose(
+            groups.values(), {split: getattr(cfg, split) for split in SPLITS}, cfg.scale, weight
+        )
+        dropped["near-duplicate"] = Counter(
+            entry.source for entry in entries if entry.id in duplicates
+        )
         report = describe(cfg, entries, first, chosen, duplicates) | {"dropped": dropped}
         write(chosen, report, cfg, files)
     print_report(report)

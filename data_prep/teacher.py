@@ -1,26 +1,30 @@
-"""A scripted teacher for the arena: writes tool trajectories with stated error rates, as a real teacher would.
+"""A scripted teacher for the arena: writes tool trajectories with stated error rates, as a real
+teacher would.
 
     python -m data_prep.teacher                 # out/arena/sft.jsonl → out/arena/trajectories.jsonl
 
-It knows each clip's plan. With probability `wrong_window` it misreads a score, so that the change seems to come a frame
-early or late: it asks for the interval beside the right one, sees nothing, and then answers by guessing or (with
-probability `retry`) asks again; with probability `guess` it answers without looking; with probability `needless` it calls
-the tool where the overview was enough. One line a trajectory:
-{"question": {…}, "messages": ["assistant turn", …]}, the form that distillation from a real teacher has.
+It knows each clip's plan. With probability `wrong_window` it misreads a score, so that the change
+seems to come a frame early or late: it asks for the interval beside the right one, sees nothing,
+and then answers by guessing or (with probability `retry`) asks again; with probability `guess` it
+answers without looking; with probability `needless` it calls the tool where the overview was
+enough. One line a trajectory: {"question": {…}, "messages": ["assistant turn", …]}, the form that
+distillation from a real teacher has.
 """
 
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
 from data_prep.arena import BALANCE, SANCTION, SHOTS, Plan, describe, scene
 from nanosport import cli
-from nanosport.episode import Question, read_questions
-from nanosport.log import write_atomically
-from nanosport.tools import tool_call
+from nanosport.cli import AtLeast
+from nanosport.env.tools import tool_call
+from nanosport.files import write_atomically
+from nanosport.records import Question, read_questions
 from nanosport.video import Video
 
 NUM_FRAMES = 8
@@ -37,8 +41,11 @@ def change(plan: Plan, shown) -> int:
 
 
 def notice(plan: Plan, shown, k: int) -> str:
-    """The reasoning that grounds a window: frame after frame, until one shows another score than the one before it."""
-    return f"{listing(plan, shown[: k + 2])}. the score changes between {shown[k]} and {shown[k + 1]}."
+    """The reasoning that grounds a window: frame after frame, until one shows another score than
+    the one before it."""
+    return (
+        f"{listing(plan, shown[: k + 2])}. the score changes between {shown[k]} and {shown[k + 1]}."
+    )
 
 
 def truth(question: Question) -> str:
@@ -51,7 +58,11 @@ def evidence(plan: Plan, question: Question, shown) -> str:
     if not question.needs_tool:
         return f"{scene(plan)}, {describe(plan, shown[-1])} at the end. so {truth(question)}."
     seen = [t for t in shown if plan.in_event(t)]
-    return f"frame {seen[0]} shows {describe(plan, seen[0])}. so {truth(question)}." if seen else "no frame shows the play."
+    return (
+        f"frame {seen[0]} shows {describe(plan, seen[0])}. so {truth(question)}."
+        if seen
+        else "no frame shows the play."
+    )
 
 
 def guess(plan: Plan, question: Question, rng: np.random.Generator) -> str:
@@ -64,7 +75,9 @@ def guess(plan: Plan, question: Question, rng: np.random.Generator) -> str:
         return str(rng.choice(list(SANCTION)))
     if question.dimension == "assessment":
         return str(rng.choice(list(BALANCE.values())))
-    return f"{plan.kits[int(rng.integers(2))]} {rng.integers(1, 10)} {rng.choice(SHOTS[plan.sport])}"
+    return (
+        f"{plan.kits[int(rng.integers(2))]} {rng.integers(1, 10)} {rng.choice(SHOTS[plan.sport])}"
+    )
 
 
 def answer_turn(think: str, answer: str) -> str:
@@ -80,19 +93,22 @@ class Config:
     data: Path = Path("out/arena")
     """Folder with sft.jsonl and sft_plans.jsonl."""
     wrong_window: float = 0.1
-    """Share of the questions that need the tool where it misreads a score and asks for a neighbouring interval first."""
+    """Share of the questions that need the tool where it misreads a score and asks for a
+    neighbouring interval first."""
     retry: float = 0.2
     """Share of those where it then asks for the right one."""
     guess: float = 0.5
     """Share of the questions that need the tool which it answers without looking."""
     needless: float = 0.2
     """Share of the other questions where it calls the tool all the same."""
-    draws: int = 4
+    draws: Annotated[int, AtLeast(1)] = 4
     """Trajectories a question: of one alone, a student learns the slips by heart."""
     seed: int = 0
 
 
-def trajectory(plan: Plan, question: Question, video: Video, cfg: Config, rng: np.random.Generator) -> list[str]:
+def trajectory(
+    plan: Plan, question: Question, video: Video, cfg: Config, rng: np.random.Generator
+) -> list[str]:
     """The assistant turns for one question."""
     shown = video.sample(NUM_FRAMES)
     gaps = list(zip(shown, shown[1:]))
@@ -109,11 +125,18 @@ def trajectory(plan: Plan, question: Question, video: Video, cfg: Config, rng: n
     if rng.random() < cfg.wrong_window / (1 - cfg.guess):
         beside = [k for k in (right - 1, right + 1) if 0 <= k < len(gaps)]
         first = beside[int(rng.integers(len(beside)))]
-        misread = replace(plan, start=shown[first] + 2)  # the score as it would stand, had it changed in that gap
+        misread = replace(
+            plan, start=shown[first] + 2
+        )  # the score as it would stand, had it changed in that gap
         turns.append(tool_turn(notice(misread, shown, first), *gaps[first]))
         if rng.random() >= cfg.retry:
             return [*turns, answer_turn("no frame shows the play.", guess(plan, question, rng))]
-        turns.append(tool_turn("no frame shows the play. i look between {} and {}.".format(*gaps[right]), *gaps[right]))
+        turns.append(
+            tool_turn(
+                "no frame shows the play. i look between {} and {}.".format(*gaps[right]),
+                *gaps[right],
+            )
+        )
     else:
         turns.append(tool_turn(notice(plan, shown, right), *gaps[right]))
     seen = video.sample(NUM_FRAMES, *gaps[right])
@@ -131,21 +154,27 @@ def read_plans(path: Path) -> dict[str, Plan]:
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     for name in ("wrong_window", "retry", "guess", "needless"):
         if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a share between 0 and 1")
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a share between 0 and 1"
+            )
     if cfg.wrong_window + cfg.guess > 1:
         raise ValueError("--wrong-window and --guess together must not pass 1")
-    cli.at_least(1, draws=cfg.draws)
     plans = read_plans(cfg.data / "sft_plans.jsonl")
     rng = np.random.default_rng([cfg.seed, 5])
     lines, opened = [], {}
-    for question in tqdm(read_questions(cfg.data / "sft.jsonl") * cfg.draws, desc="teacher", unit="trajectory"):
+    for question in tqdm(
+        read_questions(cfg.data / "sft.jsonl") * cfg.draws, desc="teacher", unit="trajectory"
+    ):
         key = str(Path(question.video).relative_to(cfg.data))
         if key not in opened:
             opened[key] = Video(question.video)
         messages = trajectory(plans[key], question, opened[key], cfg, rng)
-        lines.append(json.dumps({"question": {**asdict(question), "video": key}, "messages": messages}))
+        lines.append(
+            json.dumps({"question": {**asdict(question), "video": key}, "messages": messages})
+        )
     out = cfg.data / "trajectories.jsonl"
     write_atomically(out, "\n".join(lines) + "\n")
     print(f"{len(lines)} trajectories in {out}")

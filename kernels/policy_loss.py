@@ -1,54 +1,72 @@
-"""Head and loss in one, with three matrix products: hidden states of the action rows → log-probs, cross entropy or policy loss.
+"""Head and loss in one, with three matrix products: hidden states of the rows that are trained →
+log-probs, cross entropy or policy loss.
 
-Only rows that carry loss come in (prompt, frames and tool results are dropped before). With x_t a hidden row, W the head, τ
-the sampler's temperature and z_t = x_t Wᵀ / τ, banned columns at −∞ as in the sampler:
+Only rows that carry loss come in (prompt, frames and tool results are dropped before). Let x_t be a
+hidden row, W the head, τ the sampler's temperature, and z_t = x_t Wᵀ / τ with banned columns at −∞
+as in the sampler. Then
 
-    logp_t    = z_t[y_t] − log Σ_v exp z_tv                H_t = −Σ_v p_tv log p_tv
-    ratio_t   = exp(logp_t − old_t)                        gspo: exp of its mean exponent over the sequence
+    logp_t    = z_t[y_t] − log Σ_v exp z_tv
+    H_t       = −Σ_v p_tv log p_tv
+    ratio_t   = exp(logp_t − old_logp_t)         gspo: exp of its mean exponent over the sequence
     kept_t    = clip(ratio_t, 1 − low, 1 + high)
-    gain_t    = min(ratio_t·A_t, kept_t·A_t)               cispo: stop_gradient(kept_t)·A_t·logp_t;  SFT is that with ratio 1, A 1
-    weight_t  = min(exp(old_t − rollout_t), cap)           truncated importance weight, where the rollout's log-probs are given
-    k3_t      = exp(ref_t − logp_t) − (ref_t − logp_t) − 1 GRPO's estimator of KL(policy ‖ reference)
+    gain_t    = min(ratio_t·A_t, kept_t·A_t)     cispo: stop_gradient(kept_t)·A_t·logp_t
+                                                 SFT is cispo with ratio 1 and advantage 1
+    weight_t  = min(exp(old_logp_t − sampled_logp_t), cap)
+                                                 truncated importance weight, where it is asked for
+    k3_t      = exp(ref_logp_t − logp_t) − (ref_logp_t − logp_t) − 1
+                                                 GRPO's estimator of KL(policy ‖ reference)
     loss      = Σ_t scale_t · (−weight_t·gain_t + β·k3_t − η·H_t)
 
-`scale_t` makes the other variants: see nanosport/loss.py. d loss/d logp_t =: g_t and d loss/d H_t = −scale_t·η depend on row t
-alone, so the gradient of a row of logits is known as soon as the row is:
+`scale_t` makes the other variants: see nanosport/train/variants.py. Both g_t := d loss/d logp_t and
+d loss/d H_t = −scale_t·η depend on row t alone, so the gradient of a row of logits is known as soon
+as the row is:
 
     d loss/d z_tv = g_t·([v = y_t] − p_tv) + scale_t·η·p_tv·(log p_tv + H_t)
 
-It is therefore written over the logits at once, and multiplied into dX and dW while they are there: 6·M·D·V operations, where
-autograd or a recomputing kernel takes 8. Logits exist for one chunk of rows only. The legend of shapes: M action rows,
-C rows of a chunk, D width, V vocabulary. `torch_rows` is the reference and what a CPU runs, kernels/policy_row.py the GPU's.
+It is therefore written over the logits at once, and multiplied into dX and dW while they are there:
+6·M·D·V operations, where autograd or a recomputing kernel takes 8. Logits exist for one chunk of
+rows only. `torch_rows` is the reference and what a CPU runs, kernels/policy_row.py the GPU's.
+
+Letters: M rows with loss, C rows of a chunk, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, fields, replace
 
 import torch
 
-CHUNK_BYTES = {"cuda": 5 << 28, "cpu": 8 << 20}  # of logits; large on a GPU, since each chunk reads and writes all of dW
+CHUNK_BYTES = {"cuda": 5 << 28, "cpu": 8 << 20}
+"""Logits held at a time; many on a GPU, since each chunk reads and writes all of dW."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of each action row beside its hidden state; float32, but targets int64."""
+class TokenInputs:
+    """What is known of each trained token beside its hidden state; float32, but ids int64."""
 
     targets_M: torch.Tensor
+    """The token that the row predicts."""
     advantages_M: torch.Tensor
     scale_M: torch.Tensor
-    old_M: torch.Tensor | None = None
-    ref_M: torch.Tensor | None = None
-    rollout_M: torch.Tensor | None = None
+    """What the token weighs in the loss."""
+    old_logp_M: torch.Tensor | None = None
+    """The policy's log-probs before the step's first update. None: on policy, the ratio is 1."""
+    ref_logp_M: torch.Tensor | None = None
+    """The reference's log-probs. None: no KL term."""
+    sampled_logp_M: torch.Tensor | None = None
+    """The sampler's log-probs. None: no importance weight."""
+    sequence_M: torch.Tensor | None = None
+    """The sequence of each row, 0 … M − 1, for gspo's ratio. Advantage and scale are then one a
+    sequence, and there is no importance weight."""
     ratio_M: torch.Tensor | None = None
     """The sequence's ratio, which then stands in for the token's."""
 
-    def __getitem__(self, span: slice) -> "Rows":
+    def __getitem__(self, span: slice) -> "TokenInputs":
         given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rows(**{name: None if x is None else x[span] for name, x in given.items()})
+        return TokenInputs(**{name: None if x is None else x[span] for name, x in given.items()})
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The constants of the equations above; `likelihood` chooses cispo's gain."""
+    """The constants of the equations above."""
 
     temperature: float = 1.0
     clip_low: float = 0.2
@@ -57,6 +75,7 @@ class Objective:
     entropy_bonus: float = 0.0
     rollout_cap: float = 2.0
     likelihood: bool = False
+    """Take cispo's gain."""
 
 
 @dataclass(frozen=True)
@@ -71,84 +90,104 @@ class PolicyStats:
     kl_M: torch.Tensor
 
 
-def torch_rows(logits_CV, rows: Rows, objective: Objective, gradient: bool, out_6C: torch.Tensor) -> None:
-    """Fill out_6C with loss, logp, entropy, ratio, clipped and kl; with `gradient`, overwrite the logits with theirs."""
+def torch_rows(
+    logits_CV, tokens: TokenInputs, objective: Objective, gradient: bool, out_6C: torch.Tensor
+) -> None:
+    """Fill out_6C with loss, logp, entropy, ratio, clipped and kl of each row.
+
+    With `gradient`, the logits are overwritten with their gradient.
+    """
     log_p_CV = (logits_CV.to(out_6C.dtype) / objective.temperature).log_softmax(-1)
-    logp_C = log_p_CV.gather(1, rows.targets_M[:, None])[:, 0]
+    logp_C = log_p_CV.gather(1, tokens.targets_M[:, None])[:, 0]
     p_CV = log_p_CV.exp()
     log_p_CV = log_p_CV.masked_fill(p_CV == 0, 0.0)  # 0 · −∞ of a banned column counts as 0
     entropy_C = -(p_CV * log_p_CV).sum(-1)
-
-    old_C = logp_C if rows.old_M is None else rows.old_M
-    ratio_C = torch.exp(logp_C - old_C) if rows.ratio_M is None else rows.ratio_M
-    kept_C = ratio_C.clamp(1 - objective.clip_low, 1 + objective.clip_high)
-    if objective.likelihood:
-        gain_C, slope_C, clipped_C = kept_C * rows.advantages_M * logp_C, kept_C * rows.advantages_M, kept_C != ratio_C
-    else:
-        gain_C = torch.minimum(ratio_C * rows.advantages_M, kept_C * rows.advantages_M)
-        clipped_C = kept_C * rows.advantages_M < ratio_C * rows.advantages_M
-        slope_C = (ratio_C * rows.advantages_M).masked_fill(clipped_C, 0.0)  # a clipped ratio may be infinite
-    if rows.rollout_M is not None:
-        weight_C = torch.exp(old_C - rows.rollout_M).clamp(max=objective.rollout_cap)
-        gain_C, slope_C = weight_C * gain_C, weight_C * slope_C
-    kl_C = torch.zeros_like(logp_C)
-    if rows.ref_M is not None:
-        gap_C = rows.ref_M - logp_C
-        kl_C = gap_C.exp() - gap_C - 1
-        slope_C = slope_C - objective.beta * (1 - gap_C.exp())
-    loss_C = rows.scale_M * (objective.beta * kl_C - gain_C - objective.entropy_bonus * entropy_C)
+    gain_C, slope_C, *stats = gain_of(logp_C, tokens, objective)
+    ratio_C, clipped_C, kl_C = stats
+    loss_C = tokens.scale_M * (objective.beta * kl_C - gain_C - objective.entropy_bonus * entropy_C)
     torch.stack([loss_C, logp_C, entropy_C, ratio_C, clipped_C.to(loss_C.dtype), kl_C], out=out_6C)
 
+    # d loss / d logits, as the equation has it
     if gradient:
-        pull_C1 = (-rows.scale_M * slope_C / objective.temperature)[:, None]
+        pull_C1 = (-tokens.scale_M * slope_C / objective.temperature)[:, None]
         d_CV = -pull_C1 * p_CV
-        d_CV.scatter_add_(1, rows.targets_M[:, None], pull_C1)
+        d_CV.scatter_add_(1, tokens.targets_M[:, None], pull_C1)
         if objective.entropy_bonus:
-            bonus_C1 = (rows.scale_M * objective.entropy_bonus / objective.temperature)[:, None]
+            bonus_C1 = (tokens.scale_M * objective.entropy_bonus / objective.temperature)[:, None]
             d_CV += bonus_C1 * p_CV * (log_p_CV + entropy_C[:, None])
         logits_CV.copy_(d_CV)
 
 
-def fill_rows(logits_CV, rows: Rows, objective: Objective, gradient: bool, out_6C: torch.Tensor) -> None:
-    """The one place that chooses between Triton and torch."""
+def gain_of(logp_C: torch.Tensor, tokens: TokenInputs, objective: Objective) -> tuple:
+    """(gain, slope, ratio, clipped, kl) of each row; the slope is d (gain − β·kl) / d logp."""
+    old_C = logp_C if tokens.old_logp_M is None else tokens.old_logp_M
+    ratio_C = torch.exp(logp_C - old_C) if tokens.ratio_M is None else tokens.ratio_M
+    kept_C = ratio_C.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    moved_C, clipped_gain_C = ratio_C * tokens.advantages_M, kept_C * tokens.advantages_M
+    if objective.likelihood:
+        gain_C, slope_C, clipped_C = clipped_gain_C * logp_C, clipped_gain_C, kept_C != ratio_C
+    else:
+        gain_C, clipped_C = torch.minimum(moved_C, clipped_gain_C), clipped_gain_C < moved_C
+        slope_C = moved_C.masked_fill(clipped_C, 0.0)  # a clipped ratio may be infinite
+
+    if tokens.sampled_logp_M is not None:
+        weight_C = torch.exp(old_C - tokens.sampled_logp_M).clamp(max=objective.rollout_cap)
+        gain_C, slope_C = weight_C * gain_C, weight_C * slope_C
+    kl_C = torch.zeros_like(logp_C)
+    if tokens.ref_logp_M is not None:
+        gap_C = tokens.ref_logp_M - logp_C
+        kl_C = gap_C.exp() - gap_C - 1
+        slope_C = slope_C - objective.beta * (1 - gap_C.exp())
+    return gain_C, slope_C, ratio_C, clipped_C, kl_C
+
+
+def fill_rows(
+    logits_CV, tokens: TokenInputs, objective: Objective, gradient: bool, out_6C: torch.Tensor
+) -> None:
+    """Choose between Triton and torch; no other place does."""
     if logits_CV.is_cuda and logits_CV.dtype != torch.float64:  # the kernel computes in float32
         from kernels.policy_row import triton_rows  # not before it is needed: a Mac has no triton
 
-        return triton_rows(logits_CV, rows, objective, gradient, out_6C)
-    return torch_rows(logits_CV, rows, objective, gradient, out_6C)
+        return triton_rows(logits_CV, tokens, objective, gradient, out_6C)
+    return torch_rows(logits_CV, tokens, objective, gradient, out_6C)
 
 
 def chunk_rows(weight_VD: torch.Tensor, num_rows: int) -> int:
-    """Rows whose logits are held at a time: as many as CHUNK_BYTES allow, evenly shared among the chunks."""
-    most = max(64, CHUNK_BYTES[weight_VD.device.type] // (len(weight_VD) * weight_VD.element_size()))
+    """How many rows' logits are held at a time: CHUNK_BYTES at most, shared evenly by the
+    chunks."""
+    row_bytes = len(weight_VD) * weight_VD.element_size()
+    most = max(64, CHUNK_BYTES[weight_VD.device.type] // row_bytes)
     chunks = max(1, -(-num_rows // most))
     return max(1, -(-num_rows // chunks))
 
 
 def add_outer(dweight_VD: torch.Tensor, dlogits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """dW += dlogitsᵀ X, multiplied in the inputs' dtype and summed in float32 (float64 for float64)."""
+    """dW += dlogitsᵀ X, multiplied in the inputs' dtype and summed in dW's."""
     if dlogits_CV.is_cuda and dlogits_CV.dtype != dweight_VD.dtype:
         torch.addmm(dweight_VD, dlogits_CV.T, hidden_CD, out_dtype=dweight_VD.dtype, out=dweight_VD)
     else:
         dweight_VD.addmm_(dlogits_CV.T.to(dweight_VD.dtype), hidden_CD.to(dweight_VD.dtype))
 
 
-def sweep(hidden_MD, weight_VD, rows: Rows, objective: Objective, banned, grad_hidden: bool, grad_weight: bool):
-    """(out_6M, dX or None, dW in float32 or None), chunk after chunk."""
+def sweep(hidden_MD, weight_VD, tokens: TokenInputs, objective: Objective, banned, wanted: tuple):
+    """(out_6M, dX, dW) of all rows, chunk after chunk; dW in float32 at least.
+
+    wanted: whether dX and whether dW is asked for; what is not is None.
+    """
     wide = torch.promote_types(hidden_MD.dtype, torch.float32)
     out_6M = torch.empty(6, len(hidden_MD), dtype=wide, device=hidden_MD.device)
-    dhidden_MD = torch.empty_like(hidden_MD) if grad_hidden else None
-    dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if grad_weight else None
+    dhidden_MD = torch.empty_like(hidden_MD) if wanted[0] else None
+    dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
     size = chunk_rows(weight_VD, len(hidden_MD))
     for start in range(0, len(hidden_MD), size):
         span = slice(start, start + size)
         logits_CV = hidden_MD[span] @ weight_VD.T
         if banned is not None:
             logits_CV.index_fill_(1, banned, float("-inf"))
-        fill_rows(logits_CV, rows[span], objective, grad_hidden or grad_weight, out_6M[:, span])
-        if grad_hidden:
+        fill_rows(logits_CV, tokens[span], objective, any(wanted), out_6M[:, span])
+        if dhidden_MD is not None:
             torch.mm(logits_CV, weight_VD, out=dhidden_MD[span])
-        if grad_weight:
+        if dweight_VD is not None:
             add_outer(dweight_VD, logits_CV, hidden_MD[span])
     return out_6M, dhidden_MD, dweight_VD
 
@@ -157,8 +196,9 @@ class HeadLoss(torch.autograd.Function):
     """sweep() as one node of the graph; the gradients are there before backward asks for them."""
 
     @staticmethod
-    def forward(ctx, hidden_MD, weight_VD, rows, objective, banned):
-        out_6M, *gradients = sweep(hidden_MD, weight_VD, rows, objective, banned, *ctx.needs_input_grad[:2])
+    def forward(ctx, hidden_MD, weight_VD, tokens, objective, banned):
+        wanted = ctx.needs_input_grad[:2]
+        out_6M, *gradients = sweep(hidden_MD, weight_VD, tokens, objective, banned, wanted)
         ctx.save_for_backward(*gradients)
         ctx.dtype = weight_VD.dtype
         ctx.mark_non_differentiable(out_6M)
@@ -171,14 +211,18 @@ class HeadLoss(torch.autograd.Function):
         if dhidden_MD is not None:
             dhidden_MD = dhidden_MD * grad.to(dhidden_MD.dtype)
         if dweight_VD is not None:  # scaled and rounded in one pass over the largest tensor here
-            dweight_VD = torch.mul(dweight_VD, grad, out=torch.empty_like(dweight_VD, dtype=ctx.dtype))
+            rounded_VD = torch.empty_like(dweight_VD, dtype=ctx.dtype)
+            dweight_VD = torch.mul(dweight_VD, grad, out=rounded_VD)
         return dhidden_MD, dweight_VD, None, None, None
 
 
-def whole(weight_VD: torch.Tensor, hidden_MD: torch.Tensor) -> torch.Tensor:
-    """The head as one tensor in the dtype of the hidden states; of a shard of FSDP2, gathered, its gradient summed back."""
+def full_head(weight_VD: torch.Tensor, hidden_MD: torch.Tensor) -> torch.Tensor:
+    """The head as one tensor in the dtype of the hidden states.
+
+    A shard of FSDP2 is gathered, and its gradient summed back.
+    """
     if hasattr(weight_VD, "full_tensor"):
-        from torch.distributed.tensor import Partial  # slow to import, and only a sharded run needs it
+        from torch.distributed.tensor import Partial  # slow to import: only a sharded run needs it
 
         weight_VD = weight_VD.full_tensor(grad_placements=[Partial()] * weight_VD.device_mesh.ndim)
     return weight_VD.to(hidden_MD.dtype)
@@ -192,47 +236,49 @@ def linear_logprobs(
     temperature: float = 1.0,
     banned: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logp_M, entropy_M) in float32, without gradients: bitwise what the loss sees. `banned`: ids the sampler cannot draw."""
-    nothing_M = torch.zeros(len(targets_M), device=hidden_MD.device)
-    rows = Rows(targets_M, nothing_M, nothing_M)
-    out_6M, _, _ = sweep(hidden_MD, whole(weight_VD, hidden_MD), rows, Objective(temperature), banned, False, False)
+    """(logp_M, entropy_M) in float32, without gradients: bitwise what the loss sees.
+
+    banned: ids the sampler cannot draw.
+    """
+    zeros_M = torch.zeros(len(targets_M), device=hidden_MD.device)
+    tokens, objective = TokenInputs(targets_M, zeros_M, zeros_M), Objective(temperature)
+    weight_VD = full_head(weight_VD, hidden_MD)
+    out_6M, _, _ = sweep(hidden_MD, weight_VD, tokens, objective, banned, (False, False))
     return out_6M[1], out_6M[2]
 
 
-def fused_linear_cross_entropy(hidden_MD, weight_VD, targets_M, scale_M) -> tuple[torch.Tensor, torch.Tensor]:
-    """(Σ_t −scale_t·logp_t, logp_M detached): SFT's loss."""
-    rows = Rows(targets_M, torch.ones_like(scale_M), scale_M)
-    loss, out_6M = HeadLoss.apply(hidden_MD, whole(weight_VD, hidden_MD), rows, Objective(likelihood=True), None)
+def fused_linear_cross_entropy(
+    hidden_MD: torch.Tensor, weight_VD: torch.Tensor, targets_M: torch.Tensor, scale_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(Σ_t −scale_t·logp_t, logp_M detached): SFT's loss, differentiable in the first two."""
+    tokens = TokenInputs(targets_M, torch.ones_like(scale_M), scale_M)
+    weight_VD = full_head(weight_VD, hidden_MD)
+    loss, out_6M = HeadLoss.apply(hidden_MD, weight_VD, tokens, Objective(likelihood=True), None)
     return loss, out_6M[1]
 
 
 def fused_linear_policy_loss(
     hidden_MD: torch.Tensor,
     weight_VD: torch.Tensor,
-    targets_M: torch.Tensor,
-    advantages_M: torch.Tensor,
-    old_logp_M: torch.Tensor | None,
-    ref_logp_M: torch.Tensor | None,
-    rollout_logp_M: torch.Tensor | None,
-    scale_M: torch.Tensor,
+    tokens: TokenInputs,
     objective: Objective,
-    *,
     banned: torch.Tensor | None = None,
-    sequence_M: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, PolicyStats]:
     """(loss, stats) of the equations above; differentiable in hidden_MD and weight_VD.
 
-    old_logp_M None: the policy itself, before this update (ratio 1, on policy). ref_logp_M None: no KL term. rollout_logp_M
-    None: no importance weight. sequence_M: the sequence of each row, 0 … M − 1, for gspo's ratio, which takes a pass of its own;
-    its gradient asks for one advantage and one scale a sequence, and for no importance weight.
+    With tokens.sequence_M the ratio is the sequence's, as gspo has it: off policy that takes a pass
+    of its own. banned: ids the sampler cannot draw.
     """
-    weight_VD = whole(weight_VD, hidden_MD)
-    rows = Rows(targets_M, advantages_M, scale_M, old_logp_M, ref_logp_M, rollout_logp_M)
-    assert sequence_M is None or rollout_logp_M is None, "gspo's ratio is the sequence's, an importance weight the token's"
-    if sequence_M is not None and old_logp_M is not None:
-        logp_M, _ = linear_logprobs(hidden_MD, weight_VD, targets_M, objective.temperature, banned)
-        sums_2M = torch.zeros(2, len(logp_M), dtype=logp_M.dtype, device=logp_M.device)
-        sums_2M.index_add_(1, sequence_M, torch.stack([logp_M - old_logp_M, torch.ones_like(logp_M)]))
-        rows = replace(rows, ratio_M=(sums_2M[0] / sums_2M[1].clamp_min(1)).exp()[sequence_M])
-    loss, out_6M = HeadLoss.apply(hidden_MD, weight_VD, rows, objective, banned)
+    weight_VD = full_head(weight_VD, hidden_MD)
+    assert tokens.sequence_M is None or tokens.sampled_logp_M is None, (
+        "gspo's ratio is the sequence's, an importance weight the token's"
+    )
+    if tokens.sequence_M is not None and tokens.old_logp_M is not None:
+        temperature = objective.temperature
+        logp_M, _ = linear_logprobs(hidden_MD, weight_VD, tokens.targets_M, temperature, banned)
+        exponents_2M = torch.stack([logp_M - tokens.old_logp_M, torch.ones_like(logp_M)])
+        sums_2M = torch.zeros_like(exponents_2M).index_add_(1, tokens.sequence_M, exponents_2M)
+        mean_M = sums_2M[0] / sums_2M[1].clamp_min(1)
+        tokens = replace(tokens, ratio_M=mean_M.exp()[tokens.sequence_M])
+    loss, out_6M = HeadLoss.apply(hidden_MD, weight_VD, tokens, objective, banned)
     return loss, PolicyStats(*out_6M[1:])

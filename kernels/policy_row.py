@@ -1,8 +1,9 @@
 """The Triton row kernel of policy_loss.py: one program takes one row of logits.
 
-It reads the row twice and writes it once, 3 · 2 bytes an element in bfloat16: at M = 8192, V = 152064 that is 7.5 GB, which at
-an H200's 4.8 TB/s would take 1.6 ms, where the three matrix products would take 38 ms at 700 TFLOP/s. So it is written to be
-read, and the tensor cores stay with cuBLAS. A NaN in a row of logits stays NaN in all that comes of it.
+It reads the row twice and writes it once, 3 · 2 bytes an element in bfloat16: at M = 8192 and
+V = 152064 that is 7.5 GB, 1.6 ms at an H200's 4.8 TB/s, where the three matrix products would take
+38 ms at 700 TFLOP/s. So it is written to be read, and the tensor cores stay with cuBLAS. A NaN in a
+row of logits stays NaN in all that comes of it.
 """
 
 import torch
@@ -14,67 +15,28 @@ BLOCK, NUM_WARPS = 2048, 8
 
 @triton.jit
 def row_kernel(
-    logits_ptr, targets_ptr, advantages_ptr, scale_ptr, old_ptr, ref_ptr, rollout_ptr, ratio_ptr, out_ptr,
-    V, row_stride, out_stride, temperature, clip_low, clip_high, beta, entropy_bonus, rollout_cap,
-    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_ROLLOUT: tl.constexpr, HAS_RATIO: tl.constexpr,
-    LIKELIHOOD: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, targets_ptr, advantages_ptr, scale_ptr,
+    old_logp_ptr, ref_logp_ptr, sampled_logp_ptr, ratio_ptr, out_ptr,
+    V, row_stride, out_stride,
+    temperature, clip_low, clip_high, beta, entropy_bonus, rollout_cap,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLED: tl.constexpr,
+    HAS_RATIO: tl.constexpr, LIKELIHOOD: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     logits_ptr += row.to(tl.int64) * row_stride
-    columns = tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + row)
     target_z = tl.load(logits_ptr + target).to(tl.float32) / temperature
-
-    # every lane keeps its own running maximum, Σ e^(z − top) and Σ e^(z − top)·(z − top); they meet once, at the end
-    top_B = tl.full((BLOCK,), -1e30, tl.float32)
-    sum_B = tl.zeros((BLOCK,), tl.float32)
-    dot_B = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, V, BLOCK):
-        z_B = tl.load(logits_ptr + start + columns, mask=start + columns < V, other=float("-inf")).to(tl.float32) / temperature
-        new_B = tl.maximum(top_B, z_B)
-        shrink_B = tl.exp(top_B - new_B)
-        e_B = tl.exp(z_B - new_B)
-        dot_B = (dot_B + sum_B * (top_B - new_B)) * shrink_B + tl.where(e_B > 0, e_B * (z_B - new_B), 0.0)
-        sum_B = sum_B * shrink_B + e_B
-        top_B = new_B
-    top = tl.max(top_B, 0)
-    shrink_B = tl.exp(top_B - top)
-    dot_B = tl.where(sum_B > 0, (dot_B + sum_B * (top_B - top)) * shrink_B, 0.0)
-    total = tl.sum(sum_B * shrink_B, 0)
-    log_total = tl.log(total)
+    top, log_total, entropy = row_sums(logits_ptr, V, temperature, BLOCK)
     gap = target_z - top - log_total
     logp = tl.where(gap > 0, 0.0, gap)
-    entropy = log_total - tl.sum(dot_B, 0) / total
 
-    advantage = tl.load(advantages_ptr + row)
+    gain, slope, ratio, clipped, kl = token_gain(
+        row, logp, advantages_ptr, old_logp_ptr, ref_logp_ptr, sampled_logp_ptr, ratio_ptr,
+        clip_low, clip_high, beta, rollout_cap,
+        HAS_OLD, HAS_REF, HAS_SAMPLED, HAS_RATIO, LIKELIHOOD,
+    )  # fmt: skip
     scale = tl.load(scale_ptr + row)
-    old = logp
-    if HAS_OLD:
-        old = tl.load(old_ptr + row)
-    ratio = tl.exp(logp - old)
-    if HAS_RATIO:
-        ratio = tl.load(ratio_ptr + row)
-    kept_ratio = tl.where(ratio < 1 - clip_low, 1 - clip_low, tl.where(ratio > 1 + clip_high, 1 + clip_high, ratio))
-    if LIKELIHOOD:
-        surrogate = kept_ratio * advantage * logp
-        slope = kept_ratio * advantage
-        clipped = (kept_ratio != ratio).to(tl.float32)
-    else:
-        outside = kept_ratio * advantage < ratio * advantage
-        surrogate = tl.where(outside, kept_ratio, ratio) * advantage
-        clipped = outside.to(tl.float32)
-        slope = tl.where(outside, 0.0, ratio * advantage)
-    if HAS_ROLLOUT:
-        weight = tl.exp(old - tl.load(rollout_ptr + row))
-        weight = tl.where(weight > rollout_cap, rollout_cap, weight)
-        surrogate *= weight
-        slope *= weight
-    kl = logp * 0.0
-    if HAS_REF:
-        gap = tl.load(ref_ptr + row) - logp
-        kl = tl.exp(gap) - gap - 1
-        slope -= beta * (1 - tl.exp(gap))
-    tl.store(out_ptr + row, scale * (beta * kl - surrogate - entropy_bonus * entropy))
+    tl.store(out_ptr + row, scale * (beta * kl - gain - entropy_bonus * entropy))
     tl.store(out_ptr + out_stride + row, logp)
     tl.store(out_ptr + 2 * out_stride + row, entropy)
     tl.store(out_ptr + 3 * out_stride + row, ratio)
@@ -84,24 +46,115 @@ def row_kernel(
     if GRADIENT:
         pull = -scale * slope / temperature
         bonus = scale * entropy_bonus / temperature
-        for start in range(0, V, BLOCK):
-            inside_B = start + columns < V
-            z_B = tl.load(logits_ptr + start + columns, mask=inside_B, other=float("-inf")).to(tl.float32) / temperature
-            log_p_B = z_B - top - log_total
-            p_B = tl.exp(log_p_B)
-            spread_B = tl.where(p_B > 0, p_B * (log_p_B + entropy), 0.0)
-            hit_B = (start + columns == target).to(tl.float32)
-            gradient_B = pull * (hit_B - p_B) + bonus * spread_B
-            tl.store(logits_ptr + start + columns, gradient_B.to(logits_ptr.dtype.element_ty), mask=inside_B)
+        write_gradient(
+            logits_ptr, target, V, temperature, top, log_total, entropy, pull, bonus, BLOCK
+        )
 
 
-def triton_rows(logits_CV, rows, objective, gradient: bool, out_6C: torch.Tensor) -> None:
-    """What policy_loss.torch_rows does, on the GPU."""
-    always = (rows.targets_M.contiguous(), rows.advantages_M.contiguous(), rows.scale_M.contiguous())
-    given = [None if x is None else x.contiguous() for x in (rows.old_M, rows.ref_M, rows.rollout_M, rows.ratio_M)]
+@triton.jit
+def row_sums(logits_ptr, V, temperature, BLOCK: tl.constexpr):
+    """(largest z, log Σ e^(z − largest), entropy) of a row."""
+    columns = tl.arange(0, BLOCK)
+    # every lane keeps its own running maximum, Σ e^(z − top) and Σ e^(z − top)·(z − top)
+    top_B = tl.full((BLOCK,), -1e30, tl.float32)
+    sum_B = tl.zeros((BLOCK,), tl.float32)
+    dot_B = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, V, BLOCK):
+        z_B = tl.load(logits_ptr + start + columns, mask=start + columns < V, other=float("-inf"))
+        z_B = z_B.to(tl.float32) / temperature
+        new_B = tl.maximum(top_B, z_B)
+        shrink_B = tl.exp(top_B - new_B)
+        e_B = tl.exp(z_B - new_B)
+        spread_B = tl.where(e_B > 0, e_B * (z_B - new_B), 0.0)
+        dot_B = (dot_B + sum_B * (top_B - new_B)) * shrink_B + spread_B
+        sum_B = sum_B * shrink_B + e_B
+        top_B = new_B
+
+    # the lanes meet once, at the end
+    top = tl.max(top_B, 0)
+    shrink_B = tl.exp(top_B - top)
+    dot_B = tl.where(sum_B > 0, (dot_B + sum_B * (top_B - top)) * shrink_B, 0.0)
+    total = tl.sum(sum_B * shrink_B, 0)
+    log_total = tl.log(total)
+    return top, log_total, log_total - tl.sum(dot_B, 0) / total
+
+
+@triton.jit
+def token_gain(
+    row, logp, advantages_ptr, old_logp_ptr, ref_logp_ptr, sampled_logp_ptr, ratio_ptr,
+    clip_low, clip_high, beta, rollout_cap,
+    HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SAMPLED: tl.constexpr,
+    HAS_RATIO: tl.constexpr, LIKELIHOOD: tl.constexpr,
+):  # fmt: skip
+    """(gain, slope, ratio, clipped, kl), as policy_loss.gain_of."""
+    advantage = tl.load(advantages_ptr + row)
+    old = logp
+    if HAS_OLD:
+        old = tl.load(old_logp_ptr + row)
+    ratio = tl.exp(logp - old)
+    if HAS_RATIO:
+        ratio = tl.load(ratio_ptr + row)
+    low, high = 1 - clip_low, 1 + clip_high
+    kept_ratio = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    if LIKELIHOOD:
+        gain = kept_ratio * advantage * logp
+        slope = kept_ratio * advantage
+        clipped = (kept_ratio != ratio).to(tl.float32)
+    else:
+        outside = kept_ratio * advantage < ratio * advantage
+        gain = tl.where(outside, kept_ratio, ratio) * advantage
+        clipped = outside.to(tl.float32)
+        slope = tl.where(outside, 0.0, ratio * advantage)
+    if HAS_SAMPLED:
+        weight = tl.exp(old - tl.load(sampled_logp_ptr + row))
+        weight = tl.where(weight > rollout_cap, rollout_cap, weight)
+        gain *= weight
+        slope *= weight
+    kl = logp * 0.0
+    if HAS_REF:
+        gap = tl.load(ref_logp_ptr + row) - logp
+        kl = tl.exp(gap) - gap - 1
+        slope -= beta * (1 - tl.exp(gap))
+    return gain, slope, ratio, clipped, kl
+
+
+@triton.jit
+def write_gradient(
+    logits_ptr, target, V, temperature, top, log_total, entropy, pull, bonus, BLOCK: tl.constexpr
+):
+    """Write d loss / d logits over the row."""
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        inside_B = start + columns < V
+        z_B = tl.load(logits_ptr + start + columns, mask=inside_B, other=float("-inf"))
+        log_p_B = z_B.to(tl.float32) / temperature - top - log_total
+        p_B = tl.exp(log_p_B)
+        spread_B = tl.where(p_B > 0, p_B * (log_p_B + entropy), 0.0)
+        hit_B = (start + columns == target).to(tl.float32)
+        gradient_B = (pull * (hit_B - p_B) + bonus * spread_B).to(logits_ptr.dtype.element_ty)
+        tl.store(logits_ptr + start + columns, gradient_B, mask=inside_B)
+
+
+def triton_rows(logits_CV, tokens, objective, gradient: bool, out_6C: torch.Tensor) -> None:
+    """Do on the GPU what policy_loss.torch_rows does."""
+    needed = (tokens.targets_M, tokens.advantages_M, tokens.scale_M)
+    optional = (tokens.old_logp_M, tokens.ref_logp_M, tokens.sampled_logp_M, tokens.ratio_M)
+    clip = (objective.clip_low, objective.clip_high)
+    weights = (objective.beta, objective.entropy_bonus, objective.rollout_cap)
     row_kernel[(len(logits_CV),)](
-        logits_CV, *always, *(out_6C if x is None else x for x in given), out_6C,
-        logits_CV.shape[1], logits_CV.stride(0), out_6C.stride(0), objective.temperature, objective.clip_low, objective.clip_high,
-        objective.beta, objective.entropy_bonus, objective.rollout_cap,
-        *(x is not None for x in given), objective.likelihood, gradient, BLOCK, num_warps=NUM_WARPS,
-    )  # fmt: skip
+        logits_CV,
+        *(x.contiguous() for x in needed),
+        *(out_6C if x is None else x.contiguous() for x in optional),
+        out_6C,
+        logits_CV.shape[1],
+        logits_CV.stride(0),
+        out_6C.stride(0),
+        objective.temperature,
+        *clip,
+        *weights,
+        *(x is not None for x in optional),
+        objective.likelihood,
+        gradient,
+        BLOCK,
+        num_warps=NUM_WARPS,
+    )

@@ -1,14 +1,17 @@
-"""Frames → patches, as the published processor makes them: smart resize, bicubic, normalise, cut.
+"""Frames → patches, as the published processor makes them (smart resize, bicubic, normalise, cut),
+and frames → PNG or JPEG files.
 
 Shape letters: F frames, C channels (of patches: values), H height, W width, P patches.
 """
 
+import io
 import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +20,7 @@ from nanosport.video import VideoError
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What preprocessor_config.json says, the defaults being Qwen2.5-VL's."""
+    """What preprocessor_config.json says; the defaults are Qwen2.5-VL's."""
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -29,40 +32,49 @@ class ImageConfig:
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike, max_pixels: int | None = None) -> "ImageConfig":
-        """From a model folder's preprocessor_config.json, in which newer models write `size` for the pixel bounds.
-
-        max_pixels: another bound than the file's.
-        """
+        """From a model folder's preprocessor_config.json; newer models write the pixel bounds as
+        `size` there. max_pixels: another bound than the file's."""
         file = Path(path) / "preprocessor_config.json"
         try:
             raw = json.loads(file.read_text())
-            size = raw.get("size") or {}
-            config = cls(
-                *(int(raw[key]) for key in ("patch_size", "temporal_patch_size", "merge_size")),
-                int(raw["min_pixels"] if raw.get("min_pixels") is not None else size["shortest_edge"]),
-                max_pixels or int(raw["max_pixels"] if raw.get("max_pixels") is not None else size["longest_edge"]),
-                *(tuple(float(value) for value in raw[key]) for key in ("image_mean", "image_std")),
-            )
+            config = cls._from_dict(raw, max_pixels)
         except OSError as error:
-            raise ValueError(f"{file}: cannot be read ({error.strerror}); give the folder of a Qwen-VL model") from error
+            why = f"cannot be read ({error.strerror})"
+            raise ValueError(f"{file}: {why}; give the folder of a Qwen-VL model") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file}: not a Qwen-VL preprocessor config ({error!r}); download the model's file again") from error
-        sizes = (config.patch_size, config.temporal_patch_size, config.merge_size, config.min_pixels)
-        if (
-            min(sizes) < 1
-            or config.max_pixels < config.min_pixels
-            or len(config.mean) != 3
-            or len(config.std) != 3
-            or min(config.std) <= 0
-        ):
-            raise ValueError(f"{file}: values out of range: {config}; download the model's file again")
+            why = f"not a Qwen-VL preprocessor config ({error!r})"
+            raise ValueError(f"{file}: {why}; download the model's file again") from error
+        sides = config.patch_size, config.temporal_patch_size, config.merge_size
+        bounds = 1 <= config.min_pixels <= config.max_pixels
+        colours = len(config.mean) == len(config.std) == 3 and min(config.std) > 0
+        if min(sides) < 1 or not bounds or not colours:
+            why = f"values out of range: {config}"
+            raise ValueError(f"{file}: {why}; download the model's file again")
         return config
+
+    @classmethod
+    def _from_dict(cls, raw: dict, max_pixels: int | None) -> "ImageConfig":
+        size = raw.get("size") or {}
+
+        def bound(name: str, name_in_size: str) -> int:
+            return int(size[name_in_size] if raw.get(name) is None else raw[name])
+
+        return cls(
+            **{n: int(raw[n]) for n in ("patch_size", "temporal_patch_size", "merge_size")},
+            min_pixels=bound("min_pixels", "shortest_edge"),
+            max_pixels=max_pixels or bound("max_pixels", "longest_edge"),
+            mean=tuple(map(float, raw["image_mean"])),
+            std=tuple(map(float, raw["image_std"])),
+        )
 
 
 def smart_resize(height: int, width: int, cfg: ImageConfig) -> tuple[int, int]:
-    """(height, width) in multiples of a merged patch's side, within the pixel bounds: Qwen2-VL's published rule."""
+    """(height, width) in multiples of a merged patch's side, within the pixel bounds: Qwen2-VL's
+    published rule."""
     if max(height, width) > 200 * min(height, width):
-        raise VideoError(f"frames of {width}x{height}: the sides' ratio must be at most 200; crop the video")
+        raise VideoError(
+            f"frames of {width}x{height}: the sides' ratio must be at most 200; crop the video"
+        )
     factor = cfg.patch_size * cfg.merge_size
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > cfg.max_pixels:
@@ -74,21 +86,53 @@ def smart_resize(height: int, width: int, cfg: ImageConfig) -> tuple[int, int]:
     return h, w
 
 
-def preprocess(frames_FCHW: torch.Tensor, cfg: ImageConfig) -> tuple[torch.Tensor, tuple[tuple[int, int, int], ...]]:
+def preprocess(
+    frames_FCHW: torch.Tensor, cfg: ImageConfig
+) -> tuple[torch.Tensor, tuple[tuple[int, int, int], ...]]:
     """uint8 frames to (patches_PC float32, (1, h, w) each), bit for bit as Qwen2VLImageProcessor.
 
-    Each frame is an image of its own, doubled in time. Patches by merge block; in a patch: channel, time, row, column.
+    Each frame is an image of its own, doubled in time. Patches come by merge block; in a patch the
+    order is channel, time, row, column.
     """
-    assert frames_FCHW.dtype == torch.uint8 and frames_FCHW.ndim == 4 and frames_FCHW.shape[1] == 3, frames_FCHW.shape
-    (f, c, *size), p, m = frames_FCHW.shape, cfg.patch_size, cfg.merge_size
+    shape, device = frames_FCHW.shape, frames_FCHW.device
+    assert frames_FCHW.dtype == torch.uint8 and len(shape) == 4 and shape[1] == 3, shape
+    (f, c, *size), p, m = shape, cfg.patch_size, cfg.merge_size
     height, width = smart_resize(*size, cfg)
     h, w = height // p, width // p
     if f == 0:
-        return torch.empty(0, c * cfg.temporal_patch_size * p * p, device=frames_FCHW.device), ()
-    # In uint8, as published (a float resize differs by up to one level), hence on the CPU: the GPU has no such kernel.
-    x = F.interpolate(frames_FCHW.cpu(), (height, width), mode="bicubic", antialias=True).to(frames_FCHW.device)
-    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) * 255.0 for v in (cfg.mean, cfg.std))
-    x = (x.float() - mean) / std
-    x = x.view(f, c, h // m, m, p, w // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7)  # F, block row, column, row, column in it, C, p, p
-    x = x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, cfg.temporal_patch_size, -1, -1)
+        return torch.empty(0, c * cfg.temporal_patch_size * p * p, device=device), ()
+
+    # In uint8, as published (a float resize differs by up to one level), hence on the CPU: the GPU
+    # has no such kernel.
+    x = F.interpolate(frames_FCHW.cpu(), (height, width), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255.0 for v in (cfg.mean, cfg.std))
+    x = (x.to(device).float() - mean) / std
+
+    # F, block row, block column, row and column in the block, C, time, p, p
+    x = x.view(f, c, h // m, m, p, w // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
+    x = x.expand(-1, -1, -1, -1, -1, -1, cfg.temporal_patch_size, -1, -1)
     return x.reshape(f * h * w, -1), ((1, h, w),) * f
+
+
+def encode_png(picture_HWC: np.ndarray) -> bytes:
+    """A uint8 RGB picture as the bytes of a PNG file."""
+    return _encode(picture_HWC, "image2pipe", "png", "rgb24", {})
+
+
+def encode_jpeg(frame_CHW: torch.Tensor) -> bytes:
+    """A uint8 RGB frame as the bytes of a JPEG file of high quality."""
+    options = {"qmin": "2", "qmax": "2", "threads": "1"}
+    picture_HWC = frame_CHW.permute(1, 2, 0).numpy()
+    return _encode(picture_HWC, "mjpeg", "mjpeg", "yuvj444p", options)
+
+
+def _encode(picture_HWC: np.ndarray, container: str, codec: str, pixels: str, options) -> bytes:
+    import av  # not before it is needed: a benchmark's machine may have none
+
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), format="rgb24")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=1, options=options)
+        stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, pixels
+        file.mux([*stream.encode(frame), *stream.encode()])
+    return buffer.getvalue()

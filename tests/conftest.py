@@ -1,5 +1,5 @@
-"""One thread: on tiny tensors several threads on few cores wait for each other more than they compute. Triton interprets:
-the tests run on the CPU, and it must know before torch imports it."""
+"""One thread: on tiny tensors several threads on few cores wait for each other more than they
+compute. Triton interprets: the tests run on the CPU, and it must know before torch imports it."""
 
 import os
 
@@ -15,9 +15,9 @@ import torch
 
 import train
 from data_prep import arena, pretrain, teacher
-from nanosport.episode import read_questions
-from nanosport.load import load_config, save_model
-from nanosport.model import Qwen25VL
+from nanosport.model.folder import load_config, save_model
+from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.records import read_questions
 
 torch.set_num_threads(1)
 
@@ -45,7 +45,8 @@ def arena_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def taught_folder(nano_folder, arena_folder, tmp_path_factory) -> Path:
-    """The random model after a short SFT: it sees nothing, but mostly holds the format, and calls the tool now and then."""
+    """The random model after a short SFT: it sees nothing, but mostly holds the format, and calls
+    the tool now and then."""
     folder = tmp_path_factory.mktemp("taught")
     lines = []
     for k, question in enumerate(read_questions(arena_folder / "sft.jsonl")):
@@ -55,6 +56,14 @@ def taught_folder(nano_folder, arena_folder, tmp_path_factory) -> Path:
             messages.insert(0, teacher.tool_turn("i look.", 10 * (k // 2), 10 * (k // 2) + 20))
         lines.append(json.dumps({"question": question, "messages": messages}))
     (folder / "trajectories.jsonl").write_text("\n".join(lines) + "\n")
-    cfg = train.Config(str(nano_folder), folder / "trajectories.jsonl", folder, steps=70, batch_size=4, lr=5e-3, warmup=5)
+    cfg = train.Config(
+        str(nano_folder),
+        folder / "trajectories.jsonl",
+        folder,
+        steps=70,
+        batch_size=4,
+        lr=5e-3,
+        warmup=5,
+    )
     train.main(cfg)
     return folder / "model"

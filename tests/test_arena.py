@@ -1,4 +1,5 @@
-"""The arena keeps its promises: known answers, clean splits, an event between the overview frames, a teacher as stated."""
+"""The arena keeps its promises: known answers, clean splits, an event between the overview frames,
+a teacher as stated."""
 
 import json
 from dataclasses import asdict, replace
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 
 from data_prep import arena, draw, pretrain, teacher
-from nanosport.episode import DIMENSIONS, Question, read_questions, read_records
-from nanosport.frames import FrameEncoder
+from nanosport.env.env import Limits
+from nanosport.env.rollout import replay
+from nanosport.env.tools import parse
 from nanosport.image import ImageConfig
-from nanosport.load import load_model, load_tokenizer
-from nanosport.rollout import Loop, replay
-from nanosport.tools import parse
+from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import DIMENSIONS, Question, read_questions, read_records
 from nanosport.video import Video
 
 SPLITS = ("sft", "rl", "test")
@@ -36,7 +38,9 @@ def test_a_seed_is_a_clip_bit_for_bit():
     for frame in (0, one[0].start, one[0].num_frames - 1):
         assert arena.render(one[0], frame).tobytes() == arena.render(two[0], frame).tobytes()
     rng = [arena.clip_rng(0, "rl", 3) for _ in range(2)]
-    assert arena.make_questions(one[3], rng[0], "c", "v") == arena.make_questions(one[3], rng[1], "c", "v")
+    assert arena.make_questions(one[3], rng[0], "c", "v") == arena.make_questions(
+        one[3], rng[1], "c", "v"
+    )
     assert plans(5) == plans(20)[:5]  # more clips leave the first ones as they are
 
 
@@ -55,7 +59,9 @@ def test_splits_share_no_clip_no_plan_and_test_layouts_are_new(arena_folder):
     assert len({p.motion for some in made.values() for p in some}) == 900
     assert not {p.layout for p in made["test"]} & {p.layout for s in ("sft", "rl") for p in made[s]}
     assert {p.layout for p in made["test"]} == set(arena.TEST_LAYOUTS)
-    videos = [{q.video for q in read_questions(arena_folder / f"{split}.jsonl")} for split in SPLITS]
+    videos = [
+        {q.video for q in read_questions(arena_folder / f"{split}.jsonl")} for split in SPLITS
+    ]
     assert [len(v) for v in videos] == [2, 2, 2] and len(set.union(*videos)) == 6
 
 
@@ -68,7 +74,9 @@ def test_the_event_lies_strictly_between_two_overview_frames():
         assert not any(plan.in_event(t) for t in shown) and teacher.change(plan, shown) == inside
         assert plan.score_at(shown[inside]) == plan.score != plan.score_at(shown[inside + 1])
         closer = np.rint(np.linspace(shown[inside], shown[inside + 1], 8)).astype(int)
-        assert any(plan.in_event(t) for t in closer), "the tool's eight frames would miss the close-up"
+        assert any(plan.in_event(t) for t in closer), (
+            "the tool's eight frames would miss the close-up"
+        )
         assert shown[inside + 1] - shown[inside] + 1 >= 9
     assert gaps == set(range(7))
 
@@ -82,7 +90,8 @@ def test_the_score_changes_with_the_last_frame_of_the_event():
 
 
 def test_the_picture_shows_the_score_and_the_close_up():
-    """The scoreboard in a rendered frame is the scoreboard of that frame's score, and of no other."""
+    """The scoreboard in a rendered frame is the scoreboard of that frame's score, and of no
+    other."""
     for plan in plans(6):
         for frame in (0, plan.start, plan.end, plan.end + 1, plan.num_frames - 1):
             picture, score = arena.render(plan, frame), plan.score_at(frame)
@@ -93,7 +102,11 @@ def test_the_picture_shows_the_score_and_the_close_up():
                 draw.scoreboard(again, plan.kits, score)
                 return np.array_equal(again, picture)
 
-            assert stamped(score) and not stamped((score[0] + 1, score[1])) and not stamped((score[0], score[1] + 1))
+            assert (
+                stamped(score)
+                and not stamped((score[0] + 1, score[1]))
+                and not stamped((score[0], score[1] + 1))
+            )
         close, wide = arena.render(plan, plan.start + 1), arena.render(plan, plan.start - 1)
         assert (close != wide).any(-1).mean() > 0.1
 
@@ -106,7 +119,10 @@ def test_the_close_up_tells_number_shot_balance_and_card_apart():
     for change in changes:
         pictures.add(arena.render(arena.Plan(**(asdict(base) | change)), base.start + 1).tobytes())
     assert len(pictures) == 9 + 3 + 3 + 3 - 3  # each list holds the base once
-    wide = {arena.render(arena.Plan(**(asdict(base) | change)), base.start - 20).tobytes() for change in changes}
+    wide = {
+        arena.render(arena.Plan(**(asdict(base) | change)), base.start - 20).tobytes()
+        for change in changes
+    }
     assert len(wide) == 1, "a wide frame gives the answer away"
 
 
@@ -118,13 +134,25 @@ def true_answer(plan: arena.Plan, question: Question) -> str:
     return {
         "Which shirt number scored?": str(plan.number),
         "How was the point scored?": shot,
-        "What do the rules impose on the scorer?": {"none": "no sanction", "yellow": "a warning", "red": "sent off"}[plan.card],
+        "What do the rules impose on the scorer?": {
+            "none": "no sanction",
+            "yellow": "a warning",
+            "red": "sent off",
+        }[plan.card],
         "Which card did the official show?": plan.card,
-        "How is the balance of the scorer?": ["leans left", "upright", "leans right"][plan.lean + 1],
+        "How is the balance of the scorer?": ["leans left", "upright", "leans right"][
+            plan.lean + 1
+        ],
         "Call the decisive play.": f"{kit} {plan.number} {shot}",
         "Which sport is this?": plan.sport,
-        "Who leads at the end?": left if score[0] > score[1] else right if score[1] > score[0] else "level",
-        "Which team must score more?": "neither" if score[0] == score[1] else (left if score[0] < score[1] else right),
+        "Who leads at the end?": left
+        if score[0] > score[1]
+        else right
+        if score[1] > score[0]
+        else "level",
+        "Which team must score more?": "neither"
+        if score[0] == score[1]
+        else (left if score[0] < score[1] else right),
         "Give the final score.": f"{left} {score[0]} {right} {score[1]}",
     }[question.question]
 
@@ -134,33 +162,52 @@ def test_answers_agree_with_the_plan():
     for k, plan in enumerate(plans(300)):
         questions = arena.make_questions(plan, np.random.default_rng(k), f"c{k}", "v")
         assert len(questions) == 6 and [q.needs_tool for q in questions] == [True] * 4 + [False] * 2
-        assert {q.dimension for q in questions[:4]} == set(DIMENSIONS) and len({q.id for q in questions}) == 6
+        assert {q.dimension for q in questions[:4]} == set(DIMENSIONS) and len(
+            {q.id for q in questions}
+        ) == 6
         for q in questions:
             asked.add((q.question, bool(q.options)))
             said = q.options["ABCD".index(q.answer)] if q.options else q.answer
             assert said == true_answer(plan, q)
-            assert len(set(q.options)) == len(q.options) and q.window == (plan.start, plan.start + 3)
+            assert len(set(q.options)) == len(q.options) and q.window == (
+                plan.start,
+                plan.start + 3,
+            )
             letters += q.answer if q.options else ""
     assert len(asked) == 13
-    assert all(letters.count(c) > len(letters) / 6 for c in "ABC"), "the right option's place gives it away"
+    assert all(letters.count(c) > len(letters) / 6 for c in "ABC"), (
+        "the right option's place gives it away"
+    )
 
 
 def test_descriptions_say_what_a_frame_shows():
-    plan = arena.Plan("soccer", 0, ("red", "blue"), (True, False), 150, (1, 2), 1, 7, 0, -1, "yellow", 50, 3)
+    plan = arena.Plan(
+        "soccer", 0, ("red", "blue"), (True, False), 150, (1, 2), 1, 7, 0, -1, "yellow", 50, 3
+    )
     assert [arena.describe(plan, t) for t in (0, 49, 54, 149)] == ["1-2", "1-2", "1-3", "1-3"]
-    assert {arena.describe(plan, t) for t in range(50, 54)} == {"blue 7, header, leans left, a warning"}
+    assert {arena.describe(plan, t) for t in range(50, 54)} == {
+        "blue 7, header, leans left, a warning"
+    }
     assert arena.scene(plan) == "soccer, red left, blue right"
-    needs = Question("q", "v", "soccer", "rules", "Which card did the official show?", (), "yellow", True)
-    assert teacher.evidence(plan, needs, (40, 51, 60)).startswith("frame 51 shows blue 7, header, leans left, a warning.")
+    needs = Question(
+        "q", "v", "soccer", "rules", "Which card did the official show?", (), "yellow", True
+    )
+    assert teacher.evidence(plan, needs, (40, 51, 60)).startswith(
+        "frame 51 shows blue 7, header, leans left, a warning."
+    )
     assert teacher.evidence(plan, needs, (40, 60)) == "no frame shows the play."
     other = Question("q", "v", "soccer", "rules", "Who leads at the end?", (), "blue", False)
-    assert teacher.evidence(plan, other, (0, 149)).startswith("soccer, red left, blue right, 1-3 at the end.")
+    assert teacher.evidence(plan, other, (0, 149)).startswith(
+        "soccer, red left, blue right, 1-3 at the end."
+    )
     assert teacher.listing(plan, (0, 149)) == "0 1-2, 149 1-3"
 
 
 def test_clips_decode_to_what_was_drawn(arena_folder):
     for split in SPLITS:
-        for row in map(json.loads, (arena_folder / f"{split}_plans.jsonl").read_text().splitlines()):
+        for row in map(
+            json.loads, (arena_folder / f"{split}_plans.jsonl").read_text().splitlines()
+        ):
             plan = teacher.read_plans(arena_folder / f"{split}_plans.jsonl")[row["video"]]
             with av.open(str(arena_folder / row["video"])) as container:
                 frames = [(f.key_frame, f) for f in container.decode(video=0)]
@@ -200,13 +247,17 @@ def test_the_teachers_error_rates_are_as_stated(taught):
             needed += 1
             guessed += not windows
             if windows:  # right or misread, the reasoning stops at the first other score
-                scores = [seen.split()[1] for seen in actions[0].think.split(". the score")[0].split(", ")]
+                scores = [
+                    seen.split()[1] for seen in actions[0].think.split(". the score")[0].split(", ")
+                ]
                 assert len(set(scores[:-1])) == 1 and scores[-1] != scores[-2]
             wrong += found[:1] == [False]
             retried += found == [False, True]
             assert found in ([], [True], [False], [False, True])
             if True in found:
-                assert actions[-1].answer == teacher.truth(question) and "shows" in actions[-1].think
+                assert (
+                    actions[-1].answer == teacher.truth(question) and "shows" in actions[-1].think
+                )
 
     def near(count, out_of, share):
         return abs(count / out_of - share) < 4 * (share * (1 - share) / out_of) ** 0.5
@@ -219,22 +270,37 @@ def test_trajectories_replay_without_an_error(arena_folder, nano_folder, taught)
     model, tokenizer = load_model(nano_folder), load_tokenizer(nano_folder)
     encoder = FrameEncoder(model, ImageConfig.from_folder(nano_folder))
     records = read_records(arena_folder / "trajectories.jsonl")
-    assert [q for q, _ in records] == read_questions(arena_folder / "sft.jsonl") * teacher.Config().draws
+    assert [q for q, _ in records] == read_questions(
+        arena_folder / "sft.jsonl"
+    ) * teacher.Config().draws
     rng = np.random.default_rng(1)
-    records += [(q, teacher.trajectory(plan, q, video, teacher.Config(), rng)) for plan, q, video in taught * 3]
+    records += [
+        (q, teacher.trajectory(plan, q, video, teacher.Config(), rng))
+        for plan, q, video in taught * 3
+    ]
     for question, messages in records:
-        episode = replay(question, messages, encoder, tokenizer, Loop())
+        episode = replay(question, messages, encoder, tokenizer, Limits())
         assert episode.status == "answered" and len(episode.turns) == len(messages)
         assert [t.text for t in episode.turns] == messages
 
 
-@pytest.mark.parametrize("wrong", [{"guess": 1.5}, {"retry": -0.1}, {"guess": 0.7, "wrong_window": 0.7}, {"draws": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"guess": 1.5}, {"retry": -0.1}, {"guess": 0.7, "wrong_window": 0.7}, {"draws": 0}]
+)
 def test_teacher_settings_out_of_range(wrong, arena_folder):
     with pytest.raises(ValueError, match="--"):
         teacher.main(teacher.Config(data=arena_folder, **wrong))
 
 
-GOOD = {"id": "q", "video": "v.mp4", "sport": "s", "dimension": "rules", "question": "Why?", "options": ["x", "y"], "answer": "B"}
+GOOD = {
+    "id": "q",
+    "video": "v.mp4",
+    "sport": "s",
+    "dimension": "rules",
+    "question": "Why?",
+    "options": ["x", "y"],
+    "answer": "B",
+}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +313,7 @@ GOOD = {"id": "q", "video": "v.mp4", "sport": "s", "dimension": "rules", "questi
         (json.dumps(GOOD | {"answer": "y"}), "answer 'y'"),
         (json.dumps(GOOD | {"answer": 3, "options": []}), "answer 3"),
         (json.dumps(GOOD | {"options": "xy"}), "options 'xy'"),
-        (json.dumps(GOOD | {"options": [1, 2]}), "expected string"),
+        (json.dumps(GOOD | {"options": [1, 2]}), "at most ten texts"),
         (json.dumps(GOOD | {"options": [str(k) for k in range(11)]}), "at most ten"),
         (json.dumps(GOOD | {"video": None}), "video None"),
         (json.dumps({"question": GOOD, "messages": "text"}), "messages"),
@@ -273,10 +339,20 @@ def test_a_line_that_is_no_question_is_named(bad, why, tmp_path):
 def test_odd_but_valid_question_files(tmp_path):
     file = tmp_path / "mine.jsonl"
     asked = "Why\u2028not\u0085?"  # ends a line for str.splitlines, not for JSON lines
-    row = GOOD | {"question": asked, "video": "/clips/v.mp4", "options": [], "answer": "offside", "window": [3, 9]}
+    row = GOOD | {
+        "question": asked,
+        "video": "/clips/v.mp4",
+        "options": [],
+        "answer": "offside",
+        "window": [3, 9],
+    }
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode() + b"\r\n")
     (question,) = read_questions(file)
-    assert question.question == asked and question.video == "/clips/v.mp4" and question.window == (3, 9)
+    assert (
+        question.question == asked
+        and question.video == "/clips/v.mp4"
+        and question.window == (3, 9)
+    )
     file.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
     with pytest.raises(ValueError, match="line 2"):
         read_questions(file)
@@ -294,6 +370,8 @@ def test_pre_training_goes_through_its_four_stages(tmp_path, monkeypatch):
     cfg = pretrain.Config(out=tmp_path / "backbone", steps=(1, 1, 1, 1))
     pretrain.main(cfg)
     made = json.loads((cfg.out / "pretrain.json").read_text())["stages"]
-    assert [row["stage"] for row in made] == list(pretrain.STAGES.values()) and load_model(cfg.out).cfg.hidden_size
+    assert [row["stage"] for row in made] == list(pretrain.STAGES.values()) and load_model(
+        cfg.out
+    ).cfg.hidden_size
     with pytest.raises(ValueError, match="all stages already"):
         pretrain.main(replace(cfg, start=cfg.out))

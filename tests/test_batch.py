@@ -8,21 +8,32 @@ import torch
 
 from kernels import attention
 from kernels.attention import Keys, varlen_attention
-from kernels.policy_loss import Objective, fused_linear_policy_loss, linear_logprobs
-from nanosport.batch import MIN_SHARED, pack, prefix_tree
-from nanosport.engine import Engine, Sampling
-from nanosport.episode import read_questions
-from nanosport.frames import FrameEncoder
+from kernels.policy_loss import (
+    Objective,
+    TokenInputs,
+    fused_linear_policy_loss,
+    linear_logprobs,
+)
+from nanosport.engine.own import OwnSampler
+from nanosport.engine.sampler import Sampling
+from nanosport.env.env import Limits
+from nanosport.env.rollout import rollout
+from nanosport.env.tools import STOPS
 from nanosport.image import ImageConfig
-from nanosport.load import load_model, load_tokenizer
-from nanosport.rollout import Loop, rollout
+from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import read_questions
+from nanosport.train.pack import MIN_SHARED, pack, prefix_tree
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_ways_through_the_tree_are_the_sequences(seed):
     rng = np.random.default_rng(seed)
     keys = [rng.integers(2, size=rng.integers(1, 40)) for _ in range(12)]
-    keys += [np.concatenate([keys[k], rng.integers(2, size=rng.integers(0, 9))]) for k in rng.integers(12, size=12)]
+    keys += [
+        np.concatenate([keys[k], rng.integers(2, size=rng.integers(0, 9))])
+        for k in rng.integers(12, size=12)
+    ]
     shared = int(rng.integers(1, 8))
     nodes, lasts = prefix_tree(keys, shared)
     children = {n.parent for n in nodes}
@@ -31,7 +42,9 @@ def test_the_ways_through_the_tree_are_the_sequences(seed):
         while last is not None:
             way.insert(0, nodes[last])
             last = nodes[last].parent
-        assert np.concatenate([keys[n.episode][n.start : n.end] for n in way]).tolist() == key.tolist()
+        assert (
+            np.concatenate([keys[n.episode][n.start : n.end] for n in way]).tolist() == key.tolist()
+        )
         assert [n.start for n in way] == [0, *(n.end for n in way[:-1])]
     for k, node in enumerate(nodes):
         assert node.end - node.start >= shared or k not in children
@@ -48,7 +61,12 @@ def test_a_tree_of_sequences_that_share_too_little_is_the_plain_packing():
         (2, 0, 3, None),
     ] and lasts == [0, 1, 2]
     nodes, lasts = prefix_tree(keys, 2)
-    assert [(n.episode, n.start, n.end, n.parent) for n in nodes] == [(0, 0, 2, None), (0, 2, 3, 0), (1, 2, 3, 0), (2, 2, 3, 0)]
+    assert [(n.episode, n.start, n.end, n.parent) for n in nodes] == [
+        (0, 0, 2, None),
+        (0, 2, 3, 0),
+        (1, 2, 3, 0),
+        (2, 2, 3, 0),
+    ]
     assert lasts == [1, 2, 3]
 
 
@@ -58,9 +76,14 @@ def test_attention_behind_a_shared_prefix_is_that_of_whole_sequences():
     bounds = np.cumsum([0, prefix, *tails])
     spans = [np.arange(a, b) for a, b in zip(bounds, bounds[1:])]
     seen = [spans[0], *(np.concatenate([spans[0], s]) for s in spans[1:])]
-    qkv = [torch.randn(bounds[-1], h, 8, dtype=torch.float64, generator=g, requires_grad=True) for h in (4, 2, 2)]
+    qkv = [
+        torch.randn(bounds[-1], h, 8, dtype=torch.float64, generator=g, requires_grad=True)
+        for h in (4, 2, 2)
+    ]
     weight = torch.randn(bounds[-1], 4, 8, dtype=torch.float64, generator=g)
-    out = varlen_attention(*qkv, torch.from_numpy(bounds).int(), prefix, causal=True, keys=Keys.of(seen))
+    out = varlen_attention(
+        *qkv, torch.from_numpy(bounds).int(), prefix, causal=True, keys=Keys.of(seen)
+    )
     got = torch.autograd.grad((out * weight).sum(), qkv)
 
     whole, rows = [], 0
@@ -93,7 +116,9 @@ def test_torch_on_cuda_is_called_as_its_version_asks(knows_gqa, monkeypatch):
         assert q.shape[1] == k.shape[1] == v.shape[1]
         return compute(q, k, v, *args, **options)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", groups_heads if knows_gqa else groups_nothing)
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn", groups_heads if knows_gqa else groups_nothing
+    )
     q, k, v = (torch.randn(n, h, 8) for n, h in ((8, 4), (13, 2), (13, 2)))
     spans = torch.tensor([0, 3, 8]).int(), torch.tensor([0, 5, 13]).int(), 5, 8
     got = attention.torch_varlen(q, k, v, spans, causal=True, scale=0.3)
@@ -109,61 +134,95 @@ def model(taught_folder):
 def groups(model, taught_folder, arena_folder):
     """Six episodes of each of four questions, over two clips."""
     tokenizer = load_tokenizer(taught_folder)
-    sampler = Engine(model, tokenizer, Sampling(0.9, max_new_tokens=48))
+    sampler = OwnSampler(model, tokenizer, Sampling(0.9, max_new_tokens=48, stops=STOPS))
     questions = read_questions(arena_folder / "rl.jsonl")
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
-    return rollout(sampler, encoder, [questions[k] for k in (0, 1, 6, 7)], Loop(max_turns=3), 6)
+    return rollout(sampler, encoder, [questions[k] for k in (0, 1, 6, 7)], Limits(max_turns=3), 6)
 
 
 def loss_and_gradients(model, batch, taught: bool):
-    hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys)
+    hidden_TD = model.hidden(
+        batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys
+    )
     advantages_M = torch.linspace(-1, 1, 24)[batch.episode_M]
     ref_M = batch.sampled_logp_M - 0.3
-    rows = hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M, advantages_M, None, ref_M, None
     scale_M = torch.full_like(advantages_M, 1 / len(advantages_M))
-    loss, stats = fused_linear_policy_loss(*rows, scale_M, Objective(0.9, beta=0.1))
+    tokens = TokenInputs(batch.targets_M, advantages_M, scale_M, ref_logp_M=ref_M)
+    loss, stats = fused_linear_policy_loss(
+        hidden_TD[batch.rows_M], model.head_weight_VD, tokens, Objective(0.9, beta=0.1)
+    )
     model.zero_grad()
     loss.backward()
-    return loss.item(), stats.logp_M, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return (
+        loss.item(),
+        stats.logp_M,
+        {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    )
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_sharing_the_prefix_changes_neither_loss_nor_gradients(groups, model, taught_folder, frozen):
+def test_sharing_the_prefix_changes_neither_loss_nor_gradients(
+    groups, model, taught_folder, frozen
+):
     """Through the prompt, its frames and (frozen or not) the vision tower."""
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder), frozen)
     alone, shared = (pack(groups, encoder, model.cfg, share_prefix=s) for s in (False, True))
-    assert alone.keys is None and len(alone.ids_T) == sum(len(e.ids) for e in groups) and len(alone.cu_seqlens) == 25
-    assert len(shared.ids_T) < 0.5 * len(alone.ids_T) and len(shared.frames) < 0.5 * len(alone.frames)
+    assert (
+        alone.keys is None
+        and len(alone.ids_T) == sum(len(e.ids) for e in groups)
+        and len(alone.cu_seqlens) == 25
+    )
+    assert len(shared.ids_T) < 0.5 * len(alone.ids_T) and len(shared.frames) < 0.5 * len(
+        alone.frames
+    )
     for name in ("targets_M", "episode_M", "sampled_logp_M", "after_image_M"):
         assert torch.equal(getattr(alone, name), getattr(shared, name))
     assert torch.equal(alone.ids_T[alone.rows_M], shared.ids_T[shared.rows_M])
     assert torch.equal(alone.positions_3T[:, alone.rows_M], shared.positions_3T[:, shared.rows_M])
-    (loss, logp_M, grads), (its_loss, its_logp_M, its_grads) = (loss_and_gradients(model, b, frozen) for b in (alone, shared))
+    (loss, logp_M, grads), (its_loss, its_logp_M, its_grads) = (
+        loss_and_gradients(model, b, frozen) for b in (alone, shared)
+    )
     assert its_loss == pytest.approx(loss, rel=1e-5)
     torch.testing.assert_close(its_logp_M, logp_M, atol=1e-4, rtol=1e-4)
-    assert grads.keys() == its_grads.keys() and any(n.startswith("visual.") for n in grads) != frozen
+    assert (
+        grads.keys() == its_grads.keys() and any(n.startswith("visual.") for n in grads) != frozen
+    )
     for name, grad in grads.items():
         assert (its_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
 
 
-def test_a_frame_is_known_by_its_video_and_index_not_by_its_tokens(groups, model, taught_folder, tmp_path):
-    """The same ids over another video, and over other frames, share only what comes before the first frame that differs."""
+def test_a_frame_is_known_by_its_video_and_index_not_by_its_tokens(
+    groups, model, taught_folder, tmp_path
+):
+    """The same ids over another video, and over other frames, share only what comes before the
+    first frame that differs."""
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
     first = groups[0]
     other = next(e for e in groups if e.question.video != first.question.video)
-    twins = [first, replace(first, question=other.question), replace(first, frames=(*first.frames[:4], 1, *first.frames[5:]))]
+    twins = [
+        first,
+        replace(first, question=other.question),
+        replace(first, frames=(*first.frames[:4], 1, *first.frames[5:])),
+    ]
     batch = pack(twins, encoder, model.cfg)
     is_image = np.array(first.ids) == model.cfg.image_token_id
     starts = np.flatnonzero(is_image)[::6]
     assert len(batch.ids_T) == len(first.ids) * 3 - 2 * starts[0] - (starts[4] - starts[0])
     names = [(first.question.clip, i) for i in first.frames]
-    assert batch.frames[:4] == tuple(names[:4]) and (other.question.clip, first.frames[0]) in batch.frames
+    assert (
+        batch.frames[:4] == tuple(names[:4])
+        and (other.question.clip, first.frames[0]) in batch.frames
+    )
     with torch.no_grad():
-        hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys)
+        hidden_TD = model.hidden(
+            batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys
+        )
         logp_M, _ = linear_logprobs(hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M)
         for k, twin in enumerate(twins):
             own = pack([twin], encoder, model.cfg)
-            hidden_TD = model.hidden(own.ids_T, own.positions_3T, own.cu_seqlens, own.features_ND, own.keys)
+            hidden_TD = model.hidden(
+                own.ids_T, own.positions_3T, own.cu_seqlens, own.features_ND, own.keys
+            )
             want_M, _ = linear_logprobs(hidden_TD[own.rows_M], model.head_weight_VD, own.targets_M)
             torch.testing.assert_close(logp_M[batch.episode_M == k], want_M, atol=1e-4, rtol=1e-4)
 
@@ -172,10 +231,15 @@ def test_episodes_that_are_equal_stand_in_the_batch_once(groups, model, taught_f
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
     batch, one = (pack([groups[0]] * n, encoder, model.cfg) for n in (3, 1))
     assert batch.ids_T.tolist() == list(groups[0].ids) and batch.keys is None
-    assert batch.rows_M.tolist() == one.rows_M.tolist() * 3 and batch.episode_M.unique().tolist() == [0, 1, 2]
+    assert (
+        batch.rows_M.tolist() == one.rows_M.tolist() * 3
+        and batch.episode_M.unique().tolist() == [0, 1, 2]
+    )
 
 
 def test_what_is_shared_is_long_enough_to_pay(groups, model, taught_folder):
     batch = pack(groups, FrameEncoder(model, ImageConfig.from_folder(taught_folder)), model.cfg)
     per_key = batch.keys.cu_seqlens.diff() - batch.cu_seqlens.diff()
-    assert (per_key[per_key > 0] >= MIN_SHARED).all() and (per_key == 0).sum() == 1  # the system's prompt begins them all
+    assert (per_key[per_key > 0] >= MIN_SHARED).all() and (
+        per_key == 0
+    ).sum() == 1  # the system's prompt begins them all

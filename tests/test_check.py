@@ -19,7 +19,7 @@ import pytest
 from data_prep import check
 from data_prep.arena import FPS, write_video
 from data_prep.draw import HEIGHT, WIDTH
-from nanosport.episode import Clip, read_questions, read_records
+from nanosport.records import Clip, read_questions, read_records
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -50,14 +50,18 @@ def write_records(path: Path, rows: list[dict]) -> Path:
 
 
 def report_of(records: Path) -> dict[str, dict]:
-    rows = [json.loads(line) for line in records.with_suffix(".clean.report.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in records.with_suffix(".clean.report.jsonl").read_text().splitlines()
+    ]
     assert len({(r["video"], str(r["span_s"])) for r in rows}) == len(rows), "a clip has two lines"
     return {r["video"]: r for r in rows}
 
 
 @contextmanager
 def hanging(path: Path):
-    """A file whose opening by another process blocks inside the kernel (for lease-break-time, 45 s); yields its descriptor."""
+    """A file whose opening by another process blocks inside the kernel (for lease-break-time, 45
+    s); yields its descriptor."""
     path.write_bytes(b"x" * 1000)
     before, file = signal.signal(signal.SIGIO, signal.SIG_IGN), os.open(path, os.O_RDWR)
     try:
@@ -92,9 +96,17 @@ def folder(tmp_path_factory) -> Path:
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         noise = np.random.default_rng(0)
         for _ in range(NUM):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(noise.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), format="rgb24")))
+            out.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(
+                        noise.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), format="rgb24"
+                    )
+                )
+            )
         out.mux(stream.encode())
-    os.truncate(folder / "short.mp4", (folder / "short.mp4").stat().st_size // 2)  # its index promises what is no longer there
+    os.truncate(
+        folder / "short.mp4", (folder / "short.mp4").stat().st_size // 2
+    )  # its index promises what is no longer there
     return folder
 
 
@@ -102,14 +114,20 @@ def test_every_kind_of_file(folder, capsys):
     rows = [
         record("good.mp4", id="whole"),
         record("truncated.mp4"),
-        record("good.mp4", id="window outside", window=[30, NUM], provenance="<b>kept as it is</b>"),
+        record(
+            "good.mp4", id="window outside", window=[30, NUM], provenance="<b>kept as it is</b>"
+        ),
         record("empty.mp4"),
         record("text.mp4"),
         record("missing.mp4"),
         record("pipe.mp4"),
         record("frames"),
         record("short.mp4"),
-        {"question": record("good.mp4", id="part", span_s=[1, 2], window=[0, FPS]), "messages": ["a turn"], "cost": 3},
+        {
+            "question": record("good.mp4", id="part", span_s=[1, 2], window=[0, FPS]),
+            "messages": ["a turn"],
+            "cost": 3,
+        },
         {"question": record("good.mp4", id="beyond", span_s=[60, 70]), "messages": ["a turn"]},
         record(str(folder / "good.mp4"), id="absolute", group="match 7"),
     ]
@@ -130,17 +148,34 @@ def test_every_kind_of_file(folder, capsys):
         "rotation": 0,
         "window_outside": True,
     }
-    assert size.items() <= good.items() and good["usable"] and good["backend"] in ("pyav", "torchcodec")
-    assert good["duration_s"] == pytest.approx((NUM - 1) / FPS, abs=1e-3) and 0 < good["seconds"] < 60
+    assert (
+        size.items() <= good.items()
+        and good["usable"]
+        and good["backend"] in ("pyav", "torchcodec")
+    )
+    assert (
+        good["duration_s"] == pytest.approx((NUM - 1) / FPS, abs=1e-3) and 0 < good["seconds"] < 60
+    )
     part = report["good.mp4", (1, 2)]
-    assert (part["frames_promised"], part["frames"], part["window_outside"]) == (None, FPS + 1, False)
+    assert (part["frames_promised"], part["frames"], part["window_outside"]) == (
+        None,
+        FPS + 1,
+        False,
+    )
     assert (report["frames", ()]["frames"], report["frames", ()]["backend"]) == (3, "folder")
     short = report["short.mp4", ()]
     assert short["usable"] and short["frames_promised"] == NUM and 0 < short["frames"] < NUM
     why = {key[0]: r["reason"] for key, r in report.items() if not r["usable"]}
-    expected = {"truncated.mp4": "moov", "empty.mp4": "empty file", "text.mp4": "not a video", "missing.mp4": "no such file"}
+    expected = {
+        "truncated.mp4": "moov",
+        "empty.mp4": "empty file",
+        "text.mp4": "not a video",
+        "missing.mp4": "no such file",
+    }
     expected |= {"pipe.mp4": "not a regular file", "good.mp4": "no frame between 60 s and 70 s"}
-    assert why.keys() == expected.keys() and all(expected[v] in reason and "\n" not in reason for v, reason in why.items())
+    assert why.keys() == expected.keys() and all(
+        expected[v] in reason and "\n" not in reason for v, reason in why.items()
+    )
 
     clean = out.read_text().splitlines()
     kept = [rows[k] for k in (0, 2, 7, 8, 9, 11)]
@@ -149,7 +184,9 @@ def test_every_kind_of_file(folder, capsys):
         found = json.loads(line)
         given, inner = (row["question"], found["question"]) if "messages" in row else (row, found)
         assert Path(question.video).samefile(folder / given["video"])
-        assert inner == given | {"video": inner["video"]} | ({} if "group" in given else {"group": given["video"]})
+        assert inner == given | {"video": inner["video"]} | (
+            {} if "group" in given else {"group": given["video"]}
+        )
         assert messages == row.get("messages", []) and found.get("cost") == row.get("cost")
     printed = capsys.readouterr().out
     assert (
@@ -161,39 +198,63 @@ def test_every_kind_of_file(folder, capsys):
 
 
 def test_in_the_same_folder_every_record_stays_as_it_is(folder):
-    rows = [record("good.mp4"), record("./good.mp4", options=["é", "<b>"], answer="B"), record("missing.mp4")]
+    rows = [
+        record("good.mp4"),
+        record("./good.mp4", options=["é", "<b>"], answer="B"),
+        record("missing.mp4"),
+    ]
     records = write_records(folder / "same.jsonl", rows)
     check.main(check.Config(records, workers=1))
-    assert [json.loads(line) for line in (folder / "same.clean.jsonl").read_text().splitlines()] == rows[:2]
+    assert [
+        json.loads(line) for line in (folder / "same.clean.jsonl").read_text().splitlines()
+    ] == rows[:2]
 
 
 def test_a_hanging_clip_is_killed_and_the_others_are_unharmed(folder):
     for name in ("after.mp4", "beside.mp4"):
         (folder / name).write_bytes((folder / "good.mp4").read_bytes())
-    records = write_records(folder / "hang.jsonl", [record(v) for v in ("hang.mp4", "good.mp4", "beside.mp4", "after.mp4")])
+    records = write_records(
+        folder / "hang.jsonl",
+        [record(v) for v in ("hang.mp4", "good.mp4", "beside.mp4", "after.mp4")],
+    )
     with hanging(folder / "hang.mp4"):
         began = time.monotonic()
         check.main(check.Config(records, workers=1, timeout_s=2))
         assert time.monotonic() - began < 25, "it waited for the file"
     report = report_of(records)
-    assert report["hang.mp4"]["reason"].startswith("not checked within 2 s") and 2 <= report["hang.mp4"]["seconds"] < 10
-    assert all(report[v]["usable"] and report[v]["frames"] == NUM for v in ("good.mp4", "beside.mp4", "after.mp4"))
+    assert (
+        report["hang.mp4"]["reason"].startswith("not checked within 2 s")
+        and 2 <= report["hang.mp4"]["seconds"] < 10
+    )
+    assert all(
+        report[v]["usable"] and report[v]["frames"] == NUM
+        for v in ("good.mp4", "beside.mp4", "after.mp4")
+    )
     assert len(read_questions(folder / "hang.clean.jsonl")) == 3
     assert not multiprocessing.active_children()
 
 
 def test_a_crash_costs_one_clip(folder):
     def crash(file: int) -> None:
-        while fcntl.fcntl(file, fcntl.F_GETLEASE) == fcntl.F_WRLCK:  # until the worker is inside open()
+        while (
+            fcntl.fcntl(file, fcntl.F_GETLEASE) == fcntl.F_WRLCK
+        ):  # until the worker is inside open()
             time.sleep(0.01)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGSEGV)
 
     with hanging(folder / "crash.mp4") as file:
         thread = threading.Thread(target=crash, args=(file,), daemon=True)
         thread.start()
-        found = dict(check.check_clips([Clip("crash.mp4"), Clip("good.mp4")], folder, workers=1, timeout_s=20))
+        found = dict(
+            check.check_clips(
+                [Clip("crash.mp4"), Clip("good.mp4")], folder, workers=1, timeout_s=20
+            )
+        )
         thread.join(10)
-    assert not found[Clip("crash.mp4")]["usable"] and "crashed (Segmentation fault)" in found[Clip("crash.mp4")]["reason"]
+    assert (
+        not found[Clip("crash.mp4")]["usable"]
+        and "crashed (Segmentation fault)" in found[Clip("crash.mp4")]["reason"]
+    )
     assert found[Clip("good.mp4")]["usable"]
 
 
@@ -205,7 +266,9 @@ def test_a_killed_run_goes_on_without_checking_a_clip_twice(tmp_path, folder):
     report = tmp_path / "records.clean.report.jsonl"
     with hanging(tmp_path / "hang.mp4"):
         running = subprocess.Popen(
-            [sys.executable, "-m", "data_prep.check", str(records), "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE
+            [sys.executable, "-m", "data_prep.check", str(records), "--workers", "2"],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
         )
         began = time.monotonic()
         while not report.exists() or report.read_bytes().count(b"\n") < 3:
@@ -214,7 +277,9 @@ def test_a_killed_run_goes_on_without_checking_a_clip_twice(tmp_path, folder):
         running.kill()
         running.wait()
     whole = report.read_bytes().splitlines(keepends=True)
-    report.write_bytes(b"".join(whole[:3]) + whole[2][:30])  # what a kill leaves in the middle of a line
+    report.write_bytes(
+        b"".join(whole[:3]) + whole[2][:30]
+    )  # what a kill leaves in the middle of a line
     checked = [json.loads(line)["video"] for line in whole[:3]]
     for name in checked:
         (tmp_path / name).unlink()  # checked again, they would be missing
@@ -291,18 +356,27 @@ if __name__ == "__main__":
 """
     (tmp_path / "measure.py").write_text(script)
     command = [sys.executable, str(tmp_path / "measure.py"), str(tmp_path / "records.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.splitlines()[-1]) < 25, "MB, for a file of 60"
     assert (tmp_path / "records.clean.jsonl").stat().st_size > 50e6
 
 
 def test_many_records_of_few_clips_take_bounded_time(tmp_path):
-    """A fifth of 100,000, which are too many for a test, in a fifth of a minute; each clip is opened once."""
+    """A fifth of 100,000, which are too many for a test, in a fifth of a minute; each clip is
+    opened once."""
     names = [f"{k}.mp4" for k in range(4)]
     for name in names:
         write_video(tmp_path / name, pictures(2))
-    records = write_records(tmp_path / "records.jsonl", [record(names[k % 4], id=str(k)) for k in range(20_000)])
+    records = write_records(
+        tmp_path / "records.jsonl", [record(names[k % 4], id=str(k)) for k in range(20_000)]
+    )
     began = time.process_time()
     check.main(check.Config(records, workers=1))
     assert time.process_time() - began < 12 and len(report_of(records)) == 4
@@ -311,9 +385,13 @@ def test_many_records_of_few_clips_take_bounded_time(tmp_path):
 
 @pytest.mark.skipif(not (SHARED / "hard.json").exists(), reason=f"{SHARED} is not here")
 def test_every_shared_file(tmp_path):
-    hard = {str(SHARED / "hard" / c["file"]): c for c in json.loads((SHARED / "hard.json").read_text())}
+    hard = {
+        str(SHARED / "hard" / c["file"]): c for c in json.loads((SHARED / "hard.json").read_text())
+    }
     clips = {str(SHARED / c["file"]): c for c in json.loads((SHARED / "clips.json").read_text())}
-    clips = {v: c for v, c in clips.items() if Path(v).exists() and Path(v).stat().st_size < 100_000}
+    clips = {
+        v: c for v, c in clips.items() if Path(v).exists() and Path(v).stat().st_size < 100_000
+    }
     records = write_records(tmp_path / "records.jsonl", [record(v) for v in hard | clips])
     check.main(check.Config(records))
     report = report_of(records)
@@ -325,7 +403,15 @@ def test_every_shared_file(tmp_path):
     for video, c in clips.items():
         assert report[video]["usable"] and report[video]["frames"] == c["nb_frames_decoded"], video
     named = {Path(v).name: row for v, row in report.items()}
-    assert (named["rotated_meta_90.mp4"]["rotation"], named["rotated_meta_90.mp4"]["width"]) == (90, 256)
-    assert (named["truncated_half_faststart.mp4"]["frames_promised"], named["truncated_half_faststart.mp4"]["frames"]) == (196, 99)
+    assert (named["rotated_meta_90.mp4"]["rotation"], named["rotated_meta_90.mp4"]["width"]) == (
+        90,
+        256,
+    )
+    assert (
+        named["truncated_half_faststart.mp4"]["frames_promised"],
+        named["truncated_half_faststart.mp4"]["frames"],
+    ) == (196, 99)
     assert named["piped_no_duration.webm"]["frames_promised"] is None
-    assert len(read_questions(tmp_path / "records.clean.jsonl")) == sum(row["usable"] for row in report.values())
+    assert len(read_questions(tmp_path / "records.clean.jsonl")) == sum(
+        row["usable"] for row in report.values()
+    )

@@ -2,26 +2,31 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import killed, log
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import rl
 import train
-from nanosport import checkpoint, optim
-from nanosport.engine import Engine, Sampling, banned_ids
-from nanosport.episode import read_questions
-from nanosport.frames import FrameEncoder, load_frames
-from nanosport.image import ImageConfig
-from nanosport.load import load_model, load_tokenizer, save_model
-from nanosport.log import Run
-from nanosport.rollout import Loop, rollout
+from nanosport.engine.own import OwnSampler, banned_ids
+from nanosport.engine.sampler import Sampling
+from nanosport.env.env import Limits
+from nanosport.env.rollout import rollout
+from nanosport.env.tools import STOPS
+from nanosport.image import ImageConfig, preprocess
+from nanosport.model import folder
+from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import read_questions
+from nanosport.train import checkpoint, optim
+from nanosport.train.config import settings
+from nanosport.train.run import Run
+from tests.helpers.runs import killed, log
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,12 +35,22 @@ ROOT = Path(__file__).parent.parent
 def sft(nano_folder, arena_folder, tmp_path_factory) -> train.Config:
     out = tmp_path_factory.mktemp("sft")
     data = arena_folder / "trajectories.jsonl"
-    return train.Config(str(nano_folder), data, out / "run", steps=4, batch_size=3, warmup=2, save_every=2, micro_tokens=800)
+    return train.Config(
+        str(nano_folder),
+        data,
+        out / "run",
+        steps=4,
+        batch_size=3,
+        warmup=2,
+        save_every=2,
+        micro_tokens=800,
+    )
 
 
 @pytest.fixture(scope="module")
 def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
-    """From the taught model, which answers and calls the tool at random: rewards differ inside a group."""
+    """From the taught model, which answers and calls the tool at random: rewards differ inside a
+    group."""
     out = tmp_path_factory.mktemp("rl")
     return rl.Config(
         str(taught_folder), arena_folder / "rl.jsonl", out / "run", steps=4, num_prompts=2, group_size=4, updates=2, kl=0.05, lr=5e-4,
@@ -81,20 +96,24 @@ def test_a_killed_run_goes_on_bit_for_bit(script, runs, monkeypatch, tmp_path):
     assert [row["step"] for row in straight] == [0, 1, 2, 3]
 
 
-def test_a_checkpoint_is_named_behind_its_model(runs, monkeypatch, tmp_path):
-    """Else a run that ends between the two, at its last step, would be resumed as finished with the model of an earlier step."""
+def test_a_checkpoint_is_named_after_its_model_is_written(runs, monkeypatch, tmp_path):
+    """Else a run that ends between the two, at its last step, would be resumed as finished with the
+    model of an earlier step."""
     main, cfg, straight = runs["train"]
-    cut, saves = replace(cfg, out=tmp_path / "cut"), []
+    cut, saves, write_weights = replace(cfg, out=tmp_path / "cut"), [], folder.write_weights
 
-    def full(model, folder, *args, **kw):
-        saves.append(folder)
+    def full(*args):
+        saves.append(1)
         if len(saves) == 2:
             (cut.out / ".model.1").mkdir()  # as a killed process leaves it
-            raise ValueError("the disk is full")
-        save_model(model, folder, *args, **kw)
+            raise OSError("the disk is full")
+        write_weights(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be saved.*the disk is full"):
-        patch.setattr(checkpoint, "save_model", full)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="could not be saved.*the disk is full"),
+    ):
+        patch.setattr(folder, "write_weights", full)
         main(cut)
     assert checkpoint.latest(cut.out).name == "step_000002"
     main(replace(cut, resume=True))
@@ -110,7 +129,10 @@ def test_a_shard_that_cannot_be_written_is_no_checkpoint(runs, monkeypatch, tmp_
     def full(self, plan, planner):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="could not be saved.*No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match="could not be saved.*No space left"),
+    ):
         patch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
         main(cut)
     assert checkpoint.latest(cut.out) is None and not cut.out.joinpath("model").exists()
@@ -122,13 +144,16 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(runs, tmp_path):
     shutil.copytree(cfg.out, cut.out)
     (shard,) = checkpoint.latest(cut.out).glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(ValueError, match=r"step_000004: the checkpoint does not fit this model or is damaged") as refused:
+    with pytest.raises(
+        ValueError, match=r"step_000004: the checkpoint does not fit this model or is damaged"
+    ) as refused:
         main(replace(cut, resume=True))
     assert "\n" not in str(refused.value)
 
 
 def test_what_was_saved_before_the_first_update_is_gone_on_from(runs, monkeypatch, tmp_path):
-    """As when SIGTERM comes in the first rollout, or the first updates are skipped: there are no moments yet."""
+    """As when SIGTERM comes in the first rollout, or the first updates are skipped: there are no
+    moments yet."""
     _, cfg, _ = runs["train"]
     source = Path(cfg.model)
     monkeypatch.chdir(tmp_path)
@@ -137,15 +162,22 @@ def test_what_was_saved_before_the_first_update_is_gone_on_from(runs, monkeypatc
         optim.trainable(model, True, True)
         saved = optim.build(model, 0.0, offload=offload)
         out = Path(str(offload))  # a relative one, as users give it
-        checkpoints = checkpoint.Checkpoints(out, source, 0, torch.float32, 1)
+        checkpoints = checkpoint.Checkpoints(out, source, 0, keep=1, dtype=torch.float32)
         first = {}
-        for _ in range(2):  # what is there already is left alone: replacing it would leave a moment without it
+        # what is there already is left alone: replacing it would leave a moment without it
+        for _ in range(2):
             checkpoints.save(model, saved, {"step": 0, "settings": {}})
             checkpoints.finish()
-            assert (first := first or checkpoint.latest(out).stat()).st_ino == checkpoint.latest(out).stat().st_ino
+            now = checkpoint.latest(out).stat()
+            first = first or now
+            assert first.st_ino == now.st_ino
         loaded = optim.build(model, 0.0, offload=offload)
-        assert checkpoint.load(out, model, loaded, {})["step"] == 0
-        assert len(loaded.state) == len(saved.state) > 40 and not any(s["exp_avg"].any() for s in loaded.state.values())
+        newest, state = checkpoint.newest_state(out)
+        checkpoint.load(newest, model, loaded)
+        assert state["step"] == 0
+        assert len(loaded.state) == len(saved.state) > 40 and not any(
+            s["exp_avg"].any() for s in loaded.state.values()
+        )
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])
@@ -162,18 +194,60 @@ def test_a_run_may_be_calmed_when_it_is_resumed(script, runs, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])
+def test_a_run_may_grow_when_it_is_resumed(script, runs, capsys, tmp_path):
+    """The schedule goes on over the new horizon, and the message says so; it may not shrink."""
+    main, cfg, straight = runs[script]
+    longer = replace(cfg, out=tmp_path / "longer", resume=True, steps=6)
+    shutil.copytree(cfg.out, longer.out)
+    main(longer)
+    rows = log(longer.out)
+    assert rows[:4] == straight and [row["step"] for row in rows] == list(range(6))
+    assert (
+        "--steps grows from 4 to 6: the learning rate's schedule goes on" in capsys.readouterr().out
+    )
+    schedule = [
+        optim.set_lr(torch.optim.SGD([torch.zeros(1)]), step, cfg.lr, cfg.warmup, 6)
+        for step in (4, 5)
+    ]
+    assert [row["lr"] for row in rows[4:]] == pytest.approx(schedule, rel=1e-5)
+    assert json.loads((longer.out / "run.json").read_text())["config"]["steps"] == 6
+    with pytest.raises(ValueError, match="--steps 5: the run in .* has 6; it may grow, not shrink"):
+        main(replace(longer, steps=5))
+
+
+def test_every_flag_is_compared_unless_it_is_marked():
+    """A flag that is added tomorrow is compared without being listed anywhere."""
+    may_change = {
+        "out", "lr", "save_every", "max_grad_norm", "micro_tokens", "share_prefix",
+        "recompute_every", "offload_adam", "keep", "stuck_after_s", "resume", "overwrite",
+    }  # fmt: skip
+    more = {"rollout_batch", "judge_url", "min_format_rate", "min_tool_rate", "max_logprob_gap"}
+    for config, unmarked in ((train.Config, may_change), (rl.Config, may_change | more)):
+        assert {f.name for f in fields(config)} - settings(config()).keys() == unmarked
+
+
+@pytest.mark.parametrize("script", ["train", "rl"])
 def test_there_was_something_to_learn(script, runs):
     """Else the tests above compare nothing with nothing."""
     _, cfg, straight = runs[script]
-    assert all(row["grad_norm"] > 0 for row in straight) and len({row["loss"] for row in straight}) == 4
+    assert (
+        all(row["grad_norm"] > 0 for row in straight)
+        and len({row["loss"] for row in straight}) == 4
+    )
     before, after = weights(Path(cfg.model)), weights(cfg.out)
     assert any(not torch.equal(before[k], after[k]) for k in before)
     if script == "train":
         assert straight[-1]["loss"] < straight[0]["loss"]
     else:
-        assert all(0 < row["kl"] < 5 for row in straight[1:]) and any(row["clip_fraction"] > 0 for row in straight)
-        assert any(0 < row["tool_rate"] for row in straight) and any(0 < row["format_rate"] < 1 for row in straight)
-        assert all(max(row["logprob_gap_text"], row["logprob_gap_after_image"]) < 1e-4 for row in straight)
+        assert all(0 < row["kl"] < 5 for row in straight[1:]) and any(
+            row["clip_fraction"] > 0 for row in straight
+        )
+        assert any(0 < row["tool_rate"] for row in straight) and any(
+            0 < row["format_rate"] < 1 for row in straight
+        )
+        assert all(
+            max(row["logprob_gap_text"], row["logprob_gap_after_image"]) < 1e-4 for row in straight
+        )
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])
@@ -187,15 +261,25 @@ def test_a_finished_run_resumed_changes_nothing(script, runs):
 
 @pytest.mark.parametrize(
     "script, change",
-    [("train", {"warmup": 3}), ("train", {"batch_size": 2}), ("rl", {"kl": 0.0}), ("rl", {"group_size": 8}), ("rl", {"seed": 1})],
+    [
+        ("train", {"warmup": 3}),
+        ("train", {"batch_size": 2}),
+        ("rl", {"kl": 0.0}),
+        ("rl", {"group_size": 8}),
+        ("rl", {"seed": 1}),
+    ],
 )
 def test_changed_settings_are_refused(script, change, runs):
     main, cfg, straight = runs[script]
     (name, value), *_ = change.items()
-    with pytest.raises(ValueError, match=rf"--{name.replace('_', '-')} {value}.*resume with the same"):
+    with pytest.raises(
+        ValueError, match=rf"--{name.replace('_', '-')} {value}.*resume with the same"
+    ):
         main(replace(cfg, resume=True, **change))
     assert log(cfg.out) == straight
-    assert json.loads((cfg.out / "run.json").read_text())["config"][name] == getattr(cfg, name)  # not the refused one
+    assert json.loads((cfg.out / "run.json").read_text())["config"][name] == getattr(
+        cfg, name
+    )  # not the refused one
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])
@@ -209,7 +293,8 @@ def test_a_run_is_not_overwritten_unless_told_to(script, runs, tmp_path):
 
 
 def test_a_replaced_run_is_not_resumed(runs, monkeypatch, tmp_path):
-    """--overwrite, killed before the first save: the old model is still there, but not as this run's checkpoint."""
+    """--overwrite, killed before the first save: the old model is still there, but not as this
+    run's checkpoint."""
     main, cfg, _ = runs["train"]
     cfg = replace(cfg, out=tmp_path / "twice", steps=1)
     main(cfg)
@@ -228,7 +313,9 @@ def test_a_run_says_what_it_was(runs):
     new = Run(cfg.out.parent / "new", cfg, resume=False, overwrite=False)
     assert new.log.read_text() == ""
     new.write({"step": 0, "lr": 5e-7, "reward": 1.23456789})
-    assert log(new.folder) == [{"step": 0, "lr": 5e-7, "reward": 1.23457}]  # the paper's learning rate is not 0
+    assert log(new.folder) == [
+        {"step": 0, "lr": 5e-7, "reward": 1.23457}
+    ]  # the paper's learning rate is not 0
 
 
 def test_a_checkpoint_is_a_model_folder(runs):
@@ -240,23 +327,28 @@ def test_a_checkpoint_is_a_model_folder(runs):
         positions = torch.arange(len(ids)).expand(3, -1)
         with torch.no_grad():
             hidden = ours.hidden(ids, positions, torch.tensor([0, len(ids)], dtype=torch.int32))
-            torch.testing.assert_close(hidden @ ours.head_weight_VD.T, theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                hidden @ ours.head_weight_VD.T, theirs(ids[None]).logits[0], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_transformers_says_what_the_engine_says(taught_folder, arena_folder):
-    """A folder that train.py wrote, opened by both: the same greedy tokens behind the eight frames of a real prompt."""
+    """A folder that train.py wrote, opened by both: the same greedy tokens after the eight frames of
+    a real prompt."""
     question = read_questions(arena_folder / "test.jsonl")[0]
     model, tokenizer = load_model(taught_folder), load_tokenizer(taught_folder)
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
-    (episode,) = rollout(Engine(model, tokenizer, Sampling(0.0, max_new_tokens=40)), encoder, [question], Loop(max_turns=1))
+    sampler = OwnSampler(model, tokenizer, Sampling(0.0, max_new_tokens=40, stops=STOPS))
+    (episode,) = rollout(sampler, encoder, [question], Limits(max_turns=1))
     prompt = episode.ids[: episode.mask.index(1)]
     said = list(episode.ids[len(prompt) :])
 
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(taught_folder).eval()
-    frames = load_frames(encoder.open(question.clip), episode.frames, encoder.image)
+    pictures = encoder.open(question.clip).frames(episode.frames)
+    patches_PC, grids = preprocess(pictures, encoder.image)
     ids_1T = torch.tensor([prompt])
     out_1T = theirs.generate(
-        input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), pixel_values=frames.patches_PC, image_grid_thw=torch.tensor(frames.grids),
+        input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), pixel_values=patches_PC, image_grid_thw=torch.tensor(grids),
         mm_token_type_ids=(ids_1T == model.cfg.image_token_id).int(), do_sample=False, max_new_tokens=len(said),
         suppress_tokens=banned_ids(model, tokenizer).tolist(),
     )  # fmt: skip
@@ -281,6 +373,13 @@ def test_the_tower_stays_or_learns_as_asked(script, runs, tmp_path):
 def test_a_trained_tower_sees_every_frame_where_a_frozen_one_looks_it_up(runs, tmp_path):
     """The first step's loss is the same either way: only what is updated differs."""
     main, cfg, straight = runs["train"]
-    free = replace(cfg, out=tmp_path / "free", freeze_vision=False, freeze_projector=False, steps=1, overwrite=True)
+    free = replace(
+        cfg,
+        out=tmp_path / "free",
+        freeze_vision=False,
+        freeze_projector=False,
+        steps=1,
+        overwrite=True,
+    )
     main(free)
     assert log(free.out)[0]["loss"] == pytest.approx(straight[0]["loss"], rel=1e-6)

@@ -12,11 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from source_folders import LATER_MATCH, WRITE, finediving, put, run, sportu, touch
 
 from data_prep import convert, sources
-from data_prep.sources import Folder, choose, match_group, read_entries, read_json, read_pickle, shuffle_options, template
-from nanosport.episode import parse_question, read_questions
+from data_prep.sources import (
+    Folder,
+    choose,
+    match_group,
+    read_entries,
+    read_json,
+    read_pickle,
+    shuffle_options,
+    template,
+)
+from nanosport.records import parse_question, read_questions
+from tests.helpers.source_folders import LATER_MATCH, WRITE, finediving, put, run, sportu, touch
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,7 +33,17 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_pickles_of_every_protocol_are_read(tmp_path, protocol):
     plain = {
-        ("a", 1): [np.arange(3), np.float32(0.5), np.array(["x", "yy"]), {1.5, 2}, None, True, b"\xff", "ü", (2**70,)],
+        ("a", 1): [
+            np.arange(3),
+            np.float32(0.5),
+            np.array(["x", "yy"]),
+            {1.5, 2},
+            None,
+            True,
+            b"\xff",
+            "ü",
+            (2**70,),
+        ],
         "é": np.zeros(0),
     }
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(plain, protocol))
@@ -56,7 +75,10 @@ def test_a_hostile_pickle_does_not_run(tmp_path, protocol):
         with pytest.raises(ValueError, match=rf"{path.name}.*asks for.*download"):
             run("finediving", tmp_path)
         assert not mark.exists()
-    pointers = Hostile(np.ndarray, (1,), np.dtype("O"), b"A" * 8), Hostile(np.ndarray, (1,), np.dtype("i8"), b"A" * 8)
+    pointers = (
+        Hostile(np.ndarray, (1,), np.dtype("O"), b"A" * 8),
+        Hostile(np.ndarray, (1,), np.dtype("i8"), b"A" * 8),
+    )
     for forged in (
         *pointers,
         Hostile(np._core.multiarray.scalar, np.dtype("O"), "x"),
@@ -110,12 +132,20 @@ def test_videos_are_found_inside_the_root_only(tmp_path):
     (tmp_path / "data/out").symlink_to(tmp_path)
     folder = Folder(tmp_path / "data")
     assert folder.videos == ["a/one.mp4", "b/One.avi", "b/two.mp4", "frames/7"]
-    assert folder.video("TWO") == folder.video("b/two.MP4") == folder.video("./b//two") == folder.video("b\\two.mp4") == "b/two.mp4"
+    assert (
+        folder.video("TWO")
+        == folder.video("b/two.MP4")
+        == folder.video("./b//two")
+        == folder.video("b\\two.mp4")
+        == "b/two.mp4"
+    )
     assert folder.video("a/one") == "a/one.mp4" and folder.video("frames/7") == "frames/7"
     with pytest.raises(ValueError, match="names 2 videos"):
         folder.video("one")
     for name in ("link", "out/secret", "secret", "hidden", ".hidden", "wo", "c/two", "missing"):
-        with pytest.raises(ValueError, match=r"not below root \(out is a link, which is not followed"):
+        with pytest.raises(
+            ValueError, match=r"not below root \(out is a link, which is not followed"
+        ):
             folder.video(name)
     for name in (
         "../secret.mp4",
@@ -137,7 +167,9 @@ def test_options_keep_their_meaning_in_any_order():
         options, letter = shuffle_options(seed, "x", "r", "abcdefghijklmnop", num=4)
         assert len(set(options)) == 4 and options["ABCD".index(letter)] == "r"
     assert shuffle_options(0, "x", "r", ["All of the above", "w"])[0][-1] == "All of the above"
-    assert choose(0, "x", {"A": "B", "B": "A"}, "a") == choose(0, "x", {"A": "B", "B": "A"}, "A"), "a label comes before a text"
+    assert choose(0, "x", {"A": "B", "B": "A"}, "a") == choose(0, "x", {"A": "B", "B": "A"}, "A"), (
+        "a label comes before a text"
+    )
     assert len({template(0, str(n), ("a", "b", "c")) for n in range(30)}) == 3
     for wrong in ([], ["R"], ["w", "w"], ["A and B"], ["both A, or C"]):
         with pytest.raises(ValueError):
@@ -149,9 +181,14 @@ def test_match_group():
         match_group("a/italy_serie-a_2020-2021/2021-02-06_Genoa  CFC/1.mp4")
         == "soccer/italy-serie-a-2020-2021/2021-02-06-genoa-cfc"
     )
-    assert match_group("italy_serie-a\\2020-2021\\2021-02-06_Genoa  CFC") == "soccer/italy-serie-a-2020-2021/2021-02-06-genoa-cfc"
     assert (
-        match_group(f"x/{LATER_MATCH}/1.mp4") is None and match_group("italy_serie-a_2020-2021") is None and match_group("") is None
+        match_group("italy_serie-a\\2020-2021\\2021-02-06_Genoa  CFC")
+        == "soccer/italy-serie-a-2020-2021/2021-02-06-genoa-cfc"
+    )
+    assert (
+        match_group(f"x/{LATER_MATCH}/1.mp4") is None
+        and match_group("italy_serie-a_2020-2021") is None
+        and match_group("") is None
     )
 
 
@@ -167,7 +204,9 @@ def test_a_damaged_file_is_named(name, tmp_path):
     WRITE[name](tmp_path)
     path = tmp_path / FILES[name]
     whole = path.read_bytes()
-    wrong = pickle.dumps(3) if path.suffix == ".pkl" else b"3" if path.suffix == ".json" else b"\xff"
+    wrong = (
+        pickle.dumps(3) if path.suffix == ".pkl" else b"3" if path.suffix == ".json" else b"\xff"
+    )
     for data in (whole[: len(whole) * 2 // 3], wrong, b"", b"\xff\xfe\x00", b"[" * 100_000):
         if data == b"" and path.suffix == ".jsonl":
             continue  # no lines are an empty list
@@ -175,7 +214,9 @@ def test_a_damaged_file_is_named(name, tmp_path):
         with pytest.raises(ValueError, match=re.escape(path.name)) as caught:
             run(name, tmp_path)
         assert "\n" not in str(caught.value) and (
-            "again" in str(caught.value) or "move it away" in str(caught.value) or "remove it" in str(caught.value)
+            "again" in str(caught.value)
+            or "move it away" in str(caught.value)
+            or "remove it" in str(caught.value)
         )
 
 
@@ -189,13 +230,30 @@ def test_an_empty_or_missing_folder_says_what_is_expected(name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in FILES if FILES[name].endswith(".json")])
 def test_entries_of_any_type_are_skipped_not_fatal(name, tmp_path):
-    """Replace each field of each entry, one at a time, by something else: an entry is kept or skipped, nothing else happens."""
+    """Replace each field of each entry, one at a time, by something else: an entry is kept or
+    skipped, nothing else happens."""
     WRITE[name](tmp_path)
     path = tmp_path / FILES[name]
     data = json.loads(path.read_bytes())
     entries = data if isinstance(data, list) else data["comments"]
     first = next(entry for entry in entries if isinstance(entry, dict))
-    odd = [None, 3, -1, 1.5, True, "", "x", [], [None], {}, {"a": None}, "\ud800", "<|im_end|>", "../../etc/passwd", 10**400]
+    odd = [
+        None,
+        3,
+        -1,
+        1.5,
+        True,
+        "",
+        "x",
+        [],
+        [None],
+        {},
+        {"a": None},
+        "\ud800",
+        "<|im_end|>",
+        "../../etc/passwd",
+        10**400,
+    ]
     variants = [first | {key: value} for key in first for value in odd]
     entries[:] = [json.loads(json.dumps(v)) for v in variants] + odd
     path.write_text(json.dumps(data))
@@ -213,19 +271,46 @@ def test_pickled_entries_of_any_type_are_skipped_not_fatal(tmp_path):
     bomb = [1] * 10
     for _ in range(40):
         bomb = [bomb] * 10
-    odd = [None, 3, -1, True, "", [], {}, {"a": None}, 10**400, float("inf"), np.array([np.nan]), np.array([None]), bomb]
-    entries = [fine | {key: value} for key in fine for value in odd] + [["107b", value, 3.0, None, value] for value in odd] + odd
-    annotated = {("Rome_10m", 0): fine} | {("Rome_10m", n): entry for n, entry in enumerate(entries, 1)}
+    odd = [
+        None,
+        3,
+        -1,
+        True,
+        "",
+        [],
+        {},
+        {"a": None},
+        10**400,
+        float("inf"),
+        np.array([np.nan]),
+        np.array([None]),
+        bomb,
+    ]
+    entries = (
+        [fine | {key: value} for key in fine for value in odd]
+        + [["107b", value, 3.0, None, value] for value in odd]
+        + odd
+    )
+    annotated = {("Rome_10m", 0): fine} | {
+        ("Rome_10m", n): entry for n, entry in enumerate(entries, 1)
+    }
     for n in range(len(entries) + 1):
         touch(tmp_path, f"Trimmed/Rome_10m/{n}/1.jpg")
     put(tmp_path, "Annotations/FineDiving_fine-grained_annotation.pkl", annotated)
     questions, skips = run("finediving", tmp_path)
     tally = convert.Tally()
-    assert len(list(convert.record_lines(questions, tmp_path, tmp_path, tally))) == len(questions) > 50 and len(skips) > 50
+    assert (
+        len(list(convert.record_lines(questions, tmp_path, tmp_path, tally))) == len(questions) > 50
+        and len(skips) > 50
+    )
     assert all(len(skip.where) < 500 and len(skip.why) < 500 for skip in skips)
 
-    (tmp_path / "Annotations" / "FineDiving_fine-grained_annotation.pkl").write_bytes(b"\x80\x04}()" + b"\x85" * 5000 + b"K\x01u.")
-    assert [skip.why[:4] for skip in run("finediving", tmp_path)[1]] == ["key "], "a tuple in a tuple in a tuple …"
+    (tmp_path / "Annotations" / "FineDiving_fine-grained_annotation.pkl").write_bytes(
+        b"\x80\x04}()" + b"\x85" * 5000 + b"K\x01u."
+    )
+    assert [skip.why[:4] for skip in run("finediving", tmp_path)[1]] == ["key "], (
+        "a tuple in a tuple in a tuple …"
+    )
 
 
 def test_json_with_a_byte_order_mark_and_without_a_file(tmp_path):
@@ -235,7 +320,19 @@ def test_json_with_a_byte_order_mark_and_without_a_file(tmp_path):
         read_json(tmp_path / "b.json", list)
 
 
-ENTRIES = [1, -2.5, 'a,]\\"', [], {}, [[1], {"b": [2, {"c": None}]}], True, "é\u2028", 12345678901234567890, "x" * 40, ""]
+ENTRIES = [
+    1,
+    -2.5,
+    'a,]\\"',
+    [],
+    {},
+    [[1], {"b": [2, {"c": None}]}],
+    True,
+    "é\u2028",
+    12345678901234567890,
+    "x" * 40,
+    "",
+]
 
 
 @pytest.mark.parametrize("chunk", (1, 2, 3, 7, 50, 1 << 20))
@@ -249,7 +346,9 @@ def test_entries_are_read_one_by_one_wherever_a_chunk_ends(tmp_path, monkeypatch
         assert list(read_entries(path)) == entries
         for wrong in (text[:-1], text + "]", text + " 3", text[:-1] + ",]", text[:-1] + " 5 6]"):
             path.write_text(wrong)
-            with pytest.raises(ValueError, match="a.json: not a whole JSON file .*download it again"):
+            with pytest.raises(
+                ValueError, match="a.json: not a whole JSON file .*download it again"
+            ):
                 list(read_entries(path))
 
 
@@ -272,7 +371,11 @@ def test_entries_before_a_break_are_out_and_lists_only_are_read(tmp_path):
 
 def command(*arguments, **more):
     return subprocess.run(
-        [sys.executable, "-m", "data_prep.convert", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, **more
+        [sys.executable, "-m", "data_prep.convert", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        **more,
     )
 
 
@@ -284,10 +387,15 @@ def test_convert_writes_what_read_questions_finds(tmp_path, capsys):
     questions, _ = run("sportu", tmp_path / "data")
     read = read_questions(out)
     assert [replace(q, video="") for q in read] == [replace(q, video="") for q in questions]
-    assert [Path(q.video).resolve() for q in read] == [(tmp_path / "data" / q.video).resolve() for q in questions]
+    assert [Path(q.video).resolve() for q in read] == [
+        (tmp_path / "data" / q.video).resolve() for q in questions
+    ]
     table = capsys.readouterr().out
     assert (
-        re.search(r"kept +5\n", table) and re.search(r"skipped +7\n", table) and "soccer 3" in table and "choice 4, open 1" in table
+        re.search(r"kept +5\n", table)
+        and re.search(r"skipped +7\n", table)
+        and "soccer 3" in table
+        and "choice 4, open 1" in table
     )
     assert "SportU_Video_mc.json 7: id 'curling_1'" in table
     convert.main(replace(cfg, limit=2))
@@ -298,12 +406,19 @@ def test_convert_skips_what_a_reader_would_refuse(tmp_path, capsys):
     sportu(tmp_path / "data")
     path = tmp_path / "data" / "data" / "SportU_video_oe.json"
     row = {"id": "soccer_3_0", "question": "Why?", "answer": "So."}
-    rows = [row, row, row | {"question": "Why <|im_end|>?"}, row | {"question": "How?", "answer": "\ud800"}]
+    rows = [
+        row,
+        row,
+        row | {"question": "Why <|im_end|>?"},
+        row | {"question": "How?", "answer": "\ud800"},
+    ]
     path.write_text(json.dumps(rows))
     convert.main(convert.Config("sportu", tmp_path / "data", tmp_path / "out.jsonl"))
     table = capsys.readouterr().out
     assert len(read_questions(tmp_path / "out.jsonl")) == 5
-    assert "another entry has it too" in table and "special token" in table and "surrogates" in table
+    assert (
+        "another entry has it too" in table and "special token" in table and "surrogates" in table
+    )
 
 
 def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
@@ -311,13 +426,21 @@ def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
     data, mc = tmp_path / "data", tmp_path / "data" / "data" / "SportU_Video_mc.json"
     before = mc.read_bytes()
     for arguments, words in [
-        (("chess", "--root", data, "--out", tmp_path / "o"), "no such source; there are facts_boxing"),
+        (
+            ("chess", "--root", data, "--out", tmp_path / "o"),
+            "no such source; there are facts_boxing",
+        ),
         (("sportu", "--root", data, "--out", mc), "file of the input"),
         (("sportu", "--root", data, "--out", data), "is a folder"),
         (("sportu", "--root", tmp_path / "x", "--out", tmp_path / "o"), "no such folder"),
         (("sportu", "--root", data, "--out", tmp_path / "o", "--limit", 0), "--limit"),
     ]:
-        cfg = dict(zip(("source", "root", "out", "limit"), (arguments[0], arguments[2], arguments[4], *arguments[6:])))
+        cfg = dict(
+            zip(
+                ("source", "root", "out", "limit"),
+                (arguments[0], arguments[2], arguments[4], *arguments[6:]),
+            )
+        )
         with pytest.raises(ValueError, match=words):
             convert.main(convert.Config(**cfg))
     for file in (data / "soccer").iterdir():
@@ -335,9 +458,15 @@ def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
 
 
 def test_100_000_entries_take_less_than_a_minute_and_a_gigabyte(tmp_path):
-    """220 MB go to the imports. A million took 108 s of one core and 124 MB besides: the ids, which must differ."""
+    """220 MB go to the imports. A million took 108 s of one core and 124 MB besides: the ids, which
+    must differ."""
     touch(tmp_path, *(f"data/{n % 10}/soccer_{n}.mp4" for n in range(500)))
-    options = {"A": "One team wears black", "B": "One team wears red", "C": "One team wears blue", "D": "Others"}
+    options = {
+        "A": "One team wears black",
+        "B": "One team wears red",
+        "C": "One team wears blue",
+        "D": "Others",
+    }
     script = (
         "import re, time; from pathlib import Path; from data_prep import convert; began = time.process_time();"
         f"convert.main(convert.Config('sportu', Path({str(tmp_path / 'data')!r}), Path({str(tmp_path / 'out.jsonl')!r})));"
@@ -348,12 +477,23 @@ def test_100_000_entries_take_less_than_a_minute_and_a_gigabyte(tmp_path):
     for count in (3_000, 100_000):
         with open(tmp_path / "data" / "SportU_Video_mc.json", "w") as file:
             for n in range(count):
-                row = {"id": f"soccer_{n % 500}", "question": f"Question {n}?", "options": options, "answer": "ABCD"[n % 4]}
-                file.write(("[" if n == 0 else ",") + json.dumps(row | {"difficulty level": "easy"}))
+                row = {
+                    "id": f"soccer_{n % 500}",
+                    "question": f"Question {n}?",
+                    "options": options,
+                    "answer": "ABCD"[n % 4],
+                }
+                file.write(
+                    ("[" if n == 0 else ",") + json.dumps(row | {"difficulty level": "easy"})
+                )
             file.write("]")
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         seconds, kilobytes = map(float, done.stdout.split("\n")[-2].split())
         assert re.search(rf"kept +{count:,}", done.stdout) and seconds < 60
         used_mb.append(kilobytes / 1024)
-    assert used_mb[1] - used_mb[0] < 30 and used_mb[1] < 1000, "the file alone has 20 MB, its entries as objects 130"
+    assert used_mb[1] - used_mb[0] < 30 and used_mb[1] < 1000, (
+        "the file alone has 20 MB, its entries as objects 130"
+    )

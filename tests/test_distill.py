@@ -1,4 +1,5 @@
-"""The endpoint's client, the judge and distillation, against a real server over the engine; and the local teacher."""
+"""The endpoint's client, the judge and distillation, against a real server over the engine; and the
+local teacher."""
 
 import json
 import os
@@ -16,20 +17,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_server import ChatServer
 
 import train
 from data_prep import difficulty, distill
-from nanosport import judge as judging
-from nanosport.endpoint import Endpoint, EndpointError, image_part
-from nanosport.episode import Episode, Question, Turn, read_questions, read_records
-from nanosport.frames import FrameEncoder
+from nanosport.engine.own import OwnSampler
+from nanosport.env import scoring
+from nanosport.env.endpoint import Endpoint, EndpointError
+from nanosport.env.env import Limits
+from nanosport.env.judge import Judge, NoGrade, agreement
+from nanosport.env.reward import gated_reward
+from nanosport.env.rollout import replay
+from nanosport.env.tools import tool_call
 from nanosport.image import ImageConfig
-from nanosport.judge import Judge, agreement
-from nanosport.load import load_model, load_tokenizer, version
-from nanosport.reward import gated_reward
-from nanosport.rollout import Loop, replay
-from nanosport.tools import tool_call
+from nanosport.model.folder import load_model, load_tokenizer, version
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import Episode, Question, Turn, read_questions, read_records
+from tests.helpers.chat_server import ChatServer
 
 ROOT = Path(__file__).parent.parent
 TEACHER = ROOT / "assets" / "nano-deepsport"
@@ -56,12 +59,18 @@ def ask(endpoint, sample=0):
 def test_an_answer_is_asked_for_once(endpoint, server):
     before = len(server.answered)
     first, again, other = ask(endpoint), ask(endpoint), ask(endpoint, sample=1)
-    assert first.text == again.text and (first.cached, again.cached, other.cached) == (False, True, False)
+    assert first.text == again.text and (first.cached, again.cached, other.cached) == (
+        False,
+        True,
+        False,
+    )
     assert len(server.answered) - before == 2 and len(list(endpoint.cache.glob("*/*.json"))) == 2
     assert ask(replace(endpoint)).cached  # another run
     tally = endpoint.tally
     assert (tally["calls"], tally["cached"]) == (2, 2) and tally["completion_tokens"] > 0
-    assert endpoint.cost == pytest.approx((tally["prompt_tokens"] * 2 + tally["completion_tokens"] * 10) / 1e6)
+    assert endpoint.cost == pytest.approx(
+        (tally["prompt_tokens"] * 2 + tally["completion_tokens"] * 10) / 1e6
+    )
 
 
 def test_threads_that_ask_the_same_at_once_pay_once(endpoint, server):
@@ -69,12 +78,18 @@ def test_threads_that_ask_the_same_at_once_pay_once(endpoint, server):
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda sample: ask(endpoint, sample), [7, 8] * 4))
     assert len(server.answered) - before == 2 and sum(not reply.cached for reply in replies) == 2
-    assert len({reply.text for reply in replies[::2]}) == len({reply.text for reply in replies[1::2]}) == 1
+    assert (
+        len({reply.text for reply in replies[::2]})
+        == len({reply.text for reply in replies[1::2]})
+        == 1
+    )
 
 
 def test_passing_trouble_is_waited_for(endpoint, server):
     server.trouble += [429, 503, "drop", 500]
-    assert not ask(endpoint).cached and endpoint.tally["retries"] == 4 and endpoint.tally["calls"] == 1
+    assert (
+        not ask(endpoint).cached and endpoint.tally["retries"] == 4 and endpoint.tally["calls"] == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +107,11 @@ def test_lasting_trouble_is_one_line_and_nothing_is_kept(endpoint, server, troub
     server.trouble += trouble
     with pytest.raises(EndpointError, match=why) as caught:
         ask(endpoint)
-    assert "\n" not in str(caught.value) and server.url in str(caught.value) and not list(endpoint.cache.glob("*/*"))
+    assert (
+        "\n" not in str(caught.value)
+        and server.url in str(caught.value)
+        and not list(endpoint.cache.glob("*/*"))
+    )
     assert not server.trouble
 
 
@@ -167,20 +186,42 @@ def completion(**message) -> bytes:
         reply(status=500, body=b"x", announced=1000, stall_s=2.0),
         reply(body=b" " * 40 + completion(content="slow"), each_s=0.05),
     ],
-    ids=["half an answer", "a number", "a part of another type", "a list of thoughts", "an error that stalls", "a trickle"],
+    ids=[
+        "half an answer",
+        "a number",
+        "a part of another type",
+        "a list of thoughts",
+        "an error that stalls",
+        "a trickle",
+    ],
 )
 def test_a_garbled_or_halting_reply_is_asked_for_again(endpoint, server, trouble):
     endpoint = replace(endpoint, timeout_s=1.0)
     server.trouble += [trouble]
-    assert ask(endpoint, sample=20).text and endpoint.tally["retries"] == 1 and endpoint.tally["calls"] == 1
+    assert (
+        ask(endpoint, sample=20).text
+        and endpoint.tally["retries"] == 1
+        and endpoint.tally["calls"] == 1
+    )
     (kept,) = endpoint.cache.glob("*/*.json")
     assert json.loads(kept.read_text())["usage"]["completion_tokens"] > 0
 
 
-@pytest.mark.parametrize("usage", ["n/a", {"prompt_tokens": "10"}, {"prompt_tokens": None}, [], None])
+@pytest.mark.parametrize(
+    "usage", ["n/a", {"prompt_tokens": "10"}, {"prompt_tokens": None}, [], None]
+)
 def test_odd_counts_are_none(usage):
     body = json.dumps(
-        {"choices": [{"message": {"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}}], "usage": usage}
+        {
+            "choices": [
+                {
+                    "message": {
+                        "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+                    }
+                }
+            ],
+            "usage": usage,
+        }
     )
     found = Endpoint("http://x/v1", "m", Path("unused"))._read(body.encode())
     assert found["text"] == "ab" and not sum(found["usage"].values())
@@ -208,16 +249,39 @@ def test_requests_keep_to_their_rate(server, tmp_path, monkeypatch):
 def test_reasoning_that_a_server_sends_apart_is_put_back():
     endpoint = Endpoint("http://x/v1", "m", Path("unused"))
     message = {"content": "<answer>B</answer>", "reasoning_content": " red 7. "}
-    found = endpoint._read(json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode())
+    found = endpoint._read(
+        json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
+    )
     assert found["text"] == "<think>red 7.</think>\n<answer>B</answer>"
-    opened = {"content": "red 7.</think>\n<answer>B</answer>"}  # the server's template wrote <think> itself
-    found = endpoint._read(json.dumps({"choices": [{"message": opened, "finish_reason": "stop"}]}).encode())
+    opened = {
+        "content": "red 7.</think>\n<answer>B</answer>"
+    }  # the server's template wrote <think> itself
+    found = endpoint._read(
+        json.dumps({"choices": [{"message": opened, "finish_reason": "stop"}]}).encode()
+    )
     assert found["text"] == "<think>red 7.</think>\n<answer>B</answer>"
 
 
 def test_frames_travel_as_jpeg():
-    frame = torch.arange(3 * 48 * 64, dtype=torch.float32).view(3, 48, 64).div(40).sin().mul(60).add(128).to(torch.uint8)
-    url = image_part(frame)["image_url"]["url"]
+    frame = (
+        torch.arange(3 * 48 * 64, dtype=torch.float32)
+        .view(3, 48, 64)
+        .div(40)
+        .sin()
+        .mul(60)
+        .add(128)
+        .to(torch.uint8)
+    )
+
+    class OneFrame:
+        """A video of the frame."""
+
+        def frames(self, indices):
+            return frame[None]
+
+    label, part = distill.pictures(OneFrame(), [7])
+    url = part["image_url"]["url"]
+    assert label == {"type": "text", "text": "frame 7:"}
     assert url.startswith("data:image/jpeg;base64,/9j/") and len(url) < 20_000
 
 
@@ -247,11 +311,21 @@ OPEN = Question("q", "v", "soccer", "commentary", "Call it.", (), "red 7 volley"
 def test_the_judge_scores_open_answers_and_leaves_the_others_to_the_rule(grader):
     judge = Judge(grader)
     grader.replies = ["It fits.\nGRADE: 3"]
-    assert judge.answer("a volley by red 7", OPEN) == 0.75 and "a volley by red 7" in grader.asked[1]["content"]
+    assert (
+        judge.answer("a volley by red 7", OPEN) == 0.75
+        and "a volley by red 7" in grader.asked[1]["content"]
+    )
     assert judge.answer("Red 7: volley!", OPEN) == 1.0 and judge.answer(None, OPEN) == 0.0
     letter = Question("q", "v", "soccer", "rules", "Which?", ("a", "b"), "B")
-    number = Question("q", "v", "diving", "assessment", "Score?", (), "85.5", kind="number", tolerance=0.5)
-    assert judge.answers(["B", "A", "86", "87"], [letter, letter, number, number]) == [1.0, 0.0, 1.0, 0.0]
+    number = Question(
+        "q", "v", "diving", "assessment", "Score?", (), "85.5", kind="number", tolerance=0.5
+    )
+    assert judge.answers(["B", "A", "86", "87"], [letter, letter, number, number]) == [
+        1.0,
+        0.0,
+        1.0,
+        0.0,
+    ]
 
 
 def test_a_judge_that_rambles_is_asked_again_then_named(grader):
@@ -262,16 +336,21 @@ def test_a_judge_that_rambles_is_asked_again_then_named(grader):
         Judge(grader).answer("x", OPEN)
 
 
-def test_a_judge_that_gave_no_grade_is_asked_anew_and_distillation_goes_on(endpoint, server, grader):
+def test_a_judge_that_gave_no_grade_is_asked_anew_and_distillation_goes_on(
+    endpoint, server, grader
+):
     judge = Judge(endpoint)
     server.trouble += [reply(body=completion(content="Well."))] * 3
-    with pytest.raises(judging.NoGrade):
+    with pytest.raises(NoGrade):
         judge.answer("x", OPEN)
     assert not list(endpoint.cache.glob("*/*.json"))
     server.trouble += [reply(body=completion(content="It fits. GRADE: **4**"))]
     assert judge.answer("x", OPEN) == 1.0
     grader.replies = ["Well."] * 3
-    assert distill.fault(episode(), distill.Config(Path("x"), "t"), Judge(grader)) == "no grade from the judge"
+    assert (
+        distill.fault(episode(), distill.Config(Path("x"), "t"), Judge(grader))
+        == "no grade from the judge"
+    )
 
 
 def test_agreement_is_cohens_kappa():
@@ -290,7 +369,12 @@ def test_agreement_is_cohens_kappa():
 def records(arena_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("records") / "records.jsonl"
     questions = read_questions(arena_folder / "rl.jsonl")[:6]
-    path.write_text("".join(json.dumps(asdict(q) | {"video": str(Path(q.video).absolute())}) + "\n" for q in questions))
+    path.write_text(
+        "".join(
+            json.dumps(asdict(q) | {"video": str(Path(q.video).absolute())}) + "\n"
+            for q in questions
+        )
+    )
     return path
 
 
@@ -298,37 +382,67 @@ def records(arena_folder, tmp_path_factory):
 def distilled(server, records, tmp_path_factory):
     server.trouble.clear()
     out = tmp_path_factory.mktemp("distilled") / "trajectories.jsonl"
-    cfg = distill.Config(records, "nano", out, server.url, samples=2, max_new_tokens=160, workers=2, price_out=1.0)
+    cfg = distill.Config(
+        records, "nano", out, server.url, samples=2, max_new_tokens=160, workers=2, price_out=1.0
+    )
     distill.main(cfg)
     return cfg
 
 
-def test_a_served_teacher_plays_the_environment_and_its_trajectories_train(distilled, records, tmp_path):
+def test_a_served_teacher_plays_the_environment_and_its_trajectories_train(
+    distilled, records, tmp_path
+):
     found = read_records(distilled.out)
     report = json.loads(distilled.out.with_name("trajectories.jsonl.json").read_text())
     assert sum(report["episodes"].values()) == 12 and report["solved"] == len(found) >= 3
-    assert report["endpoints"]["teacher"]["calls"] >= 12 and report["endpoints"]["teacher"]["cost"] > 0
-    tokenizer, encoder = load_tokenizer(TEACHER), FrameEncoder(load_model(TEACHER), ImageConfig.from_folder(TEACHER))
+    assert (
+        report["endpoints"]["teacher"]["calls"] >= 12 and report["endpoints"]["teacher"]["cost"] > 0
+    )
+    tokenizer, encoder = (
+        load_tokenizer(TEACHER),
+        FrameEncoder(load_model(TEACHER), ImageConfig.from_folder(TEACHER)),
+    )
     by_id = {q.id: q for q in read_questions(records)}
     tools = 0
     for question, messages in found:
-        assert replace(question, video="") == replace(by_id[question.id], video="") and Path(question.video).exists()
-        episode = replay(question, messages, encoder, tokenizer, Loop())  # raises where it is no whole, valid trajectory
+        assert (
+            replace(question, video="") == replace(by_id[question.id], video="")
+            and Path(question.video).exists()
+        )
+        episode = replay(
+            question, messages, encoder, tokenizer, Limits()
+        )  # raises where it is no whole, valid trajectory
         assert gated_reward(episode).accuracy >= distilled.min_accuracy
         tools += any(t.frames for t in episode.turns)
     assert tools
-    train.main(train.Config(str(TEACHER), distilled.out, tmp_path / "sft", steps=2, batch_size=2, warmup=1))
+    train.main(
+        train.Config(str(TEACHER), distilled.out, tmp_path / "sft", steps=2, batch_size=2, warmup=1)
+    )
     assert (tmp_path / "sft" / "model" / "config.json").exists()
 
 
 def test_a_refused_request_ends_its_episode_only(server, records, tmp_path):
     server.trouble[:] = [400, 422]
-    cfg = distill.Config(records, "nano", tmp_path / "new" / "t.jsonl", server.url, samples=2, max_new_tokens=160, workers=1)
+    cfg = distill.Config(
+        records,
+        "nano",
+        tmp_path / "new" / "t.jsonl",
+        server.url,
+        samples=2,
+        max_new_tokens=160,
+        workers=1,
+    )
     distill.main(cfg)
     report = json.loads((tmp_path / "new" / "t.jsonl.json").read_text())
-    assert report["episodes"]["refused by the endpoint"] == 2 and sum(report["episodes"].values()) == 12
+    assert (
+        report["episodes"]["refused by the endpoint"] == 2
+        and sum(report["episodes"].values()) == 12
+    )
     distill.main(cfg)  # it is asked again, and answered now
-    assert "refused by the endpoint" not in json.loads((tmp_path / "new" / "t.jsonl.json").read_text())["episodes"]
+    assert (
+        "refused by the endpoint"
+        not in json.loads((tmp_path / "new" / "t.jsonl.json").read_text())["episodes"]
+    )
 
 
 def test_a_teacher_trained_anew_is_another_teacher(tmp_path):
@@ -349,15 +463,30 @@ def test_a_second_run_asks_for_nothing(distilled, server):
 
 def test_killed_five_times_it_loses_no_answer_and_repeats_none(server, records, tmp_path):
     out, before = tmp_path / "t.jsonl", len(server.answered)
-    command = [sys.executable, "-m", "data_prep.distill", str(records), "--teacher", "nano", "--url", server.url, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.distill",
+        str(records),
+        "--teacher",
+        "nano",
+        "--url",
+        server.url,
+        "--out",
+        str(out),
+    ]
     command += ["--samples", "4", "--workers", "2", "--max-new-tokens", "160"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     cache, rng, kept = tmp_path / "t.jsonl.answers", random.Random(0), {}
     for _ in range(5):
-        run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
         goal = len(kept) + rng.randint(1, 4)
         while len(list(cache.glob("*/*.json"))) < goal:
-            assert run.poll() is None, f"it ended before it could be killed: {run.stderr.read()[-500:]}"
+            assert run.poll() is None, (
+                f"it ended before it could be killed: {run.stderr.read()[-500:]}"
+            )
             time.sleep(0.02)
         run.send_signal(signal.SIGKILL)
         run.wait()
@@ -371,22 +500,26 @@ def test_killed_five_times_it_loses_no_answer_and_repeats_none(server, records, 
     assert kept.keys() <= {p.name for p in cache.glob("*/*.json")} and read_records(out)
 
 
-def test_a_local_checkpoint_teaches_too_and_goes_on_where_it_stopped(records, tmp_path, monkeypatch):
+def test_a_local_checkpoint_teaches_too_and_goes_on_where_it_stopped(
+    records, tmp_path, monkeypatch
+):
     cfg = distill.Config(records, str(TEACHER), tmp_path / "t.jsonl", samples=2, max_new_tokens=160)
     distill.main(cfg)
     first = cfg.out.read_bytes()
     answers = sorted((tmp_path / "t.jsonl.answers").glob("*/*.json"))
     assert len(answers) == 6
     answers[0].unlink()
-    ran, rollout = [], distill.rollout
-    monkeypatch.setattr(distill, "rollout", lambda *a, **k: ran.append(1) or rollout(*a, **k))
+    ran, prefill = [], OwnSampler.prefill
+    monkeypatch.setattr(OwnSampler, "prefill", lambda *a: ran.append(1) or prefill(*a))
     distill.main(cfg)
     assert len(ran) == 1 and cfg.out.read_bytes() == first
 
 
 def test_where_nothing_passes_one_line_says_so_and_the_counts_say_why(server, records, tmp_path):
     server.trouble.clear()
-    cfg = distill.Config(records, "nano", tmp_path / "t.jsonl", server.url, samples=1, max_new_tokens=3)
+    cfg = distill.Config(
+        records, "nano", tmp_path / "t.jsonl", server.url, samples=1, max_new_tokens=3
+    )
     with pytest.raises(ValueError, match="no episode of nano passed the filters") as caught:
         distill.main(cfg)
     assert "\n" not in str(caught.value) and not cfg.out.exists()
@@ -397,7 +530,9 @@ FIRST = f"<think>the score changes between 20 and 60.</think>\n{tool_call(20, 60
 ANSWER = "<think>frame 30 shows red 7.</think>\n<answer>red 7 volley</answer>"
 
 
-def episode(first=FIRST, last=ANSWER, answer="red 7 volley", status="answered", error=None) -> Episode:
+def episode(
+    first=FIRST, last=ANSWER, answer="red 7 volley", status="answered", error=None
+) -> Episode:
     turns = Turn(first, "tool", (20, 60), (20, 30, 40, 50, 60)), Turn(last, "answer", error=error)
     return Episode(OPEN, (), (), (), (0, 50, 100, 20, 30, 40, 50, 60), turns, status, answer)
 
@@ -410,7 +545,10 @@ def episode(first=FIRST, last=ANSWER, answer="red 7 volley", status="answered", 
         (episode(error="the tool call is not valid JSON"), "format"),
         (episode(last=ANSWER.replace("red 7.", "<|im_end|>")), "format"),
         (episode(last=ANSWER.replace("shows", "shows " + "so " * 400)), "over-long reasoning"),
-        (episode(first=FIRST.replace("between 20 and 60", "between 80 and 99")), "reasoning against its windows"),
+        (
+            episode(first=FIRST.replace("between 20 and 60", "between 80 and 99")),
+            "reasoning against its windows",
+        ),
         (episode(first=FIRST.replace("the score changes between 20 and 60", "I look again")), None),
         (episode(last=ANSWER.replace("frame 30", "frame 31")), "reasoning against its windows"),
         (episode(answer="blue 9"), "wrong answer"),
@@ -422,7 +560,11 @@ def test_each_filter_catches_its_fault(made, why):
 
 def test_the_judge_of_reasoning_is_the_last_filter(grader):
     cfg = distill.Config(Path("x"), "t")
-    for reply, why in (("GRADE: 4", None), ("GRADE: 3", None), ("GRADE: 2", "grade of the reasoning")):
+    for reply, why in (
+        ("GRADE: 4", None),
+        ("GRADE: 3", None),
+        ("GRADE: 2", "grade of the reasoning"),
+    ):
         grader.replies = [reply]
         assert distill.fault(episode(), cfg, Judge(grader)) == why
     assert FIRST in grader.asked[1]["content"]
@@ -435,30 +577,45 @@ def test_the_judge_of_reasoning_is_the_last_filter(grader):
     [
         ("<think>a</think>\n<answer>B</answer> and more", "<think>a</think>\n<answer>B</answer>"),
         ("<think>a</think>\n<answer>B", "<think>a</think>\n<answer>B</answer>"),
-        ('<think>a</think>\n<tool_call>\n{"name": 1}\n', '<think>a</think>\n<tool_call>\n{"name": 1}</tool_call>'),
+        (
+            '<think>a</think>\n<tool_call>\n{"name": 1}\n',
+            '<think>a</think>\n<tool_call>\n{"name": 1}</tool_call>',
+        ),
         ("<think>a</think> no action", "<think>a</think> no action"),
     ],
 )
 def test_a_turn_is_closed_where_the_engine_would_stop(said, text):
-    assert distill.closed(said) == text
+    assert distill.close_tag(said) == text
 
 
 # difficulty and reward v2
 
 
 def test_pass_rates_are_measured_once_and_feed_reward_v2(records, tmp_path, monkeypatch):
-    cfg = difficulty.Config(records, tmp_path / "measured.jsonl", str(ROOT / "assets" / "nano-backbone"), samples=4, batch_size=4)
+    cfg = difficulty.Config(
+        records,
+        tmp_path / "measured.jsonl",
+        str(ROOT / "assets" / "nano-backbone"),
+        samples=4,
+        batch_size=4,
+    )
     difficulty.main(cfg)
     measured = read_questions(cfg.out)
-    assert [q.id for q in measured] == [q.id for q in read_questions(records)] and all(Path(q.video).exists() for q in measured)
-    rates = {needs: [q.pass_rate for q in measured if q.needs_tool == needs] for needs in (True, False)}
-    assert sum(rates[True]) / len(rates[True]) < min(rates[False])  # it sees the overview's answers and guesses the others
+    assert [q.id for q in measured] == [q.id for q in read_questions(records)] and all(
+        Path(q.video).exists() for q in measured
+    )
+    rates = {
+        needs: [q.pass_rate for q in measured if q.needs_tool == needs] for needs in (True, False)
+    }
+    assert sum(rates[True]) / len(rates[True]) < min(
+        rates[False]
+    )  # it sees the overview's answers and guesses the others
 
     kept = cfg.out.with_name("measured.jsonl.rates.jsonl")
     whole, done = kept.read_text(), cfg.out.read_bytes()
     kept.write_text("\n".join(whole.splitlines()[:6]) + '\n{"id": "cut of')
-    calls, rollout = [], difficulty.rollout
-    monkeypatch.setattr(difficulty, "rollout", lambda *a, **k: calls.append(1) or rollout(*a, **k))
+    calls, prefill = [], OwnSampler.prefill
+    monkeypatch.setattr(OwnSampler, "prefill", lambda *a: calls.append(1) or prefill(*a))
     difficulty.main(cfg)
     assert len(calls) == 1 and cfg.out.read_bytes() == done
     with pytest.raises(ValueError, match="measured under"):
@@ -477,10 +634,14 @@ def test_pass_rates_are_measured_once_and_feed_reward_v2(records, tmp_path, monk
         (0.1, True, "blue", 0.03, 0.03),
     ],
 )
-def test_v2_pays_the_tool_where_the_base_fails_and_its_absence_elsewhere(pass_rate, used, answer, v1, v2):
+def test_v2_pays_the_tool_where_the_base_fails_and_its_absence_elsewhere(
+    pass_rate, used, answer, v1, v2
+):
     turns = (Turn(FIRST, "tool", (20, 60), (20, 30)),) * used + (Turn(ANSWER, "answer"),)
     made = Episode(replace(OPEN, pass_rate=pass_rate), (), (), (), (), turns, "answered", answer)
-    assert gated_reward(made).total == pytest.approx(v1) and gated_reward(made, "v2").total == pytest.approx(v2)
+    assert gated_reward(made).total == pytest.approx(v1) and gated_reward(
+        made, "v2"
+    ).total == pytest.approx(v2)
     spoilt = replace(made, status="format_error")
     assert gated_reward(spoilt, "v2").total == gated_reward(spoilt).total == -0.05
 
@@ -489,18 +650,35 @@ def test_v2_pays_the_tool_where_the_base_fails_and_its_absence_elsewhere(pass_ra
 
 
 def test_scorers_by_rule():
-    number = Question("q", "v", "diving", "assessment", "Score?", (), "85.5", kind="number", tolerance=0.5)
-    for answer, right in (("86", 1), ("about 85.0 points", 1), ("86.1", 0), ("between 85 and 86", 0), ("none", 0), ("-85.5", 0)):
-        assert judging.accuracy(answer, number) == right, answer
+    number = Question(
+        "q", "v", "diving", "assessment", "Score?", (), "85.5", kind="number", tolerance=0.5
+    )
+    for answer, right in (
+        ("86", 1),
+        ("about 85.0 points", 1),
+        ("86.1", 0),
+        ("between 85 and 86", 0),
+        ("none", 0),
+        ("-85.5", 0),
+    ):
+        assert scoring.accuracy(answer, number) == right, answer
     span = Question("q", "v", "badminton", "recognition", "When?", (), "10-20", kind="span")
-    for answer, iou in (("10-20", 1), ("15 s to 25 s", 1 / 3), ("00:12 – 00:18", 0.6), ("30-40", 0), ("at 15", 0), ("20-10", 0)):
-        assert judging.accuracy(answer, span) == pytest.approx(iou), answer
-    assert judging.rouge_l("the police killed the gunman", "police ended the gunman") == pytest.approx(2 * 2 / 6)
-    assert judging.rouge_l("c b", "b c") == 0.5 and judging.rouge_l("", "b") == 0
-    assert judging.exact("The Volley!", "volley") == 1 and judging.exact("volley", "volleys") == 0
-    assert judging.temporal_iou((3, 3), (3, 3)) == 1 and judging.temporal_iou((3, 3), (4, 4)) == 0
+    for answer, iou in (
+        ("10-20", 1),
+        ("15 s to 25 s", 1 / 3),
+        ("00:12 – 00:18", 0.6),
+        ("30-40", 0),
+        ("at 15", 0),
+        ("20-10", 0),
+    ):
+        assert scoring.accuracy(answer, span) == pytest.approx(iou), answer
+    assert scoring.exact("The Volley!", "volley") == 1 and scoring.exact("volley", "volleys") == 0
+    assert scoring.temporal_iou((3, 3), (3, 3)) == 1 and scoring.temporal_iou((3, 3), (4, 4)) == 0
 
 
 def test_counts_of_why_episodes_fell_out_add_up(distilled):
     report = json.loads(distilled.out.with_name("trajectories.jsonl.json").read_text())
-    assert Counter(report["episodes"])["passed"] >= report["trajectories"] and report["config"]["samples"] == "2"
+    assert (
+        Counter(report["episodes"])["passed"] >= report["trajectories"]
+        and report["config"]["samples"] == "2"
+    )

@@ -1,4 +1,5 @@
-"""Several ranks compute what one does, save what any number can resume, and end together when one fails."""
+"""Several ranks compute what one does, save what any number can resume, and end together when one
+fails."""
 
 import json
 import math
@@ -16,25 +17,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, assert_same, flags, killed, log, torchrun
 from safetensors.torch import load_file
 
 import rl
 import train
-from nanosport import checkpoint, optim
-from nanosport.batch import data_order, deal, make_units
-from nanosport.episode import Episode, Question, read_records
-from nanosport.faults import MAX_SKIPPED
-from nanosport.frames import FrameEncoder
+from nanosport.env.env import Limits
+from nanosport.env.rollout import replay
 from nanosport.image import ImageConfig
-from nanosport.load import load_config, load_model, load_tokenizer, save_model
-from nanosport.model import Qwen25VL
-from nanosport.rollout import Loop, replay
+from nanosport.model.folder import load_config, load_model, load_tokenizer, save_model
+from nanosport.model.frames import FrameEncoder
+from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.records import Episode, Question, read_records
+from nanosport.train import checkpoint, optim
+from nanosport.train.deal import data_order, deal, make_units
+from nanosport.train.faults import MAX_SKIPPED
+from tests.helpers.runs import ROOT, assert_same, flags, killed, log, torchrun
 
 
 @pytest.fixture(scope="module")
 def sft(nano_folder, arena_folder, tmp_path_factory) -> train.Config:
-    """Everything on: packing, shared prefixes, recomputation, moments kept apart, a tower that learns."""
+    """Everything on: packing, shared prefixes, recomputation, moments kept apart, a tower that
+    learns."""
     out = tmp_path_factory.mktemp("sft") / "one"
     data = arena_folder / "trajectories.jsonl"
     return train.Config(
@@ -54,13 +57,14 @@ def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
 
 @pytest.fixture(scope="module")
 def runs(sft, grpo, tmp_path_factory):
-    """{script: (main, Config of the run of one process, folder of the run of two, which goes on with one's first half)}"""
+    """{script: (main, Config of the run of one process, folder of the run of two, which goes on
+    with one's first half)}"""
     two = tmp_path_factory.mktemp("two")
     jobs = []
     for script, main, cfg in (("train", train.main, sft), ("rl", rl.main, grpo)):
         main(cfg)
         jobs.append([script, flags(cfg, out=two / script)])
-        half = two / f"{script}_half"  # one process's run, cut behind its first checkpoint
+        half = two / f"{script}_half"  # one process's run, cut after its first checkpoint
         shutil.copytree(cfg.out, half)
         shutil.rmtree(half / "checkpoints" / "step_000010")
         jobs.append([script, flags(cfg, out=half, resume=True)])
@@ -71,7 +75,8 @@ def runs(sft, grpo, tmp_path_factory):
 
 @pytest.mark.parametrize("script", ["train", "rl"])
 def test_two_ranks_compute_what_one_does(script, runs):
-    """FSDP2 over gloo, ten steps. Three units on two ranks: unequal shares, and the sums must not care."""
+    """FSDP2 over gloo, ten steps. Three units on two ranks: unequal shares, and the sums must not
+    care."""
     _, cfg, two = runs[script]
     straight = log(cfg.out)
     assert len(straight) == 10 and all(row["grad_norm"] > 0 for row in straight)
@@ -101,8 +106,13 @@ def test_two_nodes_shard_inside_and_replicate_between(runs, tmp_path):
 def test_a_run_of_one_rank_goes_on_with_two(script, runs):
     _, cfg, two = runs[script]
     assert_same(log(two.with_name(f"{script}_half")), log(cfg.out))
-    shards = [load_file(path)["model.model.norm.weight"].numel() for path in checkpoint.latest(two).glob("*.safetensors")]
-    assert len(shards) == 2 and sum(shards) == load_config(cfg.model).hidden_size  # each rank wrote its own
+    shards = [
+        load_file(path)["model.model.norm.weight"].numel()
+        for path in checkpoint.latest(two).glob("*.safetensors")
+    ]
+    assert (
+        len(shards) == 2 and sum(shards) == load_config(cfg.model).hidden_size
+    )  # each rank wrote its own
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])
@@ -127,7 +137,8 @@ def test_a_run_of_two_ranks_goes_on_with_one(script, runs, tmp_path):
 )
 @pytest.mark.parametrize("script", ["train", "rl"])
 def test_memory_flags_change_no_gradient(script, change, runs, monkeypatch, tmp_path):
-    """Micro-batches of one episode or of all, prefixes shared or not, recomputed or kept, moments here or there: the same."""
+    """Micro-batches of one episode or of all, prefixes shared or not, recomputed or kept, moments
+    here or there: the same."""
     main, cfg, _ = runs[script]
     change = {name: value for name, value in change.items() if hasattr(cfg, name)}
     if "offload_adam" in change:
@@ -138,29 +149,46 @@ def test_memory_flags_change_no_gradient(script, change, runs, monkeypatch, tmp_
 
 
 def test_the_7bs_layout_in_bfloat16(taught_folder, sft, grpo, tmp_path):
-    """A head of its own, which the loss gathers and no forward pass does, and bfloat16 products: close to one process in float32."""
+    """A head of its own, which the loss gathers and no forward pass does, and bfloat16 products:
+    close to one process in float32."""
     source, untied = tmp_path / "source", tmp_path / "untied"
     shutil.copytree(taught_folder, source)
     (source / "config.json").write_text(
-        json.dumps(json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False})
+        json.dumps(
+            json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+        )
     )
     model, tied = Qwen25VL(load_config(source)), load_model(taught_folder)
     assert model.load_state_dict(tied.state_dict(), strict=False).missing_keys == ["lm_head.weight"]
     model.lm_head.weight.data.copy_(tied.head_weight_VD.data)
     save_model(model, untied, source)
 
-    frozen = {"model": str(untied), "freeze_vision": True, "freeze_projector": True, "recompute_every": 1, "offload_adam": True}
+    frozen = {
+        "model": str(untied),
+        "freeze_vision": True,
+        "freeze_projector": True,
+        "recompute_every": 1,
+        "offload_adam": True,
+    }
     one = replace(sft, **frozen, steps=3, save_every=3, out=tmp_path / "one")
     train.main(one)
     two, policy = tmp_path / "two", tmp_path / "policy"
     more = {"dtype": "bfloat16", "max_logprob_gap": 0.1}
-    jobs = [["train", flags(one, out=two, dtype="bfloat16")], ["rl", flags(replace(grpo, **frozen), out=policy, steps=2, **more)]]
+    jobs = [
+        ["train", flags(one, out=two, dtype="bfloat16")],
+        ["rl", flags(replace(grpo, **frozen), out=policy, steps=2, **more)],
+    ]
     done = torchrun(jobs)
     assert done.returncode == 0, done.stderr[-3000:]
     for ours, theirs in zip(log(two), log(one.out), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01) and ours["loss"] != theirs["loss"]
+        assert (
+            ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+            and ours["loss"] != theirs["loss"]
+        )
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
-    assert len(log(policy)) == 2 and all(row["grad_norm"] > 0 and not row["skipped"] for row in log(policy))
+    assert len(log(policy)) == 2 and all(
+        row["grad_norm"] > 0 and not row["skipped"] for row in log(policy)
+    )
     assert load_model(policy / "model").lm_head.weight.shape == model.lm_head.weight.shape
 
 
@@ -169,7 +197,13 @@ def test_the_7bs_layout_in_bfloat16(taught_folder, sft, grpo, tmp_path):
 
 def unit_of(tokens: int, k: int = 0) -> Episode:
     return Episode(
-        Question(str(k), "v", "s", "rules", "?", (), "a"), (1,) * tokens, (0,) * tokens, (0.0,) * tokens, (), (), "answered"
+        Question(str(k), "v", "s", "rules", "?", (), "a"),
+        (1,) * tokens,
+        (0,) * tokens,
+        (0.0,) * tokens,
+        (),
+        (),
+        "answered",
     )
 
 
@@ -179,13 +213,24 @@ def test_dealing_gives_everything_once_and_every_rank_as_many_micro_batches(seed
     world, together, limit = rng.choice([1, 2, 3, 8]), rng.choice([1, 4]), 3000
     episodes = [unit_of(rng.randint(100, 2500), k) for k in range(rng.randint(1, 12) * together)]
     units = make_units(
-        episodes, together, [k * world // len(episodes) for k in range(len(episodes))], cfg, limit, share_prefix=False
+        episodes,
+        together,
+        [k * world // len(episodes) for k in range(len(episodes))],
+        cfg,
+        limit,
+        share_prefix=False,
     )
     dealt, balance = deal(units, world, limit, frozen_vision=True)
     assert len(dealt) == world and len({len(rank) for rank in dealt}) == 1
-    assert sorted(k for rank in dealt for micro in rank for k in micro) == list(range(len(episodes)))
+    assert sorted(k for rank in dealt for micro in rank for k in micro) == list(
+        range(len(episodes))
+    )
     lengths = [[sum(len(episodes[k].ids) for k in micro) for micro in rank] for rank in dealt]
-    assert all(n <= limit or len(micro) == 1 for rank, held in zip(lengths, dealt) for n, micro in zip(rank, held))
+    assert all(
+        n <= limit or len(micro) == 1
+        for rank, held in zip(lengths, dealt)
+        for n, micro in zip(rank, held)
+    )
     assert 0 < balance <= 1 + 1e-9 and (world > 1 or balance == pytest.approx(1))
     one_each, _ = deal(units, world, 1, frozen_vision=True)
     assert len(one_each[0]) == -(-len(units) // world), "no more micro-batches than units ask for"
@@ -196,27 +241,40 @@ def test_a_group_stays_together_and_its_prefix_counts_once(nano_folder):
     group = [replace(unit_of(0), ids=(7,) * 900 + (k,) * 100) for k in range(4)]
     (unit,) = make_units(group, 4, [0] * 4, cfg, 3000, share_prefix=True)
     assert unit.tokens == 900 + 4 * 100 and unit.episodes == (0, 1, 2, 3)
-    assert [u.episodes for u in make_units(group, 4, [0] * 4, cfg, 3000, share_prefix=False)] == [(0, 1), (2, 3)]
-    assert unit.flops < sum(u.flops for u in make_units(group, 1, [0] * 4, cfg, 3000, share_prefix=True)) / 2
+    assert [u.episodes for u in make_units(group, 4, [0] * 4, cfg, 3000, share_prefix=False)] == [
+        (0, 1),
+        (2, 3),
+    ]
+    assert (
+        unit.flops
+        < sum(u.flops for u in make_units(group, 1, [0] * 4, cfg, 3000, share_prefix=True)) / 2
+    )
 
 
 def test_frames_stay_where_they_were_seen_unless_that_costs_more(nano_folder):
     cfg = load_config(nano_folder)
     seen = [replace(unit_of(400), ids=(cfg.image_token_id,) * 6 + (1,) * 400) for _ in range(4)]
-    at_home, _ = deal(make_units(seen, 1, [0, 0, 1, 1], cfg, 9999, True), 2, 9999, frozen_vision=True)
+    at_home, _ = deal(
+        make_units(seen, 1, [0, 0, 1, 1], cfg, 9999, True), 2, 9999, frozen_vision=True
+    )
     assert at_home == [[[0, 1]], [[2, 3]]]
-    moved, balance = deal(make_units(seen, 1, [0, 0, 0, 0], cfg, 9999, True), 2, 9999, frozen_vision=True)
+    moved, balance = deal(
+        make_units(seen, 1, [0, 0, 0, 0], cfg, 9999, True), 2, 9999, frozen_vision=True
+    )
     assert [len(rank[0]) for rank in moved] == [2, 2] and balance > 0.8
 
 
 @pytest.mark.parametrize("world, least", [(2, 0.95), (4, 0.9)])
 def test_ranks_hardly_wait_for_each_other_on_the_arena(world, least, arena_folder):
-    """The packing's efficiency on the demo's own trajectories and batch of 24: nothing is padded, so what is lost is waiting."""
+    """The packing's efficiency on the demo's own trajectories and batch of 24: nothing is padded,
+    so what is lost is waiting."""
     folder = ROOT / "assets" / "nano-sft"
     cfg, tokenizer = load_config(folder), load_tokenizer(folder)
     encoder = FrameEncoder(load_model(folder), ImageConfig.from_folder(folder))
     records = read_records(arena_folder / "trajectories.jsonl")
-    episodes = [replay(question, messages, encoder, tokenizer, Loop()) for question, messages in records]
+    episodes = [
+        replay(question, messages, encoder, tokenizer, Limits()) for question, messages in records
+    ]
     found = []
     for step in range(40):
         batch = [episodes[k] for k in data_order(len(episodes), 0, step, train.Config.batch_size)]
@@ -242,18 +300,24 @@ def test_nodes_must_share_the_runs_folder(sft, tmp_path):
     """Else each writes its part of a checkpoint where no other finds it."""
     done = torchrun([["train", flags(sft, out=tmp_path / "run")]], "apart")
     assert done.returncode != 0
-    assert re.search(r"\[rank [01]\] error: .*not the same folder for all ranks.*file system that all nodes share", done.stderr)
+    problem = "not the same folder for all ranks; give an --out that all nodes share"
+    assert re.search(rf"\[rank [01]\] error: .*{problem}", done.stderr), done.stderr[-2000:]
 
 
 def test_a_rank_that_hangs_is_named_with_its_stage(sft, tmp_path):
-    done = torchrun([["train", flags(sft, out=tmp_path / "run", stuck_after_s=12)]], "hang", timeout_s=100)
+    done = torchrun(
+        [["train", flags(sft, out=tmp_path / "run", stuck_after_s=12)]], "hang", timeout_s=100
+    )
     assert done.returncode != 0
-    assert re.search(r"rank [01] is stuck in step \d, train, for \d+ s", done.stderr), done.stderr[-2000:]
+    assert re.search(r"rank [01] is stuck in step \d, train, for \d+ s", done.stderr), done.stderr[
+        -2000:
+    ]
     assert "in planted" in done.stderr or "in pack" in done.stderr  # where it hangs
 
 
-def test_a_gradient_that_is_no_number_is_skipped_and_counted(sft, monkeypatch, tmp_path):
-    """One bad step leaves no trace in the weights; five in a row end the run, with the batch on disk."""
+def test_a_non_finite_gradient_is_skipped_and_counted(sft, monkeypatch, tmp_path):
+    """One bad step leaves no trace in the weights; five in a row end the run, with the batch on
+    disk."""
     whole, steps = optim.clip, []
 
     def clip(bad):
@@ -268,7 +332,9 @@ def test_a_gradient_that_is_no_number_is_skipped_and_counted(sft, monkeypatch, t
     train.main(cfg)
     assert [row["skipped"] for row in log(cfg.out)] == [0, 1, 0] and log(cfg.out)[-1]["loss"] > 0
     batch = json.loads((cfg.out / "bad_batch_1_rank_0.json").read_text())
-    assert len(batch) == 3 and all(entry["video"].endswith(".mp4") and entry["turns"] for entry in batch)
+    assert len(batch) == 3 and all(
+        entry["video"].endswith(".mp4") and entry["turns"] for entry in batch
+    )
 
     steps.clear()
     monkeypatch.setattr(optim, "clip", clip(range(99)))
@@ -280,11 +346,16 @@ def test_a_gradient_that_is_no_number_is_skipped_and_counted(sft, monkeypatch, t
 
 
 def test_a_rank_without_a_frame_goes_on_with_the_others(sft, tmp_path):
-    """Its blank frame goes the same way through the sharded tower: else the other rank would wait for this one."""
+    """Its blank frame goes the same way through the sharded tower: else the other rank would wait
+    for this one."""
     done = torchrun([["train", flags(sft, out=tmp_path / "run", steps=3)]], "blind", timeout_s=120)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = log(tmp_path / "run")
-    assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows) and not any(row["skipped"] for row in rows)
+    assert (
+        len(rows) == 3
+        and all(row["grad_norm"] > 0 for row in rows)
+        and not any(row["skipped"] for row in rows)
+    )
 
 
 # Ends that nobody chose.
@@ -296,10 +367,18 @@ def run_in_child(cfg) -> None:
 
 
 def test_killed_while_it_saves_a_run_goes_on_from_a_whole_checkpoint(runs, tmp_path):
-    """SIGKILL at a random moment of a save, twenty times; what is resumed ends as the run that nobody disturbed."""
+    """SIGKILL at a random moment of a save, twenty times; what is resumed ends as the run that
+    nobody disturbed."""
     _, cfg, _ = runs["train"]
     cfg = replace(
-        cfg, freeze_vision=True, freeze_projector=True, steps=3, batch_size=1, save_every=1, keep=2, out=tmp_path / "straight"
+        cfg,
+        freeze_vision=True,
+        freeze_projector=True,
+        steps=3,
+        batch_size=1,
+        save_every=1,
+        keep=2,
+        out=tmp_path / "straight",
     )
     train.main(cfg)
     straight, rng = log(cfg.out), random.Random(0)
@@ -319,29 +398,49 @@ def test_killed_while_it_saves_a_run_goes_on_from_a_whole_checkpoint(runs, tmp_p
         there = checkpoint.latest(cut.out)
         left = [p.name for p in (cut.out / "checkpoints").iterdir() if p.name.startswith(".")]
         seen.add((there and there.name, tuple(left)))
-        if there is None:  # the first save was cut: there is nothing to go on from, and that is said
+        if (
+            there is None
+        ):  # the first save was cut: there is nothing to go on from, and that is said
             with pytest.raises(ValueError, match="no checkpoint to resume from"):
                 train.main(replace(cut, resume=True))
             continue
         train.main(replace(cut, resume=True))
         assert log(cut.out) == straight, f"trial {trial}, from {there.name}"
-        one, other = (load_file(folder / "model" / "model.safetensors") for folder in (cfg.out, cut.out))
+        one, other = (
+            load_file(folder / "model" / "model.safetensors") for folder in (cfg.out, cut.out)
+        )
         assert all(torch.equal(one[k], other[k]) for k in one)
     assert sum(bool(left) for _, left in seen) >= 1, f"no save was cut: {seen}"
-    assert {p.name for p in (cfg.out / "checkpoints").iterdir()} == {"step_000002", "step_000003"}  # --keep 2
+    assert {p.name for p in (cfg.out / "checkpoints").iterdir()} == {
+        "step_000002",
+        "step_000003",
+    }  # --keep 2
 
 
 def test_sigterm_saves_and_ends(runs, tmp_path):
     """What a cluster sends before it takes a node."""
     _, cfg, _ = runs["train"]
-    cfg = replace(cfg, freeze_vision=True, freeze_projector=True, steps=40, save_every=99, out=tmp_path / "run")
+    cfg = replace(
+        cfg,
+        freeze_vision=True,
+        freeze_projector=True,
+        steps=40,
+        save_every=99,
+        out=tmp_path / "run",
+    )
     argv = [
         part
         for k, v in flags(cfg).items()
-        for part in ((f"--{'no-' * (v is False)}{k.replace('_', '-')}", str(v))[: 1 if isinstance(v, bool) else 2])
+        for part in (
+            (f"--{'no-' * (v is False)}{k.replace('_', '-')}", str(v))[
+                : 1 if isinstance(v, bool) else 2
+            ]
+        )
     ]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "train.py", *argv], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+    )
     while not (cfg.out / "log.jsonl").exists() or not log(cfg.out):
         assert run.poll() is None, run.stderr.read()[-2000:]
         time.sleep(0.05)
@@ -350,14 +449,17 @@ def test_sigterm_saves_and_ends(runs, tmp_path):
     printed = run.stderr.read()
     assert "Warning" not in printed
     message = printed.splitlines()[-1]
-    step = int(re.search(r"stopped by SIGTERM behind step (\d+)", message)[1])
-    assert checkpoint.latest(cfg.out).name == f"step_{step + 1:06d}" and len(log(cfg.out)) == step + 1
+    step = int(re.search(r"stopped by SIGTERM after step (\d+)", message)[1])
+    assert (
+        checkpoint.latest(cfg.out).name == f"step_{step + 1:06d}" and len(log(cfg.out)) == step + 1
+    )
     with pytest.raises(ValueError, match="resume with the same"):
         train.main(replace(cfg, resume=True, weight_decay=0.5))
 
 
 def test_sigterm_to_torchrun_is_heard_by_all_ranks(runs, tmp_path):
-    """None leaves before rank 0 has written the model and named the checkpoint: torchrun would then kill rank 0."""
+    """None leaves before rank 0 has written the model and named the checkpoint: torchrun would then
+    kill rank 0."""
     main, cfg, _ = runs["rl"]
     cut = replace(cfg, out=tmp_path / "cut", save_every=99)
 
@@ -369,9 +471,13 @@ def test_sigterm_to_torchrun_is_heard_by_all_ranks(runs, tmp_path):
 
     done = torchrun([["rl", flags(cut)]], "slow", meanwhile=stop)
     assert done.returncode != 0 and "NOTHING IS SAVED" not in done.stderr
-    assert all(re.search(rf"\[rank {rank}\] stopped by SIGTERM (in|behind) step", done.stderr) for rank in (0, 1)), done.stderr[
-        -2000:
-    ]
-    assert 1 <= len(log(cut.out)) < 10 and checkpoint.latest(cut.out).name == f"step_{len(log(cut.out)):06d}"
+    assert all(
+        re.search(rf"\[rank {rank}\] stopped by SIGTERM (in|after) step", done.stderr)
+        for rank in (0, 1)
+    ), done.stderr[-2000:]
+    assert (
+        1 <= len(log(cut.out)) < 10
+        and checkpoint.latest(cut.out).name == f"step_{len(log(cut.out)):06d}"
+    )
     main(replace(cut, resume=True))
     assert_same(log(cut.out), log(cfg.out))

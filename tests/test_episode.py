@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from nanosport.episode import Clip, Question, number, parse_question, read_questions, record_row, time_span
-from nanosport.frames import FrameEncoder
-from nanosport.prompt import question_text
+from nanosport.env.prompt import question_text
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import (
+    Clip,
+    Question,
+    number,
+    parse_question,
+    read_questions,
+    record_row,
+    time_span,
+)
 from nanosport.video import Video, VideoError
 
 ROW = {
@@ -26,9 +34,20 @@ ROW = {
 
 def test_what_is_left_out_has_a_default():
     question = parse_question(ROW)
-    assert (question.kind, question.group, question.clip, question.version) == ("open", "v.mp4", Clip("v.mp4"), 1)
-    choice = parse_question(ROW | {"options": ["a", "b"], "answer": "B", "group": "match 3", "span_s": [3, 7.5]})
-    assert (choice.kind, choice.group, choice.clip) == ("choice", "match 3", Clip("v.mp4", (3, 7.5)))
+    assert (question.kind, question.group, question.clip, question.version) == (
+        "open",
+        "v.mp4",
+        Clip("v.mp4"),
+        1,
+    )
+    choice = parse_question(
+        ROW | {"options": ["a", "b"], "answer": "B", "group": "match 3", "span_s": [3, 7.5]}
+    )
+    assert (choice.kind, choice.group, choice.clip) == (
+        "choice",
+        "match 3",
+        Clip("v.mp4", (3, 7.5)),
+    )
     assert str(choice.clip) == "v.mp4 from 3 s to 7.5 s"
     assert parse_question(json.loads(json.dumps(asdict(choice)))) == choice
 
@@ -53,8 +72,8 @@ def test_what_is_left_out_has_a_default():
         ({"pass_rate": True}, "pass_rate True"),
         ({"needs_tool": "yes"}, "needs_tool 'yes'"),
         ({"group": 7}, "group 7"),
-        ({"id": ""}, "id: must not be empty"),
-        ({"video": ""}, "video: must not be empty"),
+        ({"id": ""}, "id '': must be a text that is not empty"),
+        ({"video": ""}, "video '': must be a text that is not empty"),
     ],
 )
 def test_a_field_that_is_wrong_is_named(change, why):
@@ -72,9 +91,9 @@ def test_records_move_between_folders(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine.jsonl").write_text(json.dumps(row) + "\n")
     (moved,) = read_questions(tmp_path / "b" / "mine.jsonl")
-    assert Path(moved.video).resolve() == tmp_path / "a" / "clips" / "v.mp4" and replace(moved, video="") == replace(
-        question, video=""
-    )
+    assert Path(moved.video).resolve() == tmp_path / "a" / "clips" / "v.mp4" and replace(
+        moved, video=""
+    ) == replace(question, video="")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +135,8 @@ def test_the_prompt_says_how_to_answer():
         == "The video has 50 frames at 25 a second. When?\nAnswer with the first and the last second, such as 3.5-8."
     )
     assert (
-        question_text(replace(span, kind="number", answer="3"), 50, 25.0) == "The video has 50 frames. When?\nAnswer with a number."
+        question_text(replace(span, kind="number", answer="3"), 50, 25.0)
+        == "The video has 50 frames. When?\nAnswer with a number."
     )
 
 
@@ -125,7 +145,11 @@ def test_a_clip_is_a_part_of_its_video_with_frames_counted_from_its_start(arena_
     whole = Video(path)
     part = Video(path, span_s=(2.0, 5.0))
     first = int(np.flatnonzero(whole.times_s >= 2.0)[0])
-    assert part.num_frames == int(((whole.times_s >= 2.0) & (whole.times_s <= 5.0)).sum()) < whole.num_frames
+    assert (
+        part.num_frames
+        == int(((whole.times_s >= 2.0) & (whole.times_s <= 5.0)).sum())
+        < whole.num_frames
+    )
     assert part.times_s[0] == 0 and part.times_s[-1] <= 3.0
     indices = part.sample(4)
     assert torch.equal(part.frames(indices), whole.frames([first + i for i in indices]))

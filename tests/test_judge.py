@@ -1,4 +1,5 @@
-"""eval.py and rl.py with a judge that is served on loopback: a nano model that was taught, in a few steps, to end with a grade."""
+"""eval.py and rl.py with a judge that is served on loopback: a nano model that was taught, in a few
+steps, to end with a grade."""
 
 import json
 from dataclasses import asdict
@@ -7,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_server import ChatServer
 
 import eval as evaluation
 import rl
-from nanosport.episode import read_questions
-from nanosport.judge import ANSWER_RUBRIC, exact
-from nanosport.load import load_model, load_tokenizer, save_model
-from nanosport.model import mrope_positions
+from nanosport.env.judge import ANSWER_RUBRIC
+from nanosport.env.scoring import exact
+from nanosport.model.folder import load_model, load_tokenizer, save_model
+from nanosport.model.qwen2_5_vl import mrope_positions
+from nanosport.records import read_questions
+from tests.helpers.chat_server import ChatServer
 
 NANO = Path(__file__).parent.parent / "assets" / "nano-deepsport"
 GUESSER = NANO.parent / "nano-sft"
@@ -30,7 +32,10 @@ def strict(tmp_path_factory):
         words = rng.permutation("red blue smash volley upright left ball who none call how".split())
         asked = "Question: {} {} {}?\n\nReference: {} {}\n\nAnswer: {}".format(*words)
         prompt = f"<|im_start|>system\n{ANSWER_RUBRIC}<|im_end|>\n<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n"
-        ids, said = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, "GRADE: 1<|im_end|>"))
+        ids, said = (
+            tokenizer.encode(text, add_special_tokens=False)
+            for text in (prompt, "GRADE: 1<|im_end|>")
+        )
         positions_3T, _ = mrope_positions(ids + said, (), model.cfg)
         ends = torch.tensor([0, len(ids + said)], dtype=torch.int32)
         hidden_TD = model.hidden(torch.tensor(ids + said), positions_3T, ends)
@@ -49,15 +54,27 @@ def questions(arena_folder, tmp_path, monkeypatch) -> Path:
     """Four open questions and two closed ones. Verdicts are kept below the working directory."""
     monkeypatch.chdir(tmp_path)
     every = read_questions(arena_folder / "test.jsonl") + read_questions(arena_folder / "rl.jsonl")
-    asked = [q for q in every if q.kind == "open"][:4] + [q for q in every if q.kind == "choice"][:2]
+    asked = [q for q in every if q.kind == "open"][:4] + [q for q in every if q.kind == "choice"][
+        :2
+    ]
     assert len(asked) == 6
-    rows = [asdict(q) | {"id": f"q{k}", "video": str(Path(q.video).absolute())} for k, q in enumerate(asked)]
+    rows = [
+        asdict(q) | {"id": f"q{k}", "video": str(Path(q.video).absolute())}
+        for k, q in enumerate(asked)
+    ]
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "questions.jsonl"
 
 
 def test_eval_asks_the_judge_about_open_answers_once(strict, questions, tmp_path):
-    cfg = evaluation.Config(str(GUESSER), questions, tmp_path / "report.json", ("tool",), judge_url=strict.url, judge="nano")
+    cfg = evaluation.Config(
+        str(GUESSER),
+        questions,
+        tmp_path / "report.json",
+        ("tool",),
+        judge_url=strict.url,
+        judge="nano",
+    )
     before = len(strict.answered)
     evaluation.main(cfg)
     first = (tmp_path / "report.json").read_text()
@@ -72,7 +89,12 @@ def test_eval_asks_the_judge_about_open_answers_once(strict, questions, tmp_path
         else:
             assert right == 0.25  # its grade, where the F1 of the words would be another
             asked.add((question.question, question.answer, answer))
-    assert len(strict.answered) - before == len(asked) == len(list(Path("out/answers").glob("*/*.json"))) > 0
+    assert (
+        len(strict.answered) - before
+        == len(asked)
+        == len(list(Path("out/answers").glob("*/*.json")))
+        > 0
+    )
     assert row["judge_and_rule"]["n"] == 6
     evaluation.main(cfg)
     assert len(strict.answered) - before == len(asked)
@@ -82,14 +104,25 @@ def test_eval_asks_the_judge_about_open_answers_once(strict, questions, tmp_path
 
 def test_eval_ends_in_one_line_where_the_judge_rambles(questions, tmp_path):
     with ChatServer(NANO) as server:  # taught nothing about grades
-        cfg = evaluation.Config(str(GUESSER), questions, tmp_path / "report.json", ("tool",), judge_url=server.url, judge="nano")
+        cfg = evaluation.Config(
+            str(GUESSER),
+            questions,
+            tmp_path / "report.json",
+            ("tool",),
+            judge_url=server.url,
+            judge="nano",
+        )
         with pytest.raises(ValueError, match="nano: gave no grade in three tries") as caught:
             evaluation.main(cfg)
     assert "\n" not in str(caught.value) and not (tmp_path / "report.json").exists()
 
 
 def test_rl_learns_from_the_judges_grades(strict, questions, tmp_path):
-    rows = [line for line in questions.read_text().splitlines() if json.loads(line)["answer"] not in "ABCDEFGHIJ"]
+    rows = [
+        line
+        for line in questions.read_text().splitlines()
+        if json.loads(line)["answer"] not in "ABCDEFGHIJ"
+    ]
     questions.write_text("\n".join(rows[:2]) + "\n")
     before = len(strict.answered)
     cfg = rl.Config(
@@ -100,4 +133,6 @@ def test_rl_learns_from_the_judges_grades(strict, questions, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "rl/log.jsonl").read_text().splitlines()]
     verdicts = list((tmp_path / "rl/answers").glob("*/*.json"))
     assert len(log) == 2 and len(verdicts) == len(strict.answered) - before > 0
-    assert all((16 * row["accuracy"]).is_integer() for row in log)  # four episodes, each 0, a quarter or 1
+    assert all(
+        (16 * row["accuracy"]).is_integer() for row in log
+    )  # four episodes, each 0, a quarter or 1

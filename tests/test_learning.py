@@ -1,4 +1,5 @@
-"""A tiny RL run must learn: its reward rises; and RL does not start from a model that is not ready for it."""
+"""A tiny RL run must learn: its reward rises; and RL does not start from a model that is not ready
+for it."""
 
 import json
 from dataclasses import asdict
@@ -7,15 +8,22 @@ from pathlib import Path
 import pytest
 
 import rl
-from nanosport.episode import read_questions
+from nanosport.records import read_questions
 
 
 @pytest.fixture(scope="module")
 def two_questions(arena_folder, tmp_path_factory) -> Path:
-    """Two multiple-choice questions: with so few, a policy that answers at random can learn which letter pays."""
+    """Two multiple-choice questions: with so few, a policy that answers at random can learn which
+    letter pays."""
     path = tmp_path_factory.mktemp("questions") / "rl.jsonl"
-    asked = [q for q in read_questions(arena_folder / "rl.jsonl") if q.options and q.answer in "ABC"][:2]
-    path.write_text("".join(json.dumps(asdict(q) | {"video": str(Path(q.video).absolute())}) + "\n" for q in asked))
+    asked = [
+        q for q in read_questions(arena_folder / "rl.jsonl") if q.options and q.answer in "ABC"
+    ][:2]
+    path.write_text(
+        "".join(
+            json.dumps(asdict(q) | {"video": str(Path(q.video).absolute())}) + "\n" for q in asked
+        )
+    )
     return path
 
 
@@ -33,6 +41,12 @@ def test_the_reward_of_a_tiny_run_rises(taught_folder, two_questions, tmp_path):
 
 
 def test_rl_refuses_a_model_that_does_not_hold_the_format(nano_folder, two_questions, tmp_path):
-    cfg = rl.Config(model=str(nano_folder), data=two_questions, out=tmp_path / "rl", num_prompts=2, max_new_tokens=30)
+    cfg = rl.Config(
+        model=str(nano_folder),
+        data=two_questions,
+        out=tmp_path / "rl",
+        num_prompts=2,
+        max_new_tokens=30,
+    )
     with pytest.raises(ValueError, match="train SFT longer"):
         rl.main(cfg)

@@ -1,4 +1,5 @@
-"""Model folders: transformers loads ours, we load theirs, and what is broken is refused in one line."""
+"""Model folders: transformers loads ours, we load theirs, and what is broken is refused in one
+line."""
 
 import ast
 import hashlib
@@ -18,13 +19,30 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from nanosport.load import load_config, load_model, load_tokenizer, published_name, resolve, save_model
-from nanosport.model import ModelConfig, Qwen25VL
+from nanosport.model.folder import (
+    aside,
+    load_config,
+    load_model,
+    load_tokenizer,
+    published_name,
+    resolve,
+    save_model,
+)
+from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(__file__).parents[2] / "shared" / "data" / "qwen"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason=f"the published Qwen files are not at {REAL}")
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+needs_real = pytest.mark.skipif(
+    not REAL.is_dir(), reason=f"the published Qwen files are not at {REAL}"
+)
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+]
 TOOL = ["<tool_call>", "</tool_call>"]
 
 
@@ -67,10 +85,16 @@ def write_source(folder: Path, tied=True, tokenizer: Tokenizer | None = None) ->
     """A model folder but for the weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(tiny_config(tied)))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "do_sample": True}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [2, 0], "do_sample": True})
+    )
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+        settings = {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -82,7 +106,9 @@ def tiny_model(source: Path) -> Qwen25VL:
 
 def logits(model, ids):
     positions_3T = torch.arange(len(ids)).expand(3, -1)
-    hidden_TD = model.hidden(torch.tensor(ids), positions_3T, torch.tensor([0, len(ids)], dtype=torch.int32))
+    hidden_TD = model.hidden(
+        torch.tensor(ids), positions_3T, torch.tensor([0, len(ids)], dtype=torch.int32)
+    )
     return hidden_TD @ model.head_weight_VD.T
 
 
@@ -99,14 +125,18 @@ def test_transformers_loads_what_we_save(tmp_path, tied, shard_bytes):
     num_files = len(list((tmp_path / "saved").glob("*.safetensors")))
     assert (num_files == 1) == (shard_bytes == 5e9)
 
-    theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
     assert not any(info.values()), info
     ids = [7, 8, 9, 10, 11]
     expected = theirs(input_ids=torch.tensor([ids])).logits[0]
     torch.testing.assert_close(logits(ours, ids), expected, rtol=1e-4, atol=1e-4)
     assert same_weights(ours, load_model(tmp_path / "saved"))
     assert load_config(tmp_path / "saved") == ours.cfg
-    assert load_tokenizer(tmp_path / "saved").encode("frame 12:") == load_tokenizer(source).encode("frame 12:")
+    assert load_tokenizer(tmp_path / "saved").encode("frame 12:") == load_tokenizer(source).encode(
+        "frame 12:"
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -129,7 +159,9 @@ def test_module_path_names_and_a_repeated_head_load_too(tmp_path):
     source = write_source(tmp_path / "source")
     ours = tiny_model(source)
     state = {
-        name.replace("model.", "model.language_model.").replace("visual.", "model.visual."): weight.clone()
+        name.replace("model.", "model.language_model.").replace(
+            "visual.", "model.visual."
+        ): weight.clone()
         for name, weight in ours.state_dict().items()
     }
     state["lm_head.weight"] = ours.head_weight_VD.detach().clone()
@@ -142,8 +174,14 @@ def test_saving_in_bfloat16_says_so_in_the_config(tmp_path):
     ours = tiny_model(source)
     save_model(ours, tmp_path / "saved", source, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert all(w.dtype == torch.bfloat16 for w in load_file(tmp_path / "saved" / "model.safetensors").values())
-    assert Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
+    assert all(
+        w.dtype == torch.bfloat16
+        for w in load_file(tmp_path / "saved" / "model.safetensors").values()
+    )
+    assert (
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved").dtype
+        == torch.bfloat16
+    )
     assert same_weights(ours.bfloat16(), load_model(tmp_path / "saved", dtype=torch.bfloat16))
 
 
@@ -155,7 +193,9 @@ def test_names_and_sizes_are_the_published_ones(size):
     with torch.device("meta"):
         model = Qwen25VL(load_config(folder))
     assert model.state_dict().keys() == index["weight_map"].keys()
-    assert sum(2 * w.numel() for w in model.state_dict().values()) == index["metadata"]["total_size"]
+    assert (
+        sum(2 * w.numel() for w in model.state_dict().values()) == index["metadata"]["total_size"]
+    )
     with torch.device("meta"):
         theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder))
     shapes = {published_name(name): weight.shape for name, weight in theirs.named_parameters()}
@@ -186,13 +226,21 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     refuses("no place for: model.extra", weights(**{"model.extra": torch.ones(1)}))
     refuses("another shape .* model.norm.weight$", weights(**{"model.norm.weight": torch.ones(3)}))
     refuses("model.safetensors is missing", lambda folder: (folder / "model.safetensors").unlink())
-    refuses("not a whole safetensors file", lambda folder: os.truncate(folder / "model.safetensors", 100_000))
-    refuses("cannot be read as a JSON object", lambda folder: (folder / "config.json").write_text("{"))
+    refuses(
+        "not a whole safetensors file",
+        lambda folder: os.truncate(folder / "model.safetensors", 100_000),
+    )
+    refuses(
+        "cannot be read as a JSON object", lambda folder: (folder / "config.json").write_text("{")
+    )
     for match, config in (
         ("only 'qwen2_5_vl'", {"model_type": "llama"}),
         ("'vision_config'", {"model_type": "qwen2_5_vl"}),
     ):
-        refuses(match, lambda folder, config=config: (folder / "config.json").write_text(json.dumps(config)))
+        refuses(
+            match,
+            lambda folder, config=config: (folder / "config.json").write_text(json.dumps(config)),
+        )
     next((tmp_path / "good").glob("model-00001-*")).unlink()
     with pytest.raises(ValueError, match="model-00001-of-.* is missing"):
         load_model(tmp_path / "good")
@@ -218,7 +266,11 @@ def test_an_older_model_is_replaced_and_nothing_else(tmp_path):
     model, place = tiny_model(source), tmp_path / "saved"
     save_model(model, place, source, max_shard_bytes=60e3)
     save_model(model.init_weights(0.1), place, source)
-    assert sorted(p.name for p in place.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(p.name for p in place.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     assert same_weights(model, load_model(place))
     save_model(model, place, source=place)  # its own source
     assert same_weights(model, load_model(place))
@@ -229,7 +281,23 @@ def test_an_older_model_is_replaced_and_nothing_else(tmp_path):
     for precious in (place, tmp_path / "notes"):
         with pytest.raises(ValueError, match="holds other things than a model"):
             save_model(model, precious, source)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "saved", "source"]  # no temporary folder stays
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "notes",
+        "saved",
+        "source",
+    ]  # no temporary folder stays
+
+
+def test_a_save_that_is_killed_between_its_renames_leaves_the_old_model(tmp_path):
+    source = write_source(tmp_path / "source")
+    old, place = tiny_model(source), tmp_path / "saved"
+    save_model(old, place, source)
+    place.rename(aside(place))
+    assert same_weights(old, load_model(resolve(str(place))))
+    new = tiny_model(source).init_weights(0.1)
+    save_model(new, place, source)
+    assert same_weights(new, load_model(resolve(str(place)))) and not same_weights(new, old)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["saved", "source"]
 
 
 def test_a_save_that_fails_leaves_the_old_model(tmp_path):
@@ -238,7 +306,9 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path):
     save_model(model, place, source)
     before = {p.name: p.read_bytes() for p in place.iterdir()}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # what a full disk does: the write fails midway
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, hard)
+    )  # what a full disk does: the write fails midway
     try:
         with pytest.raises(ValueError, match="could not be saved") as caught:
             save_model(model, place, source)
@@ -271,14 +341,20 @@ def test_the_tokenizer_is_taken_as_it_is(tmp_path):
 def test_no_or_the_wrong_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer"):
         load_tokenizer(write_source(tmp_path / "none"))
-    (write_source(tmp_path / "garbled", tokenizer=tiny_tokenizer()) / "tokenizer.json").write_text('{"version"')
+    (write_source(tmp_path / "garbled", tokenizer=tiny_tokenizer()) / "tokenizer.json").write_text(
+        '{"version"'
+    )
     with pytest.raises(ValueError, match="its tokenizer cannot be read"):
         load_tokenizer(tmp_path / "garbled")
     wrong = {
         "must be one token each": tiny_tokenizer((*SPECIAL, "<|video_pad|>")),
-        r"<\|image_pad\|> is 6, in config.json 5": tiny_tokenizer((*SPECIAL[:5], "<|video_pad|>", SPECIAL[5], *TOOL)),
+        r"<\|image_pad\|> is 6, in config.json 5": tiny_tokenizer(
+            (*SPECIAL[:5], "<|video_pad|>", SPECIAL[5], *TOOL)
+        ),
         r"<\|image_pad\|> is 15": tiny_tokenizer(vocab_start=10),
-        "it has id 3": tiny_tokenizer((*SPECIAL, "<|video_pad|>", *TOOL, *(f"<|{i}|>" for i in range(60)))),
+        "it has id 3": tiny_tokenizer(
+            (*SPECIAL, "<|video_pad|>", *TOOL, *(f"<|{i}|>" for i in range(60)))
+        ),
     }
     for i, (match, tokenizer) in enumerate(wrong.items()):
         with pytest.raises(ValueError, match=match) as caught:
@@ -303,18 +379,31 @@ def test_the_published_tokenizer_loads(tmp_path):
 def test_kernels_is_ours_and_never_imports_transformers():
     for path in (ROOT / "kernels").glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+            imported = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [getattr(node, "module", "") or ""]
+            )
             assert not any(name.split(".")[0] == "transformers" for name in imported), path
-    ours, theirs = "import kernels.attention", "from transformers import Qwen2_5_VLForConditionalGeneration"
-    for lines in (ours, "import sys; assert 'transformers' not in sys.modules", theirs), (theirs, ours):
+    ours, theirs = (
+        "import kernels.attention",
+        "from transformers import Qwen2_5_VLForConditionalGeneration",
+    )
+    for lines in (
+        (ours, "import sys; assert 'transformers' not in sys.modules", theirs),
+        (theirs, ours),
+    ):
         program = "; ".join((*lines, "print(kernels.__file__)"))
-        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's protocol that a download takes: a model's list of files, and each file."""
+    """The part of the hub's protocol that a download takes: a model's list of files, and each
+    file."""
 
     folder, commit = ROOT / "assets" / "nano-sft", "0123456789abcdef0123456789abcdef01234567"
     asked: list[str] = []
@@ -324,10 +413,19 @@ class Hub(BaseHTTPRequestHandler):
         names = [(p.name, p.stat().st_size) for p in self.folder.iterdir()] + [("harm.bin", 1)]
         if self.path.startswith("/api/models/owner/nano/revision/main"):
             content = json.dumps(
-                {"id": "owner/nano", "sha": self.commit, "siblings": [{"rfilename": name} for name, _ in names]}
+                {
+                    "id": "owner/nano",
+                    "sha": self.commit,
+                    "siblings": [{"rfilename": name} for name, _ in names],
+                }
             ).encode()
         elif self.path.startswith(f"/api/models/owner/nano/tree/{self.commit}"):
-            content = json.dumps([{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in names]).encode()
+            content = json.dumps(
+                [
+                    {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+                    for name, size in names
+                ]
+            ).encode()
         elif self.path.startswith(f"/owner/nano/resolve/{self.commit}/"):
             content = (self.folder / self.path.rpartition("/")[2]).read_bytes()
         else:
@@ -351,9 +449,15 @@ def test_a_hub_id_is_downloaded_once(tmp_path):
     """By huggingface_hub, from a server on loopback that speaks the hub's protocol."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = "import sys; from nanosport.load import load_model, load_tokenizer, resolve\n"
-    code += "folder = resolve('owner/nano'); load_model(folder); load_tokenizer(folder); print(folder)"
-    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    code = "import sys; from nanosport.model.folder import load_model, load_tokenizer, resolve\n"
+    code += (
+        "folder = resolve('owner/nano'); load_model(folder); load_tokenizer(folder); print(folder)"
+    )
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path),
+    }
     env |= {"HF_HUB_DISABLE_XET": "1"}
     env |= {"PYTHONPATH": str(ROOT), "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     for _ in range(2):

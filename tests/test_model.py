@@ -1,4 +1,5 @@
-"""Our Qwen2.5-VL is the same function as transformers', packed or cached, and passes on the same gradients."""
+"""Our Qwen2.5-VL is the same function as transformers', packed or cached, and passes on the same
+gradients."""
 
 from itertools import chain
 
@@ -10,9 +11,15 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as oracle
 
 from kernels.attention import varlen_attention
-from nanosport.load import published_name
-from nanosport.model import KVCache, ModelConfig, Qwen25VL, mrope_cos_sin, mrope_positions
-from nanosport.vision import RMSNorm, rotate
+from nanosport.model.folder import published_name
+from nanosport.model.layers import RMSNorm, rotate
+from nanosport.model.qwen2_5_vl import (
+    KVCache,
+    ModelConfig,
+    Qwen25VL,
+    mrope_cos_sin,
+    mrope_positions,
+)
 
 IMAGE, VIDEO, START, END = 190, 191, 192, 193
 GRIDS = [(1, 4, 6), (1, 10, 18), (1, 2, 2), (1, 8, 8)]
@@ -28,7 +35,8 @@ def one_thread():
 
 
 def tiny_pair(tied=False, patch_size=14, dtype=torch.float32):
-    """(transformers' model, ours with the same weights): large weights, so that every one shows in the logits."""
+    """(transformers' model, ours with the same weights): large weights, so that every one shows in
+    the logits."""
     torch.manual_seed(0)
     text = {
         "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -46,8 +54,12 @@ def tiny_pair(tied=False, patch_size=14, dtype=torch.float32):
     theirs = Qwen2_5_VLForConditionalGeneration(cfg)
     with torch.no_grad():
         for weight in theirs.parameters():
-            weight.normal_(1.0, 0.2) if weight.ndim == 1 else weight.normal_(0.0, weight[0].numel() ** -0.5)
-            weight.data = weight.to(dtype)  # not theirs.to(dtype), which would round the rotary frequencies too
+            weight.normal_(1.0, 0.2) if weight.ndim == 1 else weight.normal_(
+                0.0, weight[0].numel() ** -0.5
+            )
+            weight.data = weight.to(
+                dtype
+            )  # not theirs.to(dtype), which would round the rotary frequencies too
     ours = Qwen25VL(ModelConfig.from_dict(cfg.to_dict())).to(dtype)
     state = {published_name(name): weight.clone() for name, weight in theirs.state_dict().items()}
     if tied:
@@ -67,7 +79,9 @@ def sequence(grids, seed=0, text=5):
 
 def patches(grids, cfg, seed=0):
     num_patches = sum(t * h * w for t, h, w in grids)
-    return torch.randn(num_patches, cfg.vision.patch_width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        num_patches, cfg.vision.patch_width, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def cu(*lengths):
@@ -76,7 +90,9 @@ def cu(*lengths):
 
 def their_logits(theirs, ids, patches_PC, grids):
     ids_1T = torch.tensor(ids)[None]
-    is_image = (ids_1T == IMAGE).int()  # without it transformers falls back to 1-D positions, without a word
+    is_image = (
+        ids_1T == IMAGE
+    ).int()  # without it transformers falls back to 1-D positions, without a word
     dtype = theirs.lm_head.weight.dtype
     return theirs(
         input_ids=ids_1T, pixel_values=patches_PC.to(dtype), image_grid_thw=torch.tensor(grids),
@@ -86,7 +102,9 @@ def their_logits(theirs, ids, patches_PC, grids):
 
 def our_hidden(ours, ids, patches_PC, grids):
     positions_3T, _ = mrope_positions(ids, grids, ours.cfg)
-    return ours.hidden(torch.tensor(ids), positions_3T, cu(len(ids)), ours.visual(patches_PC, grids))
+    return ours.hidden(
+        torch.tensor(ids), positions_3T, cu(len(ids)), ours.visual(patches_PC, grids)
+    )
 
 
 def relative_error(ours, theirs):
@@ -111,7 +129,9 @@ def test_logits_and_every_gradient_equal_transformers(tied, patch_size):
         assert relative_error(p.grad, gradients[name]) < 2e-5, name
 
 
-@pytest.mark.parametrize("broken", ["mrope_section", "window_size", "fullatt_block_indexes", "rope_theta"])
+@pytest.mark.parametrize(
+    "broken", ["mrope_section", "window_size", "fullatt_block_indexes", "rope_theta"]
+)
 def test_a_wrong_model_would_be_noticed(broken):
     theirs, ours = tiny_pair()
     ids, patches_PC = sequence(GRIDS), patches(GRIDS, ours.cfg)
@@ -131,7 +151,10 @@ def test_a_wrong_model_would_be_noticed(broken):
 
 def test_bfloat16_rounds_where_transformers_rounds():
     x = torch.randn(7, 4, 16, dtype=torch.bfloat16)
-    our_norm, their_norm = RMSNorm(16, 1e-6).bfloat16(), oracle.Qwen2_5_VLRMSNorm(16, 1e-6).bfloat16()
+    our_norm, their_norm = (
+        RMSNorm(16, 1e-6).bfloat16(),
+        oracle.Qwen2_5_VLRMSNorm(16, 1e-6).bfloat16(),
+    )
     with torch.no_grad():
         our_norm.weight.copy_(torch.randn(16))
         their_norm.weight.copy_(our_norm.weight)
@@ -141,7 +164,9 @@ def test_bfloat16_rounds_where_transformers_rounds():
     positions_3T = mrope_positions(sequence([(1, 4, 6)]), [(1, 4, 6)], ours.cfg)[0][:, :7]
     cos, sin = mrope_cos_sin(positions_3T, ours.cfg, torch.bfloat16)
     their_cos_sin = theirs.model.language_model.rotary_emb(x, positions_3T[:, None])
-    expected, _ = oracle.apply_rotary_pos_emb(x.transpose(0, 1)[None], x.transpose(0, 1)[None], *their_cos_sin)
+    expected, _ = oracle.apply_rotary_pos_emb(
+        x.transpose(0, 1)[None], x.transpose(0, 1)[None], *their_cos_sin
+    )
     assert torch.equal(rotate(x, cos, sin), expected[0].transpose(0, 1))
 
 
@@ -158,15 +183,27 @@ def test_bfloat16_error_is_no_larger_than_transformers():
 
 def test_packed_sequences_do_not_see_each_other():
     _, ours = tiny_pair(tied=True)
-    sequences = [(sequence(grids, seed=i), grids) for i, grids in enumerate((GRIDS[:2], [], GRIDS[2:]))]
+    sequences = [
+        (sequence(grids, seed=i), grids) for i, grids in enumerate((GRIDS[:2], [], GRIDS[2:]))
+    ]
     ids = [torch.tensor(ids) for ids, _ in sequences]
     positions = [mrope_positions(ids, grids, ours.cfg)[0] for ids, grids in sequences]
-    features = [ours.visual(patches(g, ours.cfg, seed=i), g) if g else None for i, (_, g) in enumerate(sequences)]
-    alone = [ours.hidden(one, where, cu(len(one)), feature) for one, where, feature in zip(ids, positions, features, strict=True)]
-    all_features = ours.visual(torch.cat([patches(GRIDS[:2], ours.cfg, 0), patches(GRIDS[2:], ours.cfg, 2)]), GRIDS)
+    features = [
+        ours.visual(patches(g, ours.cfg, seed=i), g) if g else None
+        for i, (_, g) in enumerate(sequences)
+    ]
+    alone = [
+        ours.hidden(one, where, cu(len(one)), feature)
+        for one, where, feature in zip(ids, positions, features, strict=True)
+    ]
+    all_features = ours.visual(
+        torch.cat([patches(GRIDS[:2], ours.cfg, 0), patches(GRIDS[2:], ours.cfg, 2)]), GRIDS
+    )
     packed = ours.hidden(torch.cat(ids), torch.cat(positions, 1), cu(*map(len, ids)), all_features)
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=2e-5)
-    torch.testing.assert_close(all_features, torch.cat([f for f in features if f is not None]), rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        all_features, torch.cat([f for f in features if f is not None]), rtol=0, atol=2e-5
+    )
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -174,14 +211,17 @@ def test_activation_checkpointing_changes_no_gradient():
     for checkpointed in (False, True):
         _, ours = tiny_pair(tied=True)
         ours.recompute_every = ours.visual.recompute_every = int(checkpointed)
-        our_hidden(ours, sequence(GRIDS), patches(GRIDS, ours.cfg), GRIDS).square().mean().backward()
+        our_hidden(
+            ours, sequence(GRIDS), patches(GRIDS, ours.cfg), GRIDS
+        ).square().mean().backward()
         gradients.append({name: p.grad for name, p in ours.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
 def test_sharding_from_outside_changes_no_gradient():
-    """FSDP2 on the layers, and on the root by its two entrances; nothing in the model knows of it."""
+    """FSDP2 on the layers, and on the root by its two entrances; nothing in the model knows of
+    it."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         gradients = []
@@ -194,8 +234,12 @@ def test_sharding_from_outside_changes_no_gradient():
                 register_fsdp_forward_method(ours, "hidden")
             ids, features_ND = sequence(GRIDS), ours.encode(patches(GRIDS, ours.cfg), GRIDS)
             positions_3T, _ = mrope_positions(ids, GRIDS, ours.cfg)
-            ours.hidden(torch.tensor(ids), positions_3T, cu(len(ids)), features_ND).square().mean().backward()
-            gradients.append({n: p.grad.full_tensor() if sharded else p.grad for n, p in ours.named_parameters()})
+            ours.hidden(
+                torch.tensor(ids), positions_3T, cu(len(ids)), features_ND
+            ).square().mean().backward()
+            gradients.append(
+                {n: p.grad.full_tensor() if sharded else p.grad for n, p in ours.named_parameters()}
+            )
     finally:
         dist.destroy_process_group()
     for name, gradient in gradients[0].items():
@@ -242,7 +286,8 @@ def test_features_must_be_as_many_as_image_tokens():
 
 
 def test_a_dummy_image_reaches_the_tower_with_zero_gradient():
-    """What a rank without images does so that all ranks run the tower: it takes none of a dummy's features."""
+    """What a rank without images does so that all ranks run the tower: it takes none of a dummy's
+    features."""
     _, ours = tiny_pair()
     ids = torch.arange(5)
     features_ND = ours.visual(patches([(1, 2, 2)], ours.cfg), [(1, 2, 2)])[:0]
@@ -252,7 +297,9 @@ def test_a_dummy_image_reaches_the_tower_with_zero_gradient():
 
 def test_patches_must_fit_their_grids():
     _, ours = tiny_pair()
-    with pytest.raises(ValueError, match=r"patches of shape \(24, 1176\): 1 grids ask for \(36, 1176\)"):
+    with pytest.raises(
+        ValueError, match=r"patches of shape \(24, 1176\): 1 grids ask for \(36, 1176\)"
+    ):
         ours.visual(torch.zeros(24, 1176), [(1, 6, 6)])
     with pytest.raises(ValueError, match="multiples of 2"):
         ours.visual(torch.zeros(12, 1176), [(1, 3, 4)])
@@ -263,7 +310,10 @@ def test_cached_decode_equals_the_full_forward():
     _, ours = tiny_pair(tied=True)
     rows = [[[0], [1, 2], [], []], [[3, 0], [], [2], []], [[], [1], [], []]]
     rows = [[[GRIDS[i] for i in turn] for turn in row] for row in rows]
-    turns = [[sequence(grids, seed=10 * b + i, text=3 + b) for i, grids in enumerate(row)] for b, row in enumerate(rows)]
+    turns = [
+        [sequence(grids, seed=10 * b + i, text=3 + b) for i, grids in enumerate(row)]
+        for b, row in enumerate(rows)
+    ]
     turns[1][3] = turns[0][3][:1]
     turns[0][3], turns[2][3] = turns[0][3][:1], []
     whole_ids = [list(chain(*turns_b)) for turns_b in turns]
@@ -275,7 +325,9 @@ def test_cached_decode_equals_the_full_forward():
 
     pixels = [patches(grids, ours.cfg, seed=b) for b, grids in enumerate(whole_grids)]
     starts, used, got = [0] * 3, [0] * 3, [[], [], []]
-    cache = KVCache(ours.cfg, batch=3, capacity=max(map(len, whole_ids)))  # full at the end: padding has no free slot left
+    cache = KVCache(
+        ours.cfg, batch=3, capacity=max(map(len, whole_ids))
+    )  # full at the end: padding has no free slot left
     for i in range(4):
         num_new_B = torch.tensor([len(turns[b][i]) for b in range(3)])
         ids_BT = torch.full((3, int(num_new_B.max())), 7)
@@ -283,7 +335,9 @@ def test_cached_decode_equals_the_full_forward():
         now = []
         for b, n in enumerate(num_new_B.tolist()):
             ids_BT[b, :n] = torch.tensor(turns[b][i])
-            positions_3BT[:, b, :n], starts[b] = mrope_positions(turns[b][i], rows[b][i], ours.cfg, starts[b])
+            positions_3BT[:, b, :n], starts[b] = mrope_positions(
+                turns[b][i], rows[b][i], ours.cfg, starts[b]
+            )
             num_patches = sum(h * w for _, h, w in rows[b][i])
             now.append(pixels[b][used[b] : used[b] + num_patches])
             used[b] += num_patches
@@ -305,20 +359,27 @@ def test_cached_decode_equals_the_full_forward():
     for row, (b, first) in enumerate([(2, 11), (0, 12), (2, 13)]):
         full = our_hidden(ours, [*whole_ids[b], first, first + 1], pixels[b], whole_grids[b])
         torch.testing.assert_close(hidden_BTD[row, -1], full[-1], rtol=0, atol=5e-5)
-    assert cache.lengths_B.tolist() == [len(ids) for ids in whole_ids]  # a fork leaves its origin alone
+    assert cache.lengths_B.tolist() == [
+        len(ids) for ids in whole_ids
+    ]  # a fork leaves its origin alone
 
 
 def test_a_full_cache_says_so():
     _, ours = tiny_pair()
     cache = KVCache(ours.cfg, batch=1, capacity=3)
     with pytest.raises(ValueError, match="4 tokens in a cache of capacity 3"):
-        ours.decode(torch.ones(1, 4, dtype=torch.long), torch.zeros(3, 1, 4), torch.tensor([4]), cache)
+        ours.decode(
+            torch.ones(1, 4, dtype=torch.long), torch.zeros(3, 1, 4), torch.tensor([4]), cache
+        )
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_varlen_attention_equals_softmax_segment_by_segment(causal):
     lengths = [3, 1, 4, 3, 4, 9]
-    q, k, v = (torch.randn(sum(lengths), heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
     out = varlen_attention(q, k, v, cu(*lengths), max(lengths), causal, scale=0.3)
     expected, start = [], 0
     for n in lengths:

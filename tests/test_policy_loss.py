@@ -1,4 +1,5 @@
-"""The fused head and loss, in torch and in Triton's interpreter, against plain autograd over all the logits in float64."""
+"""The fused head and loss, in torch and in Triton's interpreter, against plain autograd over all
+the logits in float64."""
 
 import importlib.util
 from pathlib import Path
@@ -7,15 +8,23 @@ import pytest
 import torch
 
 from kernels import policy_loss, policy_row
-from kernels.policy_loss import Objective, fused_linear_cross_entropy, fused_linear_policy_loss, linear_logprobs
-from nanosport import optim
-from nanosport.batch import deal, make_units, pack
-from nanosport.episode import read_records
-from nanosport.frames import FrameEncoder
+from kernels.policy_loss import (
+    Objective,
+    TokenInputs,
+    fused_linear_cross_entropy,
+    fused_linear_policy_loss,
+    linear_logprobs,
+)
+from nanosport.env.env import Limits
+from nanosport.env.rollout import replay
 from nanosport.image import ImageConfig
-from nanosport.load import load_model, load_tokenizer
-from nanosport.loss import VARIANTS, token_scale
-from nanosport.rollout import Loop, replay
+from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import read_records
+from nanosport.train import optim
+from nanosport.train.deal import deal, make_units
+from nanosport.train.pack import pack
+from nanosport.train.variants import VARIANTS, token_scale
 
 M, D, V = 37, 24, 101  # none a multiple of anything
 BANNED = torch.tensor([0, 17, 100])
@@ -33,14 +42,20 @@ def rows_by(request, monkeypatch):
 def inputs(
     seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32, temperature=1.0, banned=()
 ) -> dict[str, torch.Tensor]:
-    """Old log-probs near the policy's own, so that ratios fall inside the clip range and on both sides of it."""
+    """Old log-probs near the policy's own, so that ratios fall inside the clip range and on both
+    sides of it."""
     g = torch.Generator().manual_seed(seed)
-    x = {"hidden": torch.randn(rows, D, generator=g) * size, "weight": torch.randn(V, D, generator=g) * 0.5}
+    x = {
+        "hidden": torch.randn(rows, D, generator=g) * size,
+        "weight": torch.randn(V, D, generator=g) * 0.5,
+    }
     x["targets"] = torch.randint(1, 17, (rows,), generator=g)
     x["sequence"] = torch.arange(rows) // 4  # of which all tokens share their advantage and scale
     x["advantages"] = torch.randn(rows, generator=g)[x["sequence"]]
     x["scale"] = (torch.rand(rows, generator=g) / max(rows, 1))[x["sequence"]]
-    logits = (x["hidden"] @ x["weight"].T / temperature).index_fill(1, torch.as_tensor(banned, dtype=torch.long), -1e30)
+    logits = (x["hidden"] @ x["weight"].T / temperature).index_fill(
+        1, torch.as_tensor(banned, dtype=torch.long), -1e30
+    )
     logp = logits.log_softmax(-1)[torch.arange(rows), x["targets"]]
     for name in ("old", "ref", "rollout"):
         x[name] = logp + 0.4 * torch.randn(rows, generator=g)
@@ -48,10 +63,16 @@ def inputs(
 
 
 def plain(x, objective: Objective, given=(), banned=None, dtype=torch.float64, sign=1.0, shift=0):
-    """(loss, dhidden, dweight, logp, entropy) by autograd over all the logits; clips are gates here, not minima."""
-    narrow = dtype in (torch.float16, torch.bfloat16)  # products in that type, the row in float32, as is usual
+    """(loss, dhidden, dweight, logp, entropy) by autograd over all the logits; clips are gates
+    here, not minima."""
+    narrow = dtype in (
+        torch.float16,
+        torch.bfloat16,
+    )  # products in that type, the row in float32, as is usual
     x = {
-        k: v.to(torch.float32 if narrow and k not in ("hidden", "weight") else dtype) if v.is_floating_point() else v
+        k: v.to(torch.float32 if narrow and k not in ("hidden", "weight") else dtype)
+        if v.is_floating_point()
+        else v
         for k, v in x.items()
     }
     hidden, weight = x["hidden"].clone().requires_grad_(), x["weight"].clone().requires_grad_()
@@ -85,12 +106,18 @@ def plain(x, objective: Objective, given=(), banned=None, dtype=torch.float64, s
     return loss.detach(), hidden.grad, weight.grad, logp.detach(), entropy.detach()
 
 
+def token_inputs(x, given) -> TokenInputs:
+    """What is known of the rows, but for what is not `given`."""
+    names = {"old": "old_logp_M", "ref": "ref_logp_M", "rollout": "sampled_logp_M"}
+    names["sequence"] = "sequence_M"
+    optional = {names[name]: x[name] for name in given}
+    return TokenInputs(x["targets"], x["advantages"], x["scale"], **optional)
+
+
 def ours(x, objective: Objective, given=(), banned=None):
     hidden, weight = x["hidden"].clone().requires_grad_(), x["weight"].clone().requires_grad_()
-    old, ref, rollout, sequence = (x[name] if name in given else None for name in ("old", "ref", "rollout", "sequence"))
-    loss, stats = fused_linear_policy_loss(
-        hidden, weight, x["targets"], x["advantages"], old, ref, rollout, x["scale"], objective, banned=banned, sequence_M=sequence
-    )
+    tokens = token_inputs(x, given)
+    loss, stats = fused_linear_policy_loss(hidden, weight, tokens, objective, banned)
     loss.backward()
     return (loss.detach(), hidden.grad, weight.grad, stats.logp_M, stats.entropy_M), stats
 
@@ -106,13 +133,19 @@ CASES = {
     "importance weight": (Objective(rollout_cap=1.1), ("old", "rollout"), None),
     "importance weight, on policy": (Objective(rollout_cap=1.1), ("rollout",), None),
     "cispo": (Objective(clip_low=0.3, clip_high=0.3, likelihood=True), ("old",), None),
-    "cispo, all": (Objective(1.6, 1.0, 0.3, 0.2, 0.1, 1.2, likelihood=True), ("old", "ref", "rollout"), BANNED),
+    "cispo, all": (
+        Objective(1.6, 1.0, 0.3, 0.2, 0.1, 1.2, likelihood=True),
+        ("old", "ref", "rollout"),
+        BANNED,
+    ),
     "gspo": (Objective(clip_low=0.05, clip_high=0.05), ("old", "sequence"), None),
     "gspo, kl": (Objective(0.7, 0.05, 0.08, 0.3), ("old", "ref", "sequence"), BANNED),
 }
 
 
-def inputs_of(case: str, seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def inputs_of(
+    case: str, seed: int = 0, rows: int = M, size: float = 1.0, dtype=torch.float32
+) -> dict[str, torch.Tensor]:
     objective, _, banned = CASES[case]
     return inputs(seed, rows, size, dtype, objective.temperature, () if banned is None else banned)
 
@@ -132,9 +165,13 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return (got.double() - want).norm().item() / max(want.norm().item(), 1e-12)
 
 
-@pytest.mark.parametrize("case", ["on policy", "all", "cispo, all", "gspo, kl", "importance weight"])
+@pytest.mark.parametrize(
+    "case", ["on policy", "all", "cispo, all", "gspo, kl", "importance weight"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("rows, size", [(M, 1.0), (1, 1.0), (M, 12.0)], ids=["37 rows", "1 row", "extreme logits"])
+@pytest.mark.parametrize(
+    "rows, size", [(M, 1.0), (1, 1.0), (M, 12.0)], ids=["37 rows", "1 row", "extreme logits"]
+)
 def test_error_is_at_most_twice_plain_torchs(case, dtype, rows, size, rows_by):
     if rows_by == "triton" and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates float32 to bfloat16 instead of rounding")
@@ -156,7 +193,8 @@ def test_error_is_at_most_twice_plain_torchs(case, dtype, rows, size, rows_by):
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_equal_finite_differences(case):
-    """In float64, by torch's own gradcheck. What the loss holds constant (old, cispo's ratio) has no gradient to compare."""
+    """In float64, by torch's own gradcheck. What the loss holds constant (old, cispo's ratio) has
+    no gradient to compare."""
     objective, given, banned = CASES[case]
     x = {k: v.double() if v.is_floating_point() else v for k, v in inputs(1, 9).items()}
     logp, _ = linear_logprobs(x["hidden"], x["weight"], x["targets"], objective.temperature, banned)
@@ -166,22 +204,16 @@ def test_gradients_equal_finite_differences(case):
         x["old"] = logp - 3.0
 
     def loss(hidden, weight):
-        old, ref, rollout, sequence = (x[name] if name in given else None for name in ("old", "ref", "rollout", "sequence"))
-        return fused_linear_policy_loss(
-            hidden,
-            weight,
-            x["targets"],
-            x["advantages"],
-            old,
-            ref,
-            rollout,
-            x["scale"],
-            objective,
-            banned=banned,
-            sequence_M=sequence,
-        )[0]
+        tokens = token_inputs(x, given)
+        return fused_linear_policy_loss(hidden, weight, tokens, objective, banned)[0]
 
-    torch.autograd.gradcheck(loss, (x["hidden"].requires_grad_(), x["weight"].requires_grad_()), eps=1e-6, atol=1e-7, rtol=1e-5)
+    torch.autograd.gradcheck(
+        loss,
+        (x["hidden"].requires_grad_(), x["weight"].requires_grad_()),
+        eps=1e-6,
+        atol=1e-7,
+        rtol=1e-5,
+    )
 
 
 def test_a_wrong_reference_is_told_apart():
@@ -190,7 +222,9 @@ def test_a_wrong_reference_is_told_apart():
     objective, given, banned = CASES["all"]
     (got, _), right = ours(x, objective, given, banned), plain(x, objective, given, banned)
     torch.testing.assert_close(got[1].double(), right[1], rtol=2e-5, atol=2e-6)
-    changed = [Objective(*(getattr(objective, f) * (2 if f == g else 1) for f in FIELDS)) for g in FIELDS]
+    changed = [
+        Objective(*(getattr(objective, f) * (2 if f == g else 1) for f in FIELDS)) for g in FIELDS
+    ]
     wrong = [plain(x, o, given, banned) for o in changed]
     wrong += [plain(x, objective, tuple(g for g in given if g != left), banned) for left in given]
     wrong += [
@@ -207,19 +241,33 @@ def test_a_wrong_reference_is_told_apart():
 FIELDS = ("temperature", "clip_low", "clip_high", "beta", "entropy_bonus", "rollout_cap")
 BUGS = [
     ("policy_row.py", "slope -= beta * (1 - tl.exp(gap))", "slope += beta * (1 - tl.exp(gap))"),
-    ("policy_row.py", "hit_B = (start + columns == target)", "hit_B = (start + columns == target + 1)"),
+    (
+        "policy_row.py",
+        "hit_B = (start + columns == target)",
+        "hit_B = (start + columns == target + 1)",
+    ),
     ("policy_row.py", "tl.load(logits_ptr + target)", "tl.load(logits_ptr + target + 1)"),
     ("policy_row.py", "bonus * spread_B", "-bonus * spread_B"),
-    ("policy_row.py", "slope = tl.where(outside, 0.0, ratio * advantage)", "slope = ratio * advantage"),
+    (
+        "policy_row.py",
+        "slope = tl.where(outside, 0.0, ratio * advantage)",
+        "slope = ratio * advantage",
+    ),
     ("policy_row.py", "mask=start + columns < V", "mask=start + columns < V - 9"),
     ("policy_row.py", "pull = -scale * slope / temperature", "pull = -scale * slope"),
     ("policy_loss.py", "slope_C = slope_C - objective.beta", "slope_C = slope_C + objective.beta"),
-    ("policy_loss.py", "d_CV.scatter_add_(1, rows.targets_M[:, None]", "d_CV.scatter_add_(1, rows.targets_M[:, None] + 1"),
+    (
+        "policy_loss.py",
+        "d_CV.scatter_add_(1, tokens.targets_M[:, None]",
+        "d_CV.scatter_add_(1, tokens.targets_M[:, None] + 1",
+    ),
     ("policy_loss.py", ".masked_fill(clipped_C, 0.0)", ""),
 ]
 
 
-@pytest.mark.parametrize("file, right, wrong", BUGS, ids=[f"{f[7:-3]}: {w or r}" for f, r, w in BUGS])
+@pytest.mark.parametrize(
+    "file, right, wrong", BUGS, ids=[f"{f[7:-3]}: {w or r}" for f, r, w in BUGS]
+)
 def test_planted_bugs_are_caught(file, right, wrong, tmp_path, monkeypatch):
     source = Path(policy_loss.__file__).with_name(file).read_text()
     assert source.count(right) >= 1
@@ -228,7 +276,11 @@ def test_planted_bugs_are_caught(file, right, wrong, tmp_path, monkeypatch):
     planted = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(importlib.import_module("sys").modules, "planted", planted)
     spec.loader.exec_module(planted)
-    monkeypatch.setattr(policy_loss, "torch_rows", planted.triton_rows if file == "policy_row.py" else planted.torch_rows)
+    monkeypatch.setattr(
+        policy_loss,
+        "torch_rows",
+        planted.triton_rows if file == "policy_row.py" else planted.torch_rows,
+    )
     x = inputs_of("all")
     got, want = ours(x, *CASES["all"])[0], plain(x, *CASES["all"])
     with pytest.raises(AssertionError):
@@ -258,10 +310,14 @@ def test_clipped_rows_have_no_gradient_and_all_others_have(rows_by):
 def test_old_and_new_log_probs_are_bitwise_equal_on_policy(rows_by):
     x = inputs(rows=M)
     for objective in (Objective(beta=1.0), Objective(0.7, beta=1.0)):
-        logp, entropy = linear_logprobs(x["hidden"], x["weight"], x["targets"], objective.temperature)
+        logp, entropy = linear_logprobs(
+            x["hidden"], x["weight"], x["targets"], objective.temperature
+        )
         (_, *_), stats = ours(x | {"old": logp, "ref": logp}, objective, ("old", "ref"))
         assert torch.equal(stats.logp_M, logp) and torch.equal(stats.entropy_M, entropy)
-        assert (stats.ratio_M == 1).all() and (stats.clipped_M == 0).all() and (stats.kl_M == 0).all()
+        assert (
+            (stats.ratio_M == 1).all() and (stats.clipped_M == 0).all() and (stats.kl_M == 0).all()
+        )
     _, stats = ours(x, Objective(beta=1.0), ("old", "ref"))
     assert (stats.kl_M >= 0).all()
 
@@ -271,7 +327,9 @@ def test_old_and_new_log_probs_are_bitwise_equal_on_policy(rows_by):
 def test_log_probabilities_are_never_positive(size, dtype, rows_by):
     x = inputs()
     for banned in (None, BANNED):
-        logp, entropy = linear_logprobs((x["hidden"] * size).to(dtype), x["weight"].to(dtype), x["targets"], 0.7, banned)
+        logp, entropy = linear_logprobs(
+            (x["hidden"] * size).to(dtype), x["weight"].to(dtype), x["targets"], 0.7, banned
+        )
         assert logp.dtype == torch.float32 and (logp <= 0).all() and logp.isfinite().all()
         assert (entropy >= -1e-5).all() and entropy.isfinite().all()
     sure = torch.full((1, D), 100.0)  # one token takes all the probability
@@ -295,9 +353,18 @@ def test_probabilities_sum_to_one_over_what_can_be_sampled(rows_by):
 def test_no_rows(rows_by):
     """A rank without action rows still takes part in the backward pass."""
     x = inputs(rows=0)
-    (loss, hidden_grad, weight_grad, *_), stats = ours(x, Objective(beta=0.1), ("old", "ref", "sequence"))
-    assert loss == 0 and hidden_grad.shape == (0, D) and (weight_grad == 0).all() and len(stats.logp_M) == 0
-    loss, logp = fused_linear_cross_entropy(x["hidden"].requires_grad_(), x["weight"].requires_grad_(), x["targets"], x["scale"])
+    (loss, hidden_grad, weight_grad, *_), stats = ours(
+        x, Objective(beta=0.1), ("old", "ref", "sequence")
+    )
+    assert (
+        loss == 0
+        and hidden_grad.shape == (0, D)
+        and (weight_grad == 0).all()
+        and len(stats.logp_M) == 0
+    )
+    loss, logp = fused_linear_cross_entropy(
+        x["hidden"].requires_grad_(), x["weight"].requires_grad_(), x["targets"], x["scale"]
+    )
     loss.backward()
     assert loss == 0 and len(logp) == 0
 
@@ -335,10 +402,17 @@ def test_only_the_gradients_asked_for_are_made(rows_by):
     x = inputs()
     for names in (("hidden",), ("weight",), ("hidden", "weight")):
         leaves = {n: x[n].clone().requires_grad_(n in names) for n in ("hidden", "weight")}
-        loss, _ = fused_linear_cross_entropy(leaves["hidden"], leaves["weight"], x["targets"], x["scale"])
+        loss, _ = fused_linear_cross_entropy(
+            leaves["hidden"], leaves["weight"], x["targets"], x["scale"]
+        )
         (3 * loss).backward()
         both = [x[n].clone().requires_grad_() for n in ("hidden", "weight")]
-        (3 * (-(both[0] @ both[1].T).log_softmax(-1)[torch.arange(M), x["targets"]] * x["scale"]).sum()).backward()
+        (
+            3
+            * (
+                -(both[0] @ both[1].T).log_softmax(-1)[torch.arange(M), x["targets"]] * x["scale"]
+            ).sum()
+        ).backward()
         for name, leaf, want in zip(leaves, leaves.values(), both):
             if name in names:
                 torch.testing.assert_close(leaf.grad, want.grad, rtol=2e-5, atol=2e-6)
@@ -352,11 +426,16 @@ def trained(nano_folder, arena_folder):
     model, tokenizer = load_model(nano_folder), load_tokenizer(nano_folder)
     encoder = FrameEncoder(model, ImageConfig.from_folder(nano_folder))
     records = sorted(read_records(arena_folder / "trajectories.jsonl"), key=lambda r: len(r[1]))
-    return model, encoder, [replay(q, m, encoder, tokenizer, Loop()) for q, m in (*records[:2], *records[-2:])]
+    return (
+        model,
+        encoder,
+        [replay(q, m, encoder, tokenizer, Limits()) for q, m in (*records[:2], *records[-2:])],
+    )
 
 
 def gradients(model, encoder, episodes, max_tokens: int, variant: str | None) -> list[torch.Tensor]:
-    """Accumulated over micro-batches as the loops do it: SFT's loss, or the policy loss of a variant."""
+    """Accumulated over micro-batches as the loops do it: SFT's loss, or the policy loss of a
+    variant."""
     lengths = [sum(e.mask) for e in episodes]
     advantages = torch.tensor([1.0, -0.5, 0.3, -0.8])
     model.zero_grad()
@@ -364,25 +443,37 @@ def gradients(model, encoder, episodes, max_tokens: int, variant: str | None) ->
     ((parts,), _) = deal(units, 1, max_tokens, frozen_vision=True)
     for part in parts:
         batch = pack([episodes[k] for k in part], encoder, model.cfg)
-        hidden_MD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys)[batch.rows_M]
+        hidden_MD = model.hidden(
+            batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys
+        )[batch.rows_M]
         if variant is None:
             scale_M = torch.full((len(hidden_MD),), 1 / sum(lengths))
-            loss, _ = fused_linear_cross_entropy(hidden_MD, model.head_weight_VD, batch.targets_M, scale_M)
+            loss, _ = fused_linear_cross_entropy(
+                hidden_MD, model.head_weight_VD, batch.targets_M, scale_M
+            )
         else:
-            weigh = torch.tensor([token_scale(variant, lengths[k], len(episodes), sum(lengths), 200) for k in part])
+            weigh = torch.tensor(
+                [token_scale(variant, lengths[k], len(episodes), sum(lengths), 200) for k in part]
+            )
+            weights_M = advantages[part][batch.episode_M], weigh[batch.episode_M]
+            tokens = TokenInputs(batch.targets_M, *weights_M)
             loss, _ = fused_linear_policy_loss(
-                hidden_MD, model.head_weight_VD, batch.targets_M, advantages[part][batch.episode_M],
-                None, None, None, weigh[batch.episode_M], Objective(0.7),
-            )  # fmt: skip
+                hidden_MD, model.head_weight_VD, tokens, Objective(0.7)
+            )
         loss.backward()
-    return [p.grad.clone() for name, p in model.named_parameters() if not name.startswith("visual.")]
+    return [
+        p.grad.clone() for name, p in model.named_parameters() if not name.startswith("visual.")
+    ]
 
 
 @pytest.mark.parametrize("variant", [None, *VARIANTS])
 def test_micro_batches_leave_the_gradients_as_they_are(variant, trained):
     model, encoder, episodes = trained
     assert len({len(e.ids) for e in episodes}) > 1
-    one, four = gradients(model, encoder, episodes, 1, variant), gradients(model, encoder, episodes, 1 << 20, variant)
+    one, four = (
+        gradients(model, encoder, episodes, 1, variant),
+        gradients(model, encoder, episodes, 1 << 20, variant),
+    )
     norm = torch.stack([g.norm() for g in four]).norm()
     assert norm > 1e-3
     for a, b in zip(one, four):
@@ -390,7 +481,8 @@ def test_micro_batches_leave_the_gradients_as_they_are(variant, trained):
 
 
 def test_twenty_steps_of_the_nano_model_are_those_of_plain_autograd(nano_folder, trained):
-    """Same parameters to rounding, by the fused loss and by all logits at once; the tied head gets both its gradients."""
+    """Same parameters to rounding, by the fused loss and by all logits at once; the tied head gets
+    both its gradients."""
     _, encoder, episodes = trained
     lengths = [sum(e.mask) for e in episodes]
     advantages = torch.tensor([1.0, -0.5, 0.3, -0.8])
@@ -400,30 +492,33 @@ def test_twenty_steps_of_the_nano_model_are_those_of_plain_autograd(nano_folder,
         optim.trainable(model, freeze_vision=True, freeze_projector=True)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         batch = pack(episodes, encoder, model.cfg)
-        scale_M = torch.tensor([token_scale("grpo", n, 4, sum(lengths), 200) for n in lengths])[batch.episode_M]
+        scale_M = torch.tensor([token_scale("grpo", n, 4, sum(lengths), 200) for n in lengths])[
+            batch.episode_M
+        ]
         advantages_M = advantages[batch.episode_M]
         reference_M = None
         for _ in range(20):
-            hidden_MD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys)[batch.rows_M]
+            hidden_MD = model.hidden(
+                batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys
+            )[batch.rows_M]
             if reference_M is None:
                 reference_M, _ = linear_logprobs(hidden_MD, model.head_weight_VD, batch.targets_M)
             if fused:
+                tokens = TokenInputs(batch.targets_M, advantages_M, scale_M, ref_logp_M=reference_M)
                 loss, _ = fused_linear_policy_loss(
-                    hidden_MD,
-                    model.head_weight_VD,
-                    batch.targets_M,
-                    advantages_M,
-                    None,
-                    reference_M,
-                    None,
-                    scale_M,
-                    Objective(beta=0.1),
+                    hidden_MD, model.head_weight_VD, tokens, Objective(beta=0.1)
                 )
             else:
                 log_p_MV = (hidden_MD @ model.head_weight_VD.T).log_softmax(-1)
                 logp_M = log_p_MV.gather(1, batch.targets_M[:, None])[:, 0]
                 d_M = reference_M - logp_M
-                loss = (scale_M * (0.1 * (d_M.exp() - d_M - 1) - advantages_M * (logp_M - logp_M.detach()).exp())).sum()
+                loss = (
+                    scale_M
+                    * (
+                        0.1 * (d_M.exp() - d_M - 1)
+                        - advantages_M * (logp_M - logp_M.detach()).exp()
+                    )
+                ).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,19 +1,26 @@
-"""The reward is the paper's equation (v1), branch by branch; accuracy reads answers as people write them."""
+"""The reward is the paper's equation (v1), branch by branch; accuracy reads answers as people write
+them."""
 
 import pytest
 import torch
 
-from nanosport.episode import Episode, Question, Turn
-from nanosport.judge import accuracy
-from nanosport.loss import VARIANTS, group_advantages, token_scale
-from nanosport.reward import format_valid, gated_reward
+from nanosport.env.reward import format_valid, gated_reward
+from nanosport.env.scoring import accuracy
+from nanosport.records import Episode, Question, Turn
+from nanosport.train.variants import VARIANTS, group_advantages, token_scale
 
 CHOICE = Question("q", "v", "soccer", "recognition", "How?", ("a header", "volley", "tap-in"), "B")
 OPEN = Question("q", "v", "soccer", "commentary", "Call it.", (), "red 7 volley")
 LOOK = Turn("", "tool", (0, 20), (0, 10, 20))
 LATE = Turn("", "tool", (0, 20), ())  # a valid call in the last turn: nothing came back
 BAD = Turn("", "bad_call", (5, 6), (), "the interval must span at least 9 frames")
-REPEAT = Turn("", "bad_call", (0, 20), (), "frames 0 to 20 were already returned; ask for another interval or answer")
+REPEAT = Turn(
+    "",
+    "bad_call",
+    (0, 20),
+    (),
+    "frames 0 to 20 were already returned; ask for another interval or answer",
+)
 SAY = Turn("", "answer")
 
 
@@ -58,7 +65,21 @@ def test_the_equation(acc, answer, turns, status, total):
 
 @pytest.mark.parametrize(
     "said",
-    ["B", "(B)", "B.", "B)", "B:", " B ", "(B) volley", "B volley", "B. volley", "B: volley", "volley", "Volley.", "the volley"],
+    [
+        "B",
+        "(B)",
+        "B.",
+        "B)",
+        "B:",
+        " B ",
+        "(B) volley",
+        "B volley",
+        "B. volley",
+        "B: volley",
+        "volley",
+        "Volley.",
+        "the volley",
+    ],
 )
 def test_a_right_choice(said):
     assert accuracy(said, CHOICE) == 1.0
@@ -66,7 +87,23 @@ def test_a_right_choice(said):
 
 @pytest.mark.parametrize(
     "said",
-    [None, "", " ", "A", "(A)", "C. volley", "J", "b", "header", "A header", "tap in", "Because", "Both", "volley header", "?"],
+    [
+        None,
+        "",
+        " ",
+        "A",
+        "(A)",
+        "C. volley",
+        "J",
+        "b",
+        "header",
+        "A header",
+        "tap in",
+        "Because",
+        "Both",
+        "volley header",
+        "?",
+    ],
 )
 def test_a_wrong_choice(said):
     assert accuracy(said, CHOICE) == 0.0
@@ -121,8 +158,12 @@ def test_equal_rewards_teach_nothing(variant, size, reward):
 
 def test_token_scales():
     lengths, limit = [3, 10, 1, 50], 64
-    scales = {v: [token_scale(v, n, len(lengths), sum(lengths), limit) for n in lengths] for v in VARIANTS}
+    scales = {
+        v: [token_scale(v, n, len(lengths), sum(lengths), limit) for n in lengths] for v in VARIANTS
+    }
     weight = {v: [s * n for s, n in zip(scales[v], lengths)] for v in VARIANTS}  # of whole episodes
     assert weight["grpo"] == pytest.approx([1 / 4] * 4)
     assert scales["dapo"] == pytest.approx([1 / 64] * 4) and sum(weight["dapo"]) == pytest.approx(1)
-    assert scales["dr_grpo"] == pytest.approx([1 / 256] * 4) and sum(weight["dr_grpo"]) == pytest.approx(64 / 256)
+    assert scales["dr_grpo"] == pytest.approx([1 / 256] * 4) and sum(
+        weight["dr_grpo"]
+    ) == pytest.approx(64 / 256)

@@ -1,4 +1,5 @@
-"""Episodes: which tokens are trained, how they end, and that sampler and trainer see the same model."""
+"""Episodes: which tokens are trained, how they end, and that sampler and trainer see the same
+model."""
 
 from dataclasses import replace
 from itertools import groupby
@@ -9,17 +10,19 @@ import pytest
 import torch
 
 from kernels.policy_loss import linear_logprobs
-from nanosport.batch import pack
-from nanosport.engine import Engine, Generated, Piece, Sampling
-from nanosport.episode import read_questions
-from nanosport.frames import FrameEncoder
+from nanosport.engine.own import OwnSampler
+from nanosport.engine.sampler import Generated, Piece, Sampling
+from nanosport.env.env import Limits
+from nanosport.env.prompt import IMAGE_PAD, SYSTEM, VISION_END, VISION_START
+from nanosport.env.reward import format_valid, gated_reward
+from nanosport.env.rollout import Conversation, replay, rollout
+from nanosport.env.tools import STOPS, tool_call
 from nanosport.image import ImageConfig
-from nanosport.load import load_model, load_tokenizer
-from nanosport.model import mrope_positions
-from nanosport.prompt import IMAGE_PAD, SYSTEM, VISION_END, VISION_START
-from nanosport.reward import format_valid, gated_reward
-from nanosport.rollout import Loop, Session, replay, rollout
-from nanosport.tools import tool_call
+from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.frames import FrameEncoder
+from nanosport.model.qwen2_5_vl import mrope_positions
+from nanosport.records import Episode, read_questions
+from nanosport.train.pack import pack
 
 QWEN = Path(__file__).parents[2] / "shared" / "data" / "qwen" / "Qwen2.5-VL-7B-Instruct"
 FIRST = f"<think>between 20 and 60.</think>\n{tool_call(20, 60)}"
@@ -47,40 +50,61 @@ def questions(arena_folder):
     return read_questions(arena_folder / "rl.jsonl")
 
 
-def engine(model, tokenizer, **sampling) -> Engine:
-    return Engine(model, tokenizer, Sampling(**({"max_new_tokens": 48} | sampling)))
+def make_sampler(model, tokenizer, **sampling) -> OwnSampler:
+    return OwnSampler(
+        model, tokenizer, Sampling(**({"max_new_tokens": 48, "stops": STOPS} | sampling))
+    )
 
 
-def play(texts, question, encoder, tokenizer, loop=None, stopped=True) -> Session:
-    """A session that takes these turns, as if a model had written them."""
-    session = Session(question, encoder, tokenizer, loop or Loop())
+def play(
+    texts, question, encoder, tokenizer, limits=None, stopped=True
+) -> tuple[Conversation, Piece | None]:
+    """A conversation that takes these turns, as if a model had written them, and what came back for
+    the last."""
+    conversation = Conversation(question, encoder, tokenizer, limits or Limits())
+    piece = conversation.prompt
     for text in texts:
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-        session.take(Generated(ids, (-0.5,) * len(ids), stopped))
-    return session
+        piece = conversation.take(Generated(ids, (-0.5,) * len(ids), stopped))
+    return conversation, piece
+
+
+def played(*args, **kwargs) -> Episode:
+    return play(*args, **kwargs)[0].episode()
 
 
 def spans(episode, tokenizer) -> list[tuple[int, str]]:
     """(mask, text) of each run of tokens with the same mask."""
     runs = groupby(zip(episode.mask, episode.ids), key=lambda pair: pair[0])
-    return [(m, tokenizer.decode([i for _, i in run], skip_special_tokens=False)) for m, run in runs]
+    return [
+        (m, tokenizer.decode([i for _, i in run], skip_special_tokens=False)) for m, run in runs
+    ]
 
 
 def test_the_mask_of_a_two_tool_episode_token_by_token(questions, encoder, tokenizer):
     question = next(q for q in questions if q.options)
-    episode = replay(question, [FIRST, SECOND, ANSWER], encoder, tokenizer, Loop())
+    episode = replay(question, [FIRST, SECOND, ANSWER], encoder, tokenizer, Limits())
     total = encoder.open(question.clip).num_frames
 
     def frames(first, last):
         indices = [int(i) for i in np.rint(np.linspace(first, last, 8))]
-        return indices, "".join(f"frame {i}:{VISION_START}{IMAGE_PAD * 6}{VISION_END}\n" for i in indices)
+        return indices, "".join(
+            f"frame {i}:{VISION_START}{IMAGE_PAD * 6}{VISION_END}\n" for i in indices
+        )
 
-    (overview, shown_0), (window_1, shown_1), (window_2, shown_2) = frames(0, total - 1), frames(20, 60), frames(60, 100)
+    (overview, shown_0), (window_1, shown_1), (window_2, shown_2) = (
+        frames(0, total - 1),
+        frames(20, 60),
+        frames(60, 100),
+    )
     options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCD", question.options))
     asked = f"The video has {total} frames. {question.question}{options}\nAnswer with one option."
     between = "<|im_end|>\n<|im_start|>user\n<tool_response>\n{}</tool_response><|im_end|>\n<|im_start|>assistant\n"
     expected = [
-        (0, f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{shown_0}{asked}<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            0,
+            f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{shown_0}{asked}<|im_end|>\n<|im_start|>assistant\n",
+        ),
         (1, FIRST),
         (0, between.format(shown_1)),
         (1, SECOND),
@@ -95,72 +119,102 @@ def test_the_mask_of_a_two_tool_episode_token_by_token(questions, encoder, token
     assert list(episode.ids) == ids and list(episode.mask) == mask
     assert spans(episode, tokenizer) == expected
     assert episode.frames == (*overview, *window_1, *window_2)
-    outside = {tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_PAD, VISION_START, VISION_END, "<|im_start|>", "<|im_end|>")}
-    assert outside <= set(ids) and not any(m for i, m in zip(episode.ids, episode.mask) if i in outside)
+    outside = {
+        tokenizer.convert_tokens_to_ids(t)
+        for t in (IMAGE_PAD, VISION_START, VISION_END, "<|im_start|>", "<|im_end|>")
+    }
+    assert outside <= set(ids) and not any(
+        m for i, m in zip(episode.ids, episode.mask) if i in outside
+    )
     assert [t.action for t in episode.turns] == ["tool", "tool", "answer"]
     assert (episode.status, episode.answer, format_valid(episode)) == ("answered", "B", True)
 
 
-def test_rows_that_carry_loss_predict_exactly_the_masked_tokens(questions, encoder, tokenizer, model):
-    episodes = [replay(questions[0], turns, encoder, tokenizer, Loop()) for turns in ([FIRST, SECOND, ANSWER], [ANSWER])]
+def test_rows_that_carry_loss_predict_exactly_the_masked_tokens(
+    questions, encoder, tokenizer, model
+):
+    episodes = [
+        replay(questions[0], turns, encoder, tokenizer, Limits())
+        for turns in ([FIRST, SECOND, ANSWER], [ANSWER])
+    ]
     batch = pack(episodes, encoder, model.cfg, share_prefix=False)
     trained = [i for e in episodes for i, m in zip(e.ids, e.mask) if m]
     assert batch.targets_M.tolist() == trained
     assert batch.ids_T[batch.rows_M + 1].tolist() == trained
     counts = [len(tokenizer.encode(t, add_special_tokens=False)) for t in (FIRST, SECOND, ANSWER)]
-    assert batch.after_image_M.tolist() == [False] * counts[0] + [True] * (counts[1] + counts[2]) + [False] * counts[2]
+    assert (
+        batch.after_image_M.tolist()
+        == [False] * counts[0] + [True] * (counts[1] + counts[2]) + [False] * counts[2]
+    )
     assert batch.episode_M.tolist() == [0] * sum(counts) + [1] * counts[2]
     assert batch.cu_seqlens.tolist() == [0, len(episodes[0].ids), len(batch.ids_T)]
 
 
 @pytest.mark.parametrize(
-    "texts, loop, status",
+    "texts, limits, status",
     [
-        ([ANSWER], Loop(), "answered"),
-        ([FIRST, ANSWER], Loop(), "answered"),
-        (["<answer>B</answer>"], Loop(), "format_error"),
-        ([FIRST, "no tags at all"], Loop(), "format_error"),
-        ([FIRST], Loop(use_tool=False), "format_error"),
-        ([FIRST, SECOND], Loop(max_turns=2), "out_of_turns"),
-        ([FIRST], Loop(max_turns=1), "out_of_turns"),
-        ([FIRST, FIRST], Loop(max_turns=2), "out_of_turns"),
-        ([FIRST], Loop(max_tokens=300), "out_of_tokens"),
+        ([ANSWER], Limits(), "answered"),
+        ([FIRST, ANSWER], Limits(), "answered"),
+        (["<answer>B</answer>"], Limits(), "format_error"),
+        ([FIRST, "no tags at all"], Limits(), "format_error"),
+        ([FIRST], Limits(use_tool=False), "format_error"),
+        ([FIRST, SECOND], Limits(max_turns=2), "out_of_turns"),
+        ([FIRST], Limits(max_turns=1), "out_of_turns"),
+        ([FIRST, FIRST], Limits(max_turns=2), "out_of_turns"),
+        ([FIRST], Limits(max_tokens=300), "out_of_tokens"),
     ],
 )
-def test_every_ending_has_a_name(texts, loop, status, questions, encoder, tokenizer):
-    session = play(texts, questions[0], encoder, tokenizer, loop)
-    episode = session.episode()
-    assert episode.status == status and session.pending is None
+def test_every_ending_has_a_name(texts, limits, status, questions, encoder, tokenizer):
+    conversation, piece = play(texts, questions[0], encoder, tokenizer, limits)
+    episode = conversation.episode()
+    assert episode.status == status and piece is None
     assert (episode.answer == "B") == (status == "answered") == format_valid(episode)
-    assert len(episode.ids) == len(episode.mask) == len(episode.logprobs)
-    assert all((p == -0.5) == (m == 1) for p, m in zip(episode.logprobs, episode.mask))
+    assert len(episode.ids) == len(episode.mask) == len(episode.sampled_logp)
+    assert all((p == -0.5) == (m == 1) for p, m in zip(episode.sampled_logp, episode.mask))
 
 
 def test_a_turn_that_was_cut_ends_the_episode(questions, encoder, tokenizer):
-    episode = play(["<think>on and on"], questions[0], encoder, tokenizer, stopped=False).episode()
-    assert episode.status == "out_of_tokens" and episode.turns[0].error.startswith("no action within")
+    episode = played(["<think>on and on"], questions[0], encoder, tokenizer, stopped=False)
+    assert episode.status == "out_of_tokens" and episode.turns[0].error.startswith(
+        "no action within"
+    )
     with pytest.raises(AssertionError, match="goes on"):
-        play([FIRST], questions[0], encoder, tokenizer).episode()
+        played([FIRST], questions[0], encoder, tokenizer)
 
 
-def test_a_bad_call_is_answered_with_an_error_and_the_episode_goes_on(questions, encoder, tokenizer):
+def test_a_bad_call_is_answered_with_an_error_and_the_episode_goes_on(
+    questions, encoder, tokenizer
+):
     bad = f"<think>x</think>\n{tool_call(20, 9000)}"
-    session = play([bad], questions[0], encoder, tokenizer)
-    assert session.status is None and session.pending.features_ND is None
-    said = tokenizer.decode(session.pending.ids, skip_special_tokens=False)
-    assert "<tool_response>\nerror: the interval must lie inside 0 to" in said and IMAGE_PAD not in said
-    episode = play([bad, FIRST, ANSWER], questions[0], encoder, tokenizer).episode()
-    assert [t.action for t in episode.turns] == ["bad_call", "tool", "answer"] and len(episode.frames) == 16
-    assert episode.status == "answered" and not format_valid(episode) and gated_reward(episode).total == -0.05
+    conversation, piece = play([bad], questions[0], encoder, tokenizer)
+    assert conversation.env.status is None and piece.features_ND is None
+    said = tokenizer.decode(piece.ids, skip_special_tokens=False)
+    assert (
+        "<tool_response>\nerror: the interval must lie inside 0 to" in said
+        and IMAGE_PAD not in said
+    )
+    episode = played([bad, FIRST, ANSWER], questions[0], encoder, tokenizer)
+    assert [t.action for t in episode.turns] == ["bad_call", "tool", "answer"] and len(
+        episode.frames
+    ) == 16
+    assert (
+        episode.status == "answered"
+        and not format_valid(episode)
+        and gated_reward(episode).total == -0.05
+    )
 
 
 def test_a_repeated_interval_is_a_format_error(questions, encoder, tokenizer):
-    episode = play([FIRST, FIRST, ANSWER], questions[0], encoder, tokenizer).episode()
-    assert episode.turns[1].error.startswith("frames 20 to 60 were already returned") and episode.turns[1].frames == ()
+    episode = played([FIRST, FIRST, ANSWER], questions[0], encoder, tokenizer)
+    assert (
+        episode.turns[1].error.startswith("frames 20 to 60 were already returned")
+        and episode.turns[1].frames == ()
+    )
     assert len(episode.frames) == 16 and not format_valid(episode)
     # a refused call returned nothing: asking properly for what it named is no repetition
     bad = f"<think>x</think>\n{tool_call(20, 27)}"
-    assert play([bad, bad, FIRST], questions[0], encoder, tokenizer).turns[2].action == "tool"
+    conversation, _ = play([bad, bad, FIRST], questions[0], encoder, tokenizer)
+    assert conversation.env.turns[2].action == "tool"
 
 
 @pytest.mark.parametrize(
@@ -174,54 +228,81 @@ def test_a_repeated_interval_is_a_format_error(questions, encoder, tokenizer):
 )
 def test_replay_refuses_what_is_no_trajectory(turns, why, questions, encoder, tokenizer):
     with pytest.raises(ValueError, match=f"{questions[0].id}.*{why}"):
-        replay(questions[0], turns, encoder, tokenizer, Loop())
+        replay(questions[0], turns, encoder, tokenizer, Limits())
 
 
-def test_cached_decode_and_positions_equal_the_whole_forward_pass(questions, encoder, tokenizer, model):
+def test_cached_decode_and_positions_equal_the_whole_forward_pass(
+    questions, encoder, tokenizer, model
+):
     """Over two tool calls: the conversation fed piece by piece, and all at once."""
-    session = Session(questions[0], encoder, tokenizer, Loop())
-    sampler = engine(model, tokenizer)
-    state = sampler.prefill([session.pending] * 2)
-    positions, start = mrope_positions(session.pending.ids, session.pending.grids, model.cfg)
+    conversation = Conversation(questions[0], encoder, tokenizer, Limits())
+    prompt, transcript = conversation.prompt, conversation.transcript
+    sampler = make_sampler(model, tokenizer)
+    state = sampler.prefill([prompt] * 2)
+    positions, start = mrope_positions(prompt.ids, prompt.grids, model.cfg)
     parts = [positions]
     for text in (FIRST, SECOND):
         ids = tokenizer.encode(text, add_special_tokens=False)
-        session.take(Generated(tuple(ids), (0.0,) * len(ids), True))
-        for piece in (Piece(ids), session.pending):
+        answer = conversation.take(Generated(tuple(ids), (0.0,) * len(ids), True))
+        for piece in (Piece(ids), answer):
             sampler.append(state, [piece, Piece(ids[:5])])  # a neighbour of another length
             positions, start = mrope_positions(piece.ids, piece.grids, model.cfg, start)
             parts.append(positions)
-            assert state.next_start[0] == start
-    whole, end = mrope_positions(session.ids, [encoder.grid(questions[0].clip)] * len(session.frames), model.cfg)
+            assert state.next_start_B[0] == start
+    frames = conversation.env.frames
+    grids = [encoder.grid(questions[0].clip)] * len(frames)
+    whole, end = mrope_positions(transcript.ids, grids, model.cfg)
     assert torch.equal(torch.cat(parts, 1), whole) and end == start
-    features = encoder.features([(questions[0].clip, i) for i in session.frames])
+    features = encoder.features([(questions[0].clip, i) for i in frames])
     with torch.no_grad():
-        hidden = model.hidden(torch.tensor(session.ids), whole, torch.tensor([0, len(session.ids)], dtype=torch.int32), features)
-        torch.testing.assert_close(state.logits_BV[0], hidden[-1] @ model.head_weight_VD.T, atol=1e-4, rtol=1e-4)
+        hidden = model.hidden(
+            torch.tensor(transcript.ids),
+            whole,
+            torch.tensor([0, len(transcript.ids)], dtype=torch.int32),
+            features,
+        )
+        torch.testing.assert_close(
+            state.logits_BV[0], hidden[-1] @ model.head_weight_VD.T, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.fixture(scope="module")
 def sampled(model, tokenizer, encoder, questions):
     """Eight episodes of each of three questions at temperature 0.7."""
-    sampler = engine(model, tokenizer, temperature=0.7)
-    return sampler, rollout(sampler, encoder, questions[:3], Loop(max_turns=3), 8, seed=(0, 1))
+    sampler = make_sampler(model, tokenizer, temperature=0.7)
+    return sampler, rollout(sampler, encoder, questions[:3], Limits(max_turns=3), 8, seed=(0, 1))
 
 
 def test_tokens_in_are_tokens_out(sampled, tokenizer, encoder):
-    """Each piece of the environment is encoded once; what was sampled is kept, also where encoding its text differs."""
+    """Each piece of the environment is encoded once; what was sampled is kept, also where encoding
+    its text differs."""
     _, episodes = sampled
     other = 0
-    assert any(t.action == "tool" and t.frames for e in episodes for t in e.turns), "the model never called the tool"
+    assert any(t.action == "tool" and t.frames for e in episodes for t in e.turns), (
+        "the model never called the tool"
+    )
     for k, episode in enumerate(episodes):
-        runs = [list(run) for _, run in groupby(zip(episode.mask, episode.ids), key=lambda pair: pair[0])]
+        runs = [
+            list(run)
+            for _, run in groupby(zip(episode.mask, episode.ids), key=lambda pair: pair[0])
+        ]
         said = [[i for _, i in run] for run in runs if run[0][0]]
         given = [[i for _, i in run] for run in runs if not run[0][0]]
-        assert given[0] == Session(episode.question, encoder, tokenizer, Loop()).ids
-        assert [tokenizer.decode(s, skip_special_tokens=False) for s in said] == [t.text for t in episode.turns]
+        assert given[0] == Conversation(episode.question, encoder, tokenizer, Limits()).prompt.ids
+        assert [tokenizer.decode(s, skip_special_tokens=False) for s in said] == [
+            t.text for t in episode.turns
+        ]
         for ids in given:
-            assert ids == tokenizer.encode(tokenizer.decode(ids, skip_special_tokens=False), add_special_tokens=False)
-        other += sum(s != tokenizer.encode(t.text, add_special_tokens=False) for s, t in zip(said, episode.turns))
-        assert len(episode.frames) * 6 == sum(i == tokenizer.convert_tokens_to_ids(IMAGE_PAD) for i in episode.ids), k
+            assert ids == tokenizer.encode(
+                tokenizer.decode(ids, skip_special_tokens=False), add_special_tokens=False
+            )
+        other += sum(
+            s != tokenizer.encode(t.text, add_special_tokens=False)
+            for s, t in zip(said, episode.turns)
+        )
+        assert len(episode.frames) * 6 == sum(
+            i == tokenizer.convert_tokens_to_ids(IMAGE_PAD) for i in episode.ids
+        ), k
     print(f"{other} turns encode to other ids than were sampled")
 
 
@@ -230,8 +311,12 @@ def test_rollout_logprob_equals_trainer_logprob(sampled, model, encoder):
     sampler, episodes = sampled
     batch = pack(episodes, encoder, model.cfg)
     with torch.no_grad():
-        hidden_TD = model.hidden(batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys)
-        logp_M, _ = linear_logprobs(hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M, 0.7, sampler.banned)
+        hidden_TD = model.hidden(
+            batch.ids_T, batch.positions_3T, batch.cu_seqlens, batch.features_ND, batch.keys
+        )
+        logp_M, _ = linear_logprobs(
+            hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M, 0.7, sampler.banned
+        )
         plain_M, _ = linear_logprobs(hidden_TD[batch.rows_M], model.head_weight_VD, batch.targets_M)
     assert batch.after_image_M.sum() > 20 and (batch.sampled_logp_M < 0).any()
     for rows in (batch.after_image_M, ~batch.after_image_M):
@@ -239,23 +324,30 @@ def test_rollout_logprob_equals_trainer_logprob(sampled, model, encoder):
     assert (batch.sampled_logp_M - plain_M).abs().max() > 1e-2  # the temperature does matter here
 
 
-def test_a_rollout_is_the_same_whatever_it_is_batched_with(sampled, model, tokenizer, encoder, questions):
+def test_a_rollout_is_the_same_whatever_it_is_batched_with(
+    sampled, model, tokenizer, encoder, questions
+):
     sampler, together = sampled
     for k in range(3):
-        alone = rollout(sampler, encoder, questions[k : k + 1], Loop(max_turns=3), 8, seed=(0, 1), first=k)
+        alone = rollout(
+            sampler, encoder, questions[k : k + 1], Limits(max_turns=3), 8, seed=(0, 1), first=k
+        )
         assert [e.ids for e in alone] == [e.ids for e in together[8 * k : 8 * k + 8]]
         assert [e.turns for e in alone] == [e.turns for e in together[8 * k : 8 * k + 8]]
-    smaller = rollout(sampler, encoder, questions[:1], Loop(max_turns=3), 3, seed=(0, 1))
+    smaller = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 3, seed=(0, 1))
     assert [e.ids for e in smaller] == [e.ids for e in together[:3]]
-    other = rollout(sampler, encoder, questions[:1], Loop(max_turns=3), 8, seed=(0, 2))
+    other = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 8, seed=(0, 2))
     assert [e.ids for e in other] != [e.ids for e in together[:8]]
 
 
 def test_the_order_of_rows_does_not_matter(model, tokenizer, encoder, questions):
-    sampler = engine(model, tokenizer, temperature=1.0)
-    state = sampler.prefill([Session(q, encoder, tokenizer, Loop()).pending for q in questions[:4]])
+    sampler = make_sampler(model, tokenizer, temperature=1.0)
+    prompts = [Conversation(q, encoder, tokenizer, Limits()).prompt for q in questions[:4]]
+    state = sampler.prefill(prompts)
     order = [2, 0, 3, 1]
-    straight = sampler.generate(state.select(range(4)), [np.random.default_rng(k) for k in range(4)])
+    straight = sampler.generate(
+        state.select(range(4)), [np.random.default_rng(k) for k in range(4)]
+    )
     mixed = sampler.generate(state.select(order), [np.random.default_rng(k) for k in order])
     assert [straight[k].ids for k in order] == [turn.ids for turn in mixed]
 
@@ -264,25 +356,32 @@ def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer
     """The head is turned towards the image token until it is the argmax."""
     model = load_model(taught_folder)
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
-    piece = Session(questions[0], encoder, tokenizer, Loop()).pending
-    sampler = engine(model, tokenizer, temperature=1.0)
+    piece = Conversation(questions[0], encoder, tokenizer, Limits()).prompt
+    sampler = make_sampler(model, tokenizer, temperature=1.0)
     state = sampler.prefill([piece])
     pads = [model.cfg.image_token_id, model.cfg.video_token_id]
-    with torch.no_grad():  # features stand in for its embedding, so the prompt's hidden states stay as they are
-        ids_T, positions = torch.tensor(piece.ids), mrope_positions(piece.ids, piece.grids, model.cfg)[0]
-        last_D = model.hidden(ids_T, positions, torch.tensor([0, len(ids_T)], dtype=torch.int32), piece.features_ND)[-1]
+    with (
+        torch.no_grad()
+    ):  # features stand in for its embedding, so the prompt's hidden states stay as they are
+        ids_T, positions = (
+            torch.tensor(piece.ids),
+            mrope_positions(piece.ids, piece.grids, model.cfg)[0],
+        )
+        last_D = model.hidden(
+            ids_T, positions, torch.tensor([0, len(ids_T)], dtype=torch.int32), piece.features_ND
+        )[-1]
         model.model.embed_tokens.weight[pads] = 50 * last_D / last_D.norm()
     for temperature in (0.0, 1.0, 3.0):
-        sampler = engine(model, tokenizer, temperature=temperature)
+        sampler = make_sampler(model, tokenizer, temperature=temperature)
         state = sampler.prefill([piece]).select([0] * 8)
         assert set(state.logits_BV.argmax(-1).tolist()) <= set(pads)
         turns = sampler.generate(state, [np.random.default_rng(k) for k in range(8)])
         assert not set(sampler.banned.tolist()) & {i for turn in turns for i in turn.ids}
-        assert all(np.isfinite(turn.logprobs).all() for turn in turns)
+        assert all(np.isfinite(turn.sampled_logp).all() for turn in turns)
 
 
 def test_banned_are_vision_message_starts_and_ids_without_a_token(model, tokenizer):
-    banned = set(engine(model, tokenizer).banned.tolist())
+    banned = set(make_sampler(model, tokenizer).banned.tolist())
     vocab = tokenizer.get_vocab()
     tokens = {
         "<|vision_start|>",
@@ -295,38 +394,63 @@ def test_banned_are_vision_message_starts_and_ids_without_a_token(model, tokeniz
     }
     assert {vocab[t] for t in tokens} <= banned
     assert not banned & {
-        vocab[t] for t in ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</answer>", "<|im_end|>")
+        vocab[t]
+        for t in (
+            "<think>",
+            "</think>",
+            "<tool_call>",
+            "</tool_call>",
+            "<answer>",
+            "</answer>",
+            "<|im_end|>",
+        )
     }
-    assert banned - {vocab[t] for t in tokens} == set(range(model.cfg.vocab_size)) - set(vocab.values())
+    assert banned - {vocab[t] for t in tokens} == set(range(model.cfg.vocab_size)) - set(
+        vocab.values()
+    )
 
 
 def test_generation_stops_at_an_action_or_the_end_of_turn(sampled, tokenizer):
     _, episodes = sampled
-    stops = {tokenizer.convert_tokens_to_ids(t) for t in ("</tool_call>", "</answer>", "<|im_end|>")}
+    stops = {
+        tokenizer.convert_tokens_to_ids(t) for t in ("</tool_call>", "</answer>", "<|im_end|>")
+    }
     for episode in episodes:
-        runs = [[i for _, i in run] for m, run in groupby(zip(episode.mask, episode.ids), key=lambda pair: pair[0]) if m]
+        runs = [
+            [i for _, i in run]
+            for m, run in groupby(zip(episode.mask, episode.ids), key=lambda pair: pair[0])
+            if m
+        ]
         for ids, turn in zip(runs, episode.turns):
             assert not set(ids[:-1]) & stops
-            assert ids[-1] in stops or (len(ids) == 48 and episode.status == "out_of_tokens" and turn is episode.turns[-1])
+            assert ids[-1] in stops or (
+                len(ids) == 48 and episode.status == "out_of_tokens" and turn is episode.turns[-1]
+            )
 
 
 @pytest.fixture(scope="module")
-def qwen_sampler(model) -> Engine:
+def qwen_sampler(model) -> OwnSampler:
     if not QWEN.is_dir():
         pytest.skip(f"{QWEN} is not here")
-    return engine(model, load_tokenizer(QWEN))
+    return make_sampler(model, load_tokenizer(QWEN))
 
 
 @pytest.mark.parametrize("end", ["</answer>", "</tool_call>"])
-@pytest.mark.parametrize("before", ["B", "B.", "(B)", "3-2\n", "volley ", "{}}", '"', ">", "</", "</answer", "赢"])
+@pytest.mark.parametrize(
+    "before", ["B", "B.", "(B)", "3-2\n", "volley ", "{}}", '"', ">", "</", "</answer", "赢"]
+)
 def test_stops_that_are_several_tokens(end, before, qwen_sampler):
-    """In the published tokenizer </answer> has no id of its own, and its "<" may join what stands before."""
+    """In the published tokenizer </answer> has no id of its own, and its "<" may join what stands
+    before."""
     sampler, tokenizer = qwen_sampler, qwen_sampler.tokenizer
     text = f"<think>x > y, <b>.</think>\n<answer>{before}"
     whole = tokenizer.encode(text + end, add_special_tokens=False)
     letters = [i for c in text + end for i in tokenizer.encode(c, add_special_tokens=False)]
     if end == "</answer>":
-        assert whole[-1] not in (tokenizer.get_vocab().get(end), None) and len(tokenizer.encode(end)) > 1
+        assert (
+            whole[-1] not in (tokenizer.get_vocab().get(end), None)
+            and len(tokenizer.encode(end)) > 1
+        )
     for ids in (whole, letters):
         ends = [sampler._ends(ids[: k + 1]) for k in range(len(ids))]
         assert ends == [False] * (len(ids) - 1) + [True]
@@ -341,16 +465,20 @@ def test_top_p_and_greedy(model, tokenizer):
     logits_BV = p.log().expand(4000, -1)
 
     def shares(**sampling):
-        sampler = engine(model, tokenizer, **sampling)
+        sampler = make_sampler(model, tokenizer, **sampling)
         assert not set(top) & set(sampler.banned.tolist())
         token_B, logp_B = sampler._sample(logits_BV, draws)
         counts = torch.bincount(token_B, minlength=len(p)) / 4000
         return counts[top].tolist(), token_B, logp_B
 
     assert shares()[0] == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=1e-3)
-    assert shares(temperature=0.5)[0] == pytest.approx((np.square([0.5, 0.3, 0.15, 0.05]) / 0.365).tolist(), abs=1e-3)
+    assert shares(temperature=0.5)[0] == pytest.approx(
+        (np.square([0.5, 0.3, 0.15, 0.05]) / 0.365).tolist(), abs=1e-3
+    )
     assert shares(top_p=0.7)[0] == pytest.approx([0.625, 0.375, 0, 0], abs=1e-3)
-    assert shares(top_p=0.81)[0] == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=1e-3)
+    assert shares(top_p=0.81)[0] == pytest.approx(
+        [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=1e-3
+    )
     assert shares(top_p=0.01)[0] == [1, 0, 0, 0]
     greedy, token_B, logp_B = shares(temperature=0.0)
     assert greedy == [1, 0, 0, 0]
@@ -358,39 +486,52 @@ def test_top_p_and_greedy(model, tokenizer):
     _, token_B, logp_B = shares(top_p=0.7)
     torch.testing.assert_close(logp_B, p.log()[token_B], atol=1e-5, rtol=0)
     extremes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    sampler = engine(model, tokenizer)
-    assert not set(sampler._sample(logits_BV[:2], extremes)[0].tolist()) & set(sampler.banned.tolist())
+    sampler = make_sampler(model, tokenizer)
+    assert not set(sampler._sample(logits_BV[:2], extremes)[0].tolist()) & set(
+        sampler.banned.tolist()
+    )
 
 
 def test_greedy_does_not_depend_on_the_seed(model, tokenizer, encoder, questions):
-    sampler = engine(model, tokenizer, temperature=0.0)
-    one, two = (rollout(sampler, encoder, questions[:2], Loop(), seed=(s,)) for s in (0, 1))
+    sampler = make_sampler(model, tokenizer, temperature=0.0)
+    one, two = (rollout(sampler, encoder, questions[:2], Limits(), seed=(s,)) for s in (0, 1))
     assert [e.ids for e in one] == [e.ids for e in two]
 
 
 def test_without_the_tool_it_is_not_offered(model, tokenizer, encoder, questions):
-    loop = Loop(num_frames=16, use_tool=False)
-    episodes = rollout(engine(model, tokenizer, temperature=0.7), encoder, questions[:2], loop, 4)
+    limits = Limits(num_frames=16, use_tool=False)
+    sampler = make_sampler(model, tokenizer, temperature=0.7)
+    episodes = rollout(sampler, encoder, questions[:2], limits, 4)
     for episode in episodes:
-        assert len(episode.frames) == 16 and len(episode.turns) == 1 and episode.turns[0].action in ("answer", "invalid")
+        assert (
+            len(episode.frames) == 16
+            and len(episode.turns) == 1
+            and episode.turns[0].action in ("answer", "invalid")
+        )
         assert "frame_extraction_tool" not in spans(episode, tokenizer)[0][1]
 
 
 def test_frames_are_encoded_once(model, taught_folder, tokenizer, questions):
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
     for _ in range(3):
-        episode = replay(questions[0], [FIRST, SECOND, ANSWER], encoder, tokenizer, Loop())
+        episode = replay(questions[0], [FIRST, SECOND, ANSWER], encoder, tokenizer, Limits())
         pack([episode], encoder, model.cfg)
     assert encoder.num_decoded == len(set(episode.frames))
     three = 3 * next(iter(encoder.cache.values())).nbytes
     small = FrameEncoder(model, ImageConfig.from_folder(taught_folder), cache_bytes=three)
     keys = [(questions[0].clip, i) for i in episode.frames]
-    assert torch.equal(small.features(keys), encoder.features(keys)) and len(small.cache) == 3 and small.held == three
+    assert (
+        torch.equal(small.features(keys), encoder.features(keys))
+        and len(small.cache) == 3
+        and small.cached_bytes == three
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": 0}]
+)
 def test_sampling_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(Sampling(), **wrong)
     with pytest.raises(ValueError, match="max_turns 0"):
-        Loop(max_turns=0)
+        Limits(max_turns=0)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nanosport.tools import MIN_WINDOW, TOOL_NAME, parse, split_think, tool_call
+from nanosport.env.tools import MIN_WINDOW, TOOL_NAME, parse, split_think, tool_call
 
 THINK = "<think>the score changes.</think>\n"
 GOOD = THINK + tool_call(20, 40)
@@ -18,12 +18,23 @@ def call(start, end) -> str:
 
 def test_a_call():
     action = parse(GOOD, 100)
-    assert (action.kind, action.window, action.error, action.think) == ("tool", (20, 40), None, "the score changes.")
+    assert (action.kind, action.window, action.error, action.think) == (
+        "tool",
+        (20, 40),
+        None,
+        "the score changes.",
+    )
     assert parse(call(0, 99), 100).window == (0, 99)
 
 
 @pytest.mark.parametrize(
-    "written, read", [("A", "A"), (" red 7\n", "red 7"), ('3-2, "quoted" {json}', '3-2, "quoted" {json}'), ("赢", "赢")]
+    "written, read",
+    [
+        ("A", "A"),
+        (" red 7\n", "red 7"),
+        ('3-2, "quoted" {json}', '3-2, "quoted" {json}'),
+        ("赢", "赢"),
+    ],
 )
 def test_an_answer(written, read):
     action = parse(f"\n{THINK}<answer>{written}</answer>\n", 100)
@@ -64,7 +75,12 @@ def test_an_answer(written, read):
 )
 def test_no_action_can_be_read(text):
     action = parse(text, 100)
-    assert action.kind == "invalid" and action.error and action.window is None and action.answer is None
+    assert (
+        action.kind == "invalid"
+        and action.error
+        and action.window is None
+        and action.answer is None
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,19 +111,29 @@ def test_a_malformed_call(written, why):
     assert action.kind == "bad_call" and why in action.error and action.window is None
 
 
-@pytest.mark.parametrize("value", ["true", "false", "20.0", '"20"', "null", "NaN", "Infinity", "-Infinity", "2e1", "[20]", "{}"])
+@pytest.mark.parametrize(
+    "value",
+    ["true", "false", "20.0", '"20"', "null", "NaN", "Infinity", "-Infinity", "2e1", "[20]", "{}"],
+)
 def test_indices_are_integers(value):
     for text in (call(value, 40), call(20, value)):
         action = parse(text, 100)
-        assert action.kind == "bad_call" and action.error == "idx_start and idx_end must be integers"
+        assert (
+            action.kind == "bad_call" and action.error == "idx_start and idx_end must be integers"
+        )
 
 
 @pytest.mark.parametrize(
-    "start, end", [(-1, 40), (20, 100), (100, 200), (40, 20), (30, 30), (-9, -1), (0, 10**400), (-(10**400), 50)]
+    "start, end",
+    [(-1, 40), (20, 100), (100, 200), (40, 20), (30, 30), (-9, -1), (0, 10**400), (-(10**400), 50)],
 )
 def test_an_interval_inside_the_video(start, end):
     action = parse(call(start, end), 100)
-    assert action.kind == "bad_call" and "inside 0 to 99" in action.error and action.window == (start, end)
+    assert (
+        action.kind == "bad_call"
+        and "inside 0 to 99" in action.error
+        and action.window == (start, end)
+    )
 
 
 def test_digits_beyond_what_python_reads():
@@ -146,9 +172,16 @@ def test_reasoning_is_shown_even_of_broken_turns():
 
 
 def test_no_mutation_raises():
-    """What comes back is always one of four kinds, and an action always carries what its kind promises."""
+    """What comes back is always one of four kinds, and an action always carries what its kind
+    promises."""
     rng = random.Random(0)
-    seeds = [GOOD, call(3, 50), THINK + "<answer>B</answer>", call("true", '"x"'), THINK + "<answer>\n</answer>"]
+    seeds = [
+        GOOD,
+        call(3, 50),
+        THINK + "<answer>B</answer>",
+        call("true", '"x"'),
+        THINK + "<answer>\n</answer>",
+    ]
     parts = '<think> </think> <tool_call> </tool_call> <answer> </answer> { } " : , [ ] \\ \\u 0 -1 1e999 NaN null true <|im_end|>'.split()
     parts += ["\x00", "\ud800", "é", "\n", " ", "idx_start", "name", "9" * 30]
     kinds = set()
@@ -157,8 +190,14 @@ def test_no_mutation_raises():
         for _ in range(rng.randrange(1, 5)):
             a, b = sorted(rng.choices(range(len(text) + 1), k=2))
             b = min(b, a + rng.randrange(12))
-            text = text[:a] + rng.choice(["", rng.choice(parts), text[a:b] * 2, text[a:b][::-1]]) + text[b:]
-        action = parse(text, rng.choice([1, 9, 100]), asked=((20, 40),), allow_tool=rng.random() < 0.9)
+            text = (
+                text[:a]
+                + rng.choice(["", rng.choice(parts), text[a:b] * 2, text[a:b][::-1]])
+                + text[b:]
+            )
+        action = parse(
+            text, rng.choice([1, 9, 100]), asked=((20, 40),), allow_tool=rng.random() < 0.9
+        )
         kinds.add(action.kind)
         assert (action.error is None) == (action.kind in ("tool", "answer")), text
         assert action.kind != "answer" or action.answer

@@ -1,4 +1,5 @@
-"""The training benchmark on a CPU: what it compares is one computation, and a shared prefix pays."""
+"""The training benchmark on a CPU: what it compares is one computation, and a shared prefix
+pays."""
 
 import json
 import os
@@ -10,50 +11,68 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanosport.batch import causal_pairs
-from nanosport.cost import head_flops, text_flops
-from nanosport.load import load_config
-from nanosport.memory import MODELS, Lengths
-from nanosport.train_bench import NANO, Ours, Theirs, Work, make_episodes
+from nanosport.bench.theirs import Theirs, Work
+from nanosport.bench.train import NANO, Ours
+from nanosport.model.cost import causal_pairs, head_flops, text_flops
+from nanosport.model.folder import load_config
+from nanosport.plan.synthetic import Lengths
 
 ROOT = Path(__file__).parent.parent
-
-
-def trainers(cfg, policy: bool):
-    return [kind(cfg, (3, 3), torch.float32, torch.device("cpu"), 0, policy) for kind in (Ours, Theirs)]
 
 
 @pytest.mark.parametrize("policy", [False, True], ids=["SFT step", "policy update"])
 def test_ours_and_transformers_compute_one_loss(policy, nano_folder):
     cfg = load_config(nano_folder)
-    ours, theirs = trainers(cfg, policy)
     members = 8 if policy else 1
-    works = [Work(make_episodes(cfg, NANO, 8 // members, members), members, 600, share) for share in (True, False)]
-    losses = [ours.step(work) for work in works] + [theirs.step(works[0])]
+    works = [
+        Work.of(cfg, NANO, 8 // members, members, micro_tokens=600, share_prefix=share)
+        for share in (True, False)
+    ]
+    ours, theirs = (kind(cfg, works[0], torch.float32) for kind in (Ours, Theirs))
+    losses, grads = [], []
+    for trainer, model, work in (
+        (ours, ours.training.model, works[0]),
+        (ours, ours.training.model, works[1]),
+        (theirs, theirs.model, works[0]),
+    ):
+        # the gradients as the optimizer sees them: they are gone when the step has ended
+        seen, optimizer = {}, getattr(trainer, "training", trainer).optimizer
+        hook = optimizer.register_step_pre_hook(
+            lambda *_, model=model, seen=seen: seen.update(
+                {
+                    name.removeprefix("model."): weight.grad.clone()
+                    for name, weight in model.named_parameters()
+                    if weight.grad is not None
+                }
+            )
+        )
+        losses.append(trainer.step(work))
+        grads.append(seen)
+        hook.remove()
+    grads = [grads[1], grads[2]]
     assert losses == pytest.approx([losses[-1]] * 3, rel=1e-4, abs=1e-6)
     # on policy the loss is 0 whatever the computation: its gradients tell
-    grads = [
-        {n.removeprefix("model."): p.grad for n, p in m.named_parameters() if p.grad is not None}
-        for m in (ours.model, theirs.model)
-    ]
     assert len(grads[0]) == len(grads[1]) > 40
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], rtol=2e-3, atol=2e-5, msg=name)
 
 
 def test_a_shared_prefix_pays_at_the_papers_ratio(nano_folder):
-    """Forward, loss and backward pass of one group of 8, on one thread. The lengths are the paper's ÷ 28, as the width is the 7B's
-    ÷ 28: on whole lengths attention is 77 % of so narrow a model's operations, and of attention sharing saves less (next test)."""
+    """Forward, loss and backward pass of one group of 8, on one thread. The lengths are the paper's
+    ÷ 28, as the width is the 7B's ÷ 28: on whole lengths attention is 77 % of so narrow a model's
+    operations, and of attention sharing saves less (next test)."""
     whole = Lengths()
     assert NANO.prompt / NANO.response == pytest.approx(whole.prompt / whole.response, rel=0.02)
     cfg = load_config(nano_folder)
-    ours, group = Ours(cfg, (3, 3), torch.float32, torch.device("cpu"), 0, True), make_episodes(cfg, NANO, 1, 8)
+    works = {share: Work.of(cfg, NANO, 1, 8, share_prefix=share) for share in (True, False)}
+    ours = Ours(cfg, works[True], torch.float32)
     seconds = {True: [], False: []}
     for _ in range(15):
         for share, times in seconds.items():
-            ours.step(Work(group, 8, 16_384, share))
+            ours.step(works[share])
             times.append(ours.seconds["train"])
-    gain = min(seconds[False]) / min(seconds[True])  # the least disturbed of each: other work on the machine only adds
+    # the least disturbed of each: other work on the machine only adds
+    gain = min(seconds[False]) / min(seconds[True])
     assert gain >= 1.6, seconds
 
 
@@ -62,13 +81,16 @@ def ceiling(cfg, lengths) -> float:
     length, prompt = lengths.prompt + lengths.response, lengths.prompt
     head = head_flops(cfg, 8 * lengths.trained)
     plain = text_flops(cfg, 8 * length, causal_pairs([length] * 8))
-    return (plain + head) / (text_flops(cfg, prompt + 8 * lengths.response, causal_pairs([length] * 8, prompt)) + head)
+    return (plain + head) / (
+        text_flops(cfg, prompt + 8 * lengths.response, causal_pairs([length] * 8, prompt)) + head
+    )
 
 
 def test_what_sharing_can_save_is_a_matter_of_width(nano_folder):
     nano = load_config(nano_folder)
-    assert ceiling(MODELS["7b"], Lengths()) > 1.75 and ceiling(MODELS["3b"], Lengths()) > 1.65
-    assert ceiling(nano, NANO) == pytest.approx(ceiling(MODELS["7b"], Lengths()), rel=0.05)
+    three, seven = (load_config(ROOT / f"assets/qwen2.5-vl-{size}") for size in ("3b", "7b"))
+    assert ceiling(seven, Lengths()) > 1.75 and ceiling(three, Lengths()) > 1.65
+    assert ceiling(nano, NANO) == pytest.approx(ceiling(seven, Lengths()), rel=0.05)
     assert ceiling(nano, Lengths()) < 1.5
 
 
@@ -82,22 +104,43 @@ class Missing:
             raise ImportError(name)
 sys.meta_path.insert(0, Missing())
 sys.argv[1:] = ["--out", sys.argv[1], "--repeats", "1"]
-runpy.run_module("nanosport.train_bench", run_name="__main__")
+runpy.run_module("nanosport.bench.train", run_name="__main__")
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True)
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "No GPU" in done.stdout
     report = json.loads((tmp_path / "cpu.json").read_text())
-    assert report["gpu"] is False and "no GPU measured" in report["note"] and report["torch"] == torch.__version__
+    assert (
+        report["gpu"] is False
+        and "no GPU measured" in report["note"]
+        and report["torch"] == torch.__version__
+    )
     assert {(r["op"], r["impl"]) for r in report["rows"]} >= {
-        (op, i) for op in ("SFT step", "policy update") for i in ("nanosport", "transformers, padded")
+        (op, i)
+        for op in ("SFT step", "policy update")
+        for i in ("nanosport", "transformers, padded")
     }
     compiled = [r for r in report["rows"] if r["impl"] == "nanosport, compiled"]
     assert len(compiled) == 1
     for row in report["rows"]:
         if "error" in row:  # compiling wants a C++ compiler
-            assert row in compiled and row["error"].startswith("torch.compile") and shutil.which("g++") is None
+            assert (
+                row in compiled
+                and row["error"].startswith("torch.compile")
+                and shutil.which("g++") is None
+            )
             continue
         assert row["tokens_per_s"] > 0 and row["seconds"]["step"] > 0
         if row["impl"] != "transformers, padded":

@@ -1,4 +1,5 @@
-"""Video decoding and preprocessing, against linear decodes, odd files and the published processor's output."""
+"""Video decoding and preprocessing, against linear decodes, odd files and the published processor's
+output."""
 
 import gc
 import hashlib
@@ -7,7 +8,6 @@ import os
 import pickle
 import subprocess
 import sys
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from nanosport import video as V
-from nanosport.frames import load_frames
 from nanosport.image import ImageConfig, preprocess, smart_resize
 from nanosport.video import Video, VideoError
+from tests.helpers.clips import image, write
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REJECTED = "audio_only audio_with_cover_art encrypted_cenc git_lfs_pointer html_404_page random_bytes truncated_no_moov"
@@ -42,25 +42,6 @@ def shared(name: str) -> list[dict]:
 FILES = [(f"hard/{c['file']}", c["frames_decoded"]) for c in shared("hard")]
 FILES += [(c["file"], c["nb_frames_decoded"]) for c in shared("clips")]
 needs_shared = pytest.mark.skipif(not FILES, reason=f"{SHARED} is not here")
-
-
-def image(height: int, width: int, n: int = 0) -> np.ndarray:
-    y, x = np.mgrid[:height, :width]
-    return np.stack([(x * 3 + n * 9) % 256, (y * 5 + n * 17) % 256, (x + y + n * 40) % 256], -1).astype(np.uint8)
-
-
-def write(path: Path, num=40, height=48, width=64, gop=10, times=None, rate=10, codec="libx264", pix_fmt="yuv420p") -> Path:
-    """A clip with B-frames whose frames all differ. times: presentation times in ms."""
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=rate, options={"g": str(gop), "bf": "2", "preset": "veryfast"})
-        stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
-        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for n in range(num):
-            frame = av.VideoFrame.from_ndarray(image(height, width, n), format="rgb24")
-            frame.pts, frame.time_base = (times[n] if times else n * 1000 // rate), Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
-    return path
 
 
 def linear(path: Path, keep: set[int]) -> tuple[int, dict]:
@@ -94,10 +75,18 @@ def test_every_shared_file(name, num):
         with pytest.raises(VideoError) as error:
             Video(path, backend="pyav")
         message = str(error.value)
-        assert message.startswith(f"{path}: ") and "\n" not in message and WHY.get(path.name, "") in message
+        assert (
+            message.startswith(f"{path}: ")
+            and "\n" not in message
+            and WHY.get(path.name, "") in message
+        )
         return
     video = Video(path, backend="pyav")
-    assert video.num_frames == len(video.times_s) == num and video.times_s[0] == 0 and (np.diff(video.times_s) > 0).all()
+    assert (
+        video.num_frames == len(video.times_s) == num
+        and video.times_s[0] == 0
+        and (np.diff(video.times_s) > 0).all()
+    )
     assert video.height * video.width <= V.MAX_PIXELS
     wanted = [num - 1, 0, num // 2]
     frames = video.frames(wanted)
@@ -115,7 +104,11 @@ def test_every_shared_file(name, num):
 @needs_shared
 @pytest.mark.parametrize(
     "name,width,height",
-    [("rotated_meta_90", 256, 340), ("anamorphic_sar16_9", 853, 480), ("huge_8192x4320_3f", 1990, 1048)],
+    [
+        ("rotated_meta_90", 256, 340),
+        ("anamorphic_sar16_9", 853, 480),
+        ("huge_8192x4320_3f", 1990, 1048),
+    ],
 )
 def test_shown_size(name, width, height):
     video = Video(SHARED / "hard" / f"{name}.mp4")
@@ -140,7 +133,8 @@ print("served", served)
 
 
 def test_torchcodec_gives_the_same_frames(tmp_path):
-    """In a process of its own: where the machine has no FFmpeg, torchcodec is given PyAV's under the plain names."""
+    """In a process of its own: where the machine has no FFmpeg, torchcodec is given PyAV's under
+    the plain names."""
     libs = tmp_path / "libs"
     libs.mkdir()
     for lib in (Path(av.__file__).parents[1] / "av.libs").glob("lib[as][vw]*-*.so.*"):
@@ -149,11 +143,19 @@ def test_torchcodec_gives_the_same_frames(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     if V._torchcodec() is None:
         env["LD_LIBRARY_PATH"] = f"{libs}:{os.environ.get('LD_LIBRARY_PATH', '')}"
-    paths = [write(tmp_path / "a.mp4"), write(tmp_path / "odd.mp4", height=49, width=63, pix_fmt="yuv444p")]
+    paths = [
+        write(tmp_path / "a.mp4"),
+        write(tmp_path / "odd.mp4", height=49, width=63, pix_fmt="yuv444p"),
+    ]
     paths += [write(tmp_path / "vfr.mp4", times=[n * n * 10 for n in range(40)])]
     names = "rotated_meta_90.mp4 vfr_random_vp9.webm piped_no_duration.webm starts_mid_gop.ts hevc_10bit.mp4 vp8.webm"
     paths += [SHARED / "hard" / name for name in names.split() if FILES]
-    run = subprocess.run([sys.executable, "-c", BACKENDS_AGREE, *map(str, paths)], env=env, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", BACKENDS_AGREE, *map(str, paths)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     if run.stdout.startswith("skip"):
         pytest.skip("torchcodec does not load, even with PyAV's FFmpeg libraries")
@@ -197,8 +199,8 @@ def test_a_damaged_middle_is_survived(tmp_path):
 def test_one_frame_and_odd_size(tmp_path):
     video = Video(write(tmp_path / "a.mp4", num=1, height=49, width=63, pix_fmt="yuv444p"))
     assert (video.num_frames, video.height, video.width) == (1, 49, 63) and video.sample(8) == (0,)
-    packed = load_frames(video, (0, 0), ImageConfig())
-    assert packed.indices == (0, 0) and packed.patches_PC.shape == (2 * 4 * 4, 1176) and packed.grids == ((1, 4, 4),) * 2
+    patches_PC, grids = preprocess(video.frames((0, 0)), ImageConfig())
+    assert patches_PC.shape == (2 * 4 * 4, 1176) and grids == ((1, 4, 4),) * 2
 
 
 def test_sample_is_uniform_in_time(tmp_path):
@@ -208,7 +210,9 @@ def test_sample_is_uniform_in_time(tmp_path):
             expected = np.unique(np.linspace(start, end, min(num, 99)).round().astype(int)).tolist()
             assert list(constant.sample(num, start, end)) == expected, (num, start, end)
     assert constant.sample(50) == tuple(range(40)) and constant.sample(4, 10, 12) == (10, 11, 12)
-    times = [n * 10 for n in range(30)] + [300 + n * 1000 for n in range(10)]  # 0.3 s of 100 fps, then 1 fps
+    times = [n * 10 for n in range(30)] + [
+        300 + n * 1000 for n in range(10)
+    ]  # 0.3 s of 100 fps, then 1 fps
     variable = Video(write(tmp_path / "vfr.mp4", times=times))
     assert variable.times_s == pytest.approx(np.array(times) / 1000)
     assert variable.sample(4) == (0, 33, 36, 39)  # 0, 3.1, 6.2, 9.3 s
@@ -231,16 +235,24 @@ def test_folder_of_frames(tmp_path):
     pngs = tmp_path / "frames"
     pngs.mkdir()
     for n in (1, 2, 10):
-        with av.open(str(pngs / f"frame_{n}.png"), "w", format="image2", options={"update": "1"}) as out:
+        with av.open(
+            str(pngs / f"frame_{n}.png"), "w", format="image2", options={"update": "1"}
+        ) as out:
             stream = out.add_stream("png", rate=1)
             stream.height, stream.width, stream.pix_fmt = 33, 47, "rgb24"
             out.mux(stream.encode(av.VideoFrame.from_ndarray(image(33, 47, n), format="rgb24")))
             out.mux(stream.encode(None))
     (pngs / "notes.txt").write_text("not a frame")
     video = Video(pngs, fps=10)
-    assert (video.backend, video.num_frames, video.fps) == ("folder", 3, 10) and video.times_s.tolist() == [0, 0.1, 0.2]
+    assert (video.backend, video.num_frames, video.fps) == (
+        "folder",
+        3,
+        10,
+    ) and video.times_s.tolist() == [0, 0.1, 0.2]
     for i, n in enumerate((1, 2, 10)):
-        assert torch.equal(video.frames([i])[0], torch.from_numpy(image(33, 47, n)).permute(2, 0, 1))
+        assert torch.equal(
+            video.frames([i])[0], torch.from_numpy(image(33, 47, n)).permute(2, 0, 1)
+        )
     still = Video(pngs / "frame_2.png")
     assert still.num_frames == 1 and torch.equal(still.frames([0]), video.frames([1]))
     (pngs / "frame_10.png").write_bytes(b"\x89PNG no more")
@@ -290,9 +302,11 @@ def test_no_open_files_are_left_and_it_pickles(tmp_path):
 
 
 def test_preprocess_equals_the_published_processor_bit_for_bit():
-    from make_golden_preprocess import image as formula
+    from tests.helpers.make_golden_preprocess import image as formula
 
-    for case in json.loads(Path(__file__).with_name("golden_preprocess.json").read_text())["cases"]:
+    for case in json.loads(
+        Path(__file__).with_name("helpers").joinpath("golden_preprocess.json").read_text()
+    )["cases"]:
         cfg = ImageConfig(min_pixels=case["bounds"][0], max_pixels=case["bounds"][1])
         patches, grids = preprocess(formula(*case["size"])[None], cfg)
         assert grids == (tuple(case["grid"]),)
@@ -302,7 +316,9 @@ def test_preprocess_equals_the_published_processor_bit_for_bit():
 
 def test_patch_order_by_plain_loops():
     cfg = ImageConfig(patch_size=2, min_pixels=1)
-    frames = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8)  # already a multiple of 4: no resize
+    frames = torch.randint(
+        0, 256, (2, 3, 8, 12), dtype=torch.uint8
+    )  # already a multiple of 4: no resize
     patches, grids = preprocess(frames, cfg)
     assert grids == ((1, 4, 6),) * 2
     rows = []
@@ -314,14 +330,18 @@ def test_patch_order_by_plain_loops():
                         top, left = (block_y * 2 + y) * 2, (block_x * 2 + x) * 2
                         patch = []
                         for c in range(3):
-                            pixels = frame[c, top : top + 2, left : left + 2].flatten().double() / 255
+                            pixels = (
+                                frame[c, top : top + 2, left : left + 2].flatten().double() / 255
+                            )
                             patch += 2 * ((pixels - cfg.mean[c]) / cfg.std[c]).tolist()
                         rows.append(patch)
     assert torch.allclose(patches.double(), torch.tensor(rows, dtype=torch.double), atol=1e-6)
 
 
 def test_smart_resize():
-    golden = json.loads(Path(__file__).with_name("golden_preprocess.json").read_text())["smart_resize"]
+    golden = json.loads(
+        Path(__file__).with_name("helpers").joinpath("golden_preprocess.json").read_text()
+    )["smart_resize"]
     cfg = ImageConfig(max_pixels=50176)
     for size, published in golden:
         assert smart_resize(*size, cfg) == tuple(published), size
@@ -330,13 +350,26 @@ def test_smart_resize():
 
 
 def test_image_config(tmp_path):
-    raw = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    raw = {
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     file = tmp_path / "preprocessor_config.json"
     with pytest.raises(ValueError, match="cannot be read"):
         ImageConfig.from_folder(tmp_path)
     file.write_text(json.dumps(raw | {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}))
-    assert ImageConfig.from_folder(tmp_path) == ImageConfig(16, 2, 2, 65536, 16777216, (0.5,) * 3, (0.5,) * 3)
-    for broken in ("{", "[]", json.dumps(raw), json.dumps(raw | {"min_pixels": 9, "max_pixels": 1})):
+    assert ImageConfig.from_folder(tmp_path) == ImageConfig(
+        16, 2, 2, 65536, 16777216, (0.5,) * 3, (0.5,) * 3
+    )
+    for broken in (
+        "{",
+        "[]",
+        json.dumps(raw),
+        json.dumps(raw | {"min_pixels": 9, "max_pixels": 1}),
+    ):
         file.write_text(broken)
         with pytest.raises(ValueError, match="preprocessor_config.json: "):
             ImageConfig.from_folder(tmp_path)

@@ -1,9 +1,10 @@
 """One adapter a data set, and what they share.
 
-A module of this package is a source: constants `SOURCE` (its name, which its question ids start with) and `LICENCE`, and
-`records(root, seed)`, which yields a Question for each usable entry and a Skip, with its place and reason, for each other
-one. `video` is relative to root. A fault of a whole file (cut off, of another type, a pickle that is no plain data, not
-there) raises ValueError. Nothing is downloaded, and every choice depends on the seed and the question's id alone, so the
+A module of this package is a source: constants `SOURCE` (its name, which its question ids start
+with) and `LICENCE`, and `records(root, seed)`, which yields a Question for each usable entry and a
+Skip, with its place and reason, for each other one. `video` is relative to root. A fault of a whole
+file (cut off, of another type, a pickle that is no plain data, not there) raises ValueError.
+Nothing is downloaded, and every choice depends on the seed and the question's id alone, so the
 order of processing does not matter.
 """
 
@@ -24,7 +25,7 @@ from typing import TextIO
 import numpy as np
 from numpy._core import multiarray, numeric
 
-from nanosport.episode import Question
+from nanosport.records import Question
 
 VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -52,20 +53,27 @@ class Skip:
 
 
 class Folder:
-    """All files below a data set's root, listed once. Hidden files are left out, and links that lead out of root.
+    """All files below a data set's root, listed once. Hidden files are left out, and links that
+    lead out of root.
 
     files, videos: paths relative to root, sorted; a folder of frames is one video.
     """
 
     def __init__(self, root: Path):
         if not root.is_dir():
-            raise ValueError(f"{root}: no such folder; --root is the folder of the downloaded data set")
+            raise ValueError(
+                f"{root}: no such folder; --root is the folder of the downloaded data set"
+            )
         self.root, self.files, self.videos, self.links = root, [], [], []
         self._named: dict[str, list[str]] = {}
         inside = root.resolve()
         for folder, folders, names in os.walk(root):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
-            self.links += [os.path.relpath(Path(folder, name), root) for name in folders if Path(folder, name).is_symlink()]
+            self.links += [
+                os.path.relpath(Path(folder, name), root)
+                for name in folders
+                if Path(folder, name).is_symlink()
+            ]
             here = os.path.relpath(folder, root)
             here = "" if here == "." else here + "/"
             for name in sorted(name for name in names if not name.startswith(".")):
@@ -79,7 +87,9 @@ class Folder:
                 if suffix in VIDEOS:
                     self._add(here + name)
             suffixes = {os.path.splitext(name)[1].lower() for name in names}
-            if here and suffixes & set(IMAGES) and not suffixes & set(VIDEOS):  # beside videos they are thumbnails
+            if (
+                here and suffixes & set(IMAGES) and not suffixes & set(VIDEOS)
+            ):  # beside videos they are thumbnails
                 self._add(here[:-1])
 
     def _add(self, path: str) -> None:
@@ -89,16 +99,24 @@ class Folder:
             self._named.setdefault(key, []).append(path)
 
     def named(self, pattern: str, expected: str) -> list[str]:
-        """Files whose name matches `pattern`, in any case. Raises ValueError with what was `expected` where there is none."""
-        found = [path for path in self.files if re.fullmatch(pattern, path.rpartition("/")[2], re.IGNORECASE)]
+        """Files whose name matches `pattern`, in any case. Raises ValueError with what was
+        `expected` where there is none."""
+        found = [
+            path
+            for path in self.files
+            if re.fullmatch(pattern, path.rpartition("/")[2], re.IGNORECASE)
+        ]
         if not found:
-            raise ValueError(f"{self.root}: holds no {expected}; --root is the folder of the downloaded data set")
+            raise ValueError(
+                f"{self.root}: holds no {expected}; --root is the folder of the downloaded data set"
+            )
         return found
 
     def video(self, name: str) -> str:
         """The one video whose path ends in `name`, in any case, with or without its suffix.
 
-        Raises ValueError where none or several do, and where the name is absolute, has `..` in it, or a NUL.
+        Raises ValueError where none or several do, and where the name is absolute, has `..` in it,
+        or a NUL.
         """
         name = name.replace("\\", "/")
         parts = PurePosixPath(name).parts
@@ -110,9 +128,16 @@ class Folder:
         if len(found) > 1:
             found = [path for path in found if path == name] or found
         if len(found) != 1:
-            several = f"names {len(found)} videos, {found[0]} and {found[1]}: remove one" if found else "is not below root"
+            several = (
+                f"names {len(found)} videos, {found[0]} and {found[1]}: remove one"
+                if found
+                else "is not below root"
+            )
             if not found and self.links:
-                several += f" ({self.links[0]} is a link, which is not followed: mount the folder there, or move it)"
+                several += (
+                    f" ({self.links[0]} is a link, which is not followed: mount the folder there, "
+                    "or move it)"
+                )
             raise ValueError(f"video {name!r}: {several}")
         return found[0]
 
@@ -129,7 +154,9 @@ def _reading(path: Path):
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); check its permissions"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole JSON file ({error}); download it again") from None
 
@@ -142,9 +169,11 @@ def read_json(path: Path, *of: type) -> list | dict:
 
 
 def read_entries(path: Path) -> Iterator:
-    """The entries of a list in a JSON file, or the lines of a JSON-lines file, one after the other in little memory.
+    """The entries of a list in a JSON file, or the lines of a JSON-lines file, one after the other
+    in little memory.
 
-    Raises ValueError where it is something else, and where it breaks off: when the entries before that are out.
+    Raises ValueError where it is something else, and where it breaks off: when the entries before
+    that are out.
     """
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".jsonl":
@@ -159,7 +188,12 @@ def read_entries(path: Path) -> Iterator:
 
 def _items(file: TextIO) -> Iterator:
     """The items of the JSON list that a file holds."""
-    decode, space, number, end = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*").match, 0, ""
+    decode, space, number, end = (
+        json.JSONDecoder().raw_decode,
+        re.compile(r"[ \t\n\r]*").match,
+        0,
+        "",
+    )
     text = file.read(CHUNK)
     at = text.index("[") + 1
     while end != "]":
@@ -200,7 +234,9 @@ def _no_bytes() -> bytes:
 
 
 def _ndarray(*_):
-    raise pickle.UnpicklingError("asks for numpy.ndarray over a buffer")  # which could be taken for pointers
+    raise pickle.UnpicklingError(
+        "asks for numpy.ndarray over a buffer"
+    )  # which could be taken for pointers
 
 
 def _empty_array(*_) -> np.ndarray:
@@ -227,10 +263,13 @@ _PLAIN = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """A pickle runs whatever callables it names; it may name those that build numpy arrays, and no other."""
+    """A pickle runs whatever callables it names; it may name those that build numpy arrays, and no
+    other."""
 
     def find_class(self, module: str, name: str):
-        now = module.replace("numpy.core.", "numpy._core.").replace("__builtin__", "builtins")  # as old versions call them
+        now = module.replace("numpy.core.", "numpy._core.").replace(
+            "__builtin__", "builtins"
+        )  # as old versions call them
         plain = _PLAIN.get((now, name))
         if plain is None:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
@@ -238,13 +277,19 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path, of: type) -> list | dict:
-    """The list or dict of a pickle of plain containers, texts, numbers and numpy arrays. Raises ValueError where it is not."""
+    """The list or dict of a pickle of plain containers, texts, numbers and numpy arrays. Raises
+    ValueError where it is not."""
     try:
         with path.open("rb") as file:
             data = _Unpickler(file, encoding="latin1").load()
     except Exception as error:  # there is no error that damaged or hostile bytes cannot raise
-        plain = "only plain containers, texts, numbers and numpy arrays are read, since other pickles can run code"
-        raise ValueError(f"{path}: not a pickle of plain data ({brief(str(error))}); {plain}: download it again") from None
+        plain = (
+            "only plain containers, texts, numbers and numpy arrays are read, since other pickles "
+            "can run code"
+        )
+        raise ValueError(
+            f"{path}: not a pickle of plain data ({brief(str(error))}); {plain}: download it again"
+        ) from None
     return _expect(path, data, (of,))
 
 
@@ -252,13 +297,15 @@ def _expect(path: Path, data, of: tuple[type, ...]) -> list | dict:
     if not isinstance(data, of):
         names = " or ".join(f"a {kind.__name__}" for kind in of)
         raise ValueError(
-            f"{path}: holds a {type(data).__name__}, {names} was expected; if it is not this data set's file, move it away"
+            f"{path}: holds a {type(data).__name__}, {names} was expected; if it is not this "
+            "data set's file, move it away"
         )
     return data
 
 
 def each(where: str, entries: Iterable[tuple], make: Callable) -> Iterator[Question | Skip]:
-    """What `make(key, entry)` yields for each (key, entry); an entry it refuses with ValueError ends in a Skip."""
+    """What `make(key, entry)` yields for each (key, entry); an entry it refuses with ValueError
+    ends in a Skip."""
     for key, entry in entries:
         try:
             yield from make(key, entry)
@@ -267,7 +314,8 @@ def each(where: str, entries: Iterable[tuple], make: Callable) -> Iterator[Quest
 
 
 def field(entry, name: str, of: type = str):
-    """A field of an entry: a text that is not blank, or a value of another type. Raises ValueError where it is not one."""
+    """A field of an entry: a text that is not blank, or a value of another type. Raises ValueError
+    where it is not one."""
     if not isinstance(entry, dict):
         raise ValueError(f"a {type(entry).__name__}: must be an object with the field {name}")
     value = entry.get(name)
@@ -281,10 +329,14 @@ def template(seed: int, id: str, phrasings: tuple[str, ...]) -> str:
     return random.Random(f"{seed}/{id}/phrasing").choice(phrasings)
 
 
-def shuffle_options(seed: int, id: str, right: str, wrong: Iterable[str], num: int = 10) -> tuple[tuple[str, ...], str]:
-    """(options in random order, letter of the right one): the right one and at most num − 1 of the wrong ones.
+def shuffle_options(
+    seed: int, id: str, right: str, wrong: Iterable[str], num: int = 10
+) -> tuple[tuple[str, ...], str]:
+    """(options in random order, letter of the right one): the right one and at most num − 1 of the
+    wrong ones.
 
-    "None of the above" stays last. Raises ValueError where two options say the same, or one names another by its letter.
+    "None of the above" stays last. Raises ValueError where two options say the same, or one names
+    another by its letter.
     """
     rng, wrong = random.Random(f"{seed}/{id}/options"), list(wrong)
     options = [right, *(wrong if len(wrong) < num else rng.sample(wrong, num - 1))]
@@ -297,21 +349,30 @@ def shuffle_options(seed: int, id: str, right: str, wrong: Iterable[str], num: i
     return tuple(options), "ABCDEFGHIJ"[options.index(right)]
 
 
-def choose(seed: int, id: str, options: Mapping[str, str], answer: str) -> tuple[tuple[str, ...], str]:
-    """shuffle_options for options by label, where `answer` is a label or, as some sources have it, the text of an option."""
+def choose(
+    seed: int, id: str, options: Mapping[str, str], answer: str
+) -> tuple[tuple[str, ...], str]:
+    """shuffle_options for options by label, where `answer` is a label or, as some sources have it,
+    the text of an option."""
     right = [label for label in options if label.casefold() == answer.casefold()]
     right = right or [label for label, text in options.items() if _slug(text) == _slug(answer)]
     if len(right) != 1:
-        raise ValueError(f"answer {brief(answer)}: must be one of {', '.join(options)}, or the text of one")
-    return shuffle_options(seed, id, options[right[0]], (text for label, text in options.items() if label != right[0]))
+        raise ValueError(
+            f"answer {brief(answer)}: must be one of {', '.join(options)}, or the text of one"
+        )
+    return shuffle_options(
+        seed, id, options[right[0]], (text for label, text in options.items() if label != right[0])
+    )
 
 
 def match_group(path: str) -> str | None:
-    """`soccer/<league_season>/<match>` of a path that names a soccer match, None where it names none.
+    """`soccer/<league_season>/<match>` of a path that names a soccer match, None where it names
+    none.
 
-    All soccer sources group by it, so that a match in two of them is found. Both parts are lower case with single hyphens,
-    and a match starts with its date; SoccerNet writes "2015-02-21 - 18-00 Chelsea 1 - 1 Burnley" and SoccerReplay-1988
-    "2015-02-21_chelsea-fc-burnley-fc-premier-league", so a check across the two has to compare the dates and the teams.
+    All soccer sources group by it, so that a match in two of them is found. Both parts are lower
+    case with single hyphens, and a match starts with its date; SoccerNet writes "2015-02-21 - 18-00
+    Chelsea 1 - 1 Burnley" and SoccerReplay-1988 "2015-02-21_chelsea-fc-burnley-fc-premier-league",
+    so a check across the two has to compare the dates and the teams.
     """
     parts = path.replace("\\", "/").split("/")
     for k, part in enumerate(parts[:-1]):

@@ -1,7 +1,8 @@
 """FACTS, boxing: short clips of 8 classes of punches.
 
-Layout as for fencing (facts_fencing). Neither it nor the names of the classes are documented: they are taken from the folders
-or rows as they are, and every class found is an option (eight at most). `group` is the clip.
+Layout as for fencing (facts_fencing). Neither it nor the names of the classes are documented: they
+are taken from the folders or rows as they are, and every class found is an option (eight at most).
+`group` is the clip.
 
 Quirks: none known. A class that no other one stands beside gives no question.
 """
@@ -11,11 +12,15 @@ from pathlib import Path
 
 from data_prep.sources import Folder, Skip
 from data_prep.sources.facts_fencing import class_questions, labelled_clips
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "facts_boxing"
 LICENCE = "non-commercial"
-ASK = ("Which punch does this clip show?", "How does the boxer punch?", "What kind of punch is thrown?")
+ASK = (
+    "Which punch does this clip show?",
+    "How does the boxer punch?",
+    "What kind of punch is thrown?",
+)
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:

@@ -1,8 +1,9 @@
-"""FACTS, fencing: short clips of 8 classes, {attack, riposte, counter-attack, remise} by the left or the right fencer.
+"""FACTS, fencing: short clips of 8 classes, {attack, riposte, counter-attack, remise} by the left
+or the right fencer.
 
-The layout is not documented. Two are read: a folder a class, named in any order and spelling (`left_attack`, `Attack-Right`);
-or, where there are CSV files, their rows, with a column for the file and one for the class. `group` is the clip: the bout it
-comes from is not known.
+The layout is not documented. Two are read: a folder a class, named in any order and spelling
+(`left_attack`, `Attack-Right`); or, where there are CSV files, their rows, with a column for the
+file and one for the class. `group` is the clip: the bout it comes from is not known.
 
 Quirks: none known.
 """
@@ -13,20 +14,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip, each, shuffle_options, template
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "facts_fencing"
 LICENCE = "unknown; ask the authors"
 DIMENSION = {"class": "recognition"}
 ACTIONS = ("attack", "riposte", "counter-attack", "remise")
-ASK = ("Which action does this clip show?", "Which fencer acts in this clip, and how?", "What happens in this exchange?")
+ASK = (
+    "Which action does this clip show?",
+    "Which fencer acts in this clip, and how?",
+    "What happens in this exchange?",
+)
 FILE_COLUMNS = ("file", "filename", "file_name", "video", "video_path", "clip", "path")
 CLASS_COLUMNS = ("label", "class", "action", "category")
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
-    names = {name_class(f"{action} {side}"): None for action in ACTIONS for side in ("left", "right")}
-    return class_questions(Folder(root), seed, SOURCE, LICENCE, "fencing", ASK, name_class, list(names))
+    names = {
+        name_class(f"{action} {side}"): None for action in ACTIONS for side in ("left", "right")
+    }
+    return class_questions(
+        Folder(root), seed, SOURCE, LICENCE, "fencing", ASK, name_class, list(names)
+    )
 
 
 def name_class(text: str) -> str:
@@ -34,41 +43,72 @@ def name_class(text: str) -> str:
     side = re.search("left|right", text.lower())
     action = re.search(r"(counter)?[\W_]*attack|riposte|remise", text.lower())
     if not side or not action:
-        raise ValueError(f"class {text!r}: must name one of {', '.join(ACTIONS)}, and left or right")
+        raise ValueError(
+            f"class {text!r}: must name one of {', '.join(ACTIONS)}, and left or right"
+        )
     return f"{'counter-attack' if action[1] else action[0].strip('_- ')} by the {side[0]} fencer"
 
 
 def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
-    """(where it is said, (file, class)) of every clip: rows of the CSV files, or the videos in their class's folder."""
+    """(where it is said, (file, class)) of every clip: rows of the CSV files, or the videos in
+    their class's folder."""
     tables = [path for path in folder.files if path.lower().endswith(".csv")]
     if not tables and not any("/" in path for path in folder.videos):
-        raise ValueError(f"{folder.root}: holds neither a folder of clips for each class nor a CSV file of clips and classes")
-    clips = [] if tables else [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
+        raise ValueError(
+            f"{folder.root}: holds neither a folder of clips for each class nor a CSV file of "
+            "clips and classes"
+        )
+    clips = (
+        []
+        if tables
+        else [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
+    )
     for path in tables:
         try:
             with (folder.root / path).open(newline="", encoding="utf-8-sig") as file:
                 rows = csv.DictReader(file)
                 columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
-                of = [next((columns[name] for name in known if name in columns), None) for known in (FILE_COLUMNS, CLASS_COLUMNS)]
+                of = [
+                    next((columns[name] for name in known if name in columns), None)
+                    for known in (FILE_COLUMNS, CLASS_COLUMNS)
+                ]
                 if None in of:
                     raise ValueError(
-                        f"its columns are {', '.join(columns)}; one of {FILE_COLUMNS} and one of {CLASS_COLUMNS} are needed"
+                        f"its columns are {', '.join(columns)}; one of {FILE_COLUMNS} and one "
+                        f"of {CLASS_COLUMNS} are needed"
                     )
-                clips += [(f"{path} line {rows.line_num}", tuple((row[column] or "").strip() for column in of)) for row in rows]
+                clips += [
+                    (
+                        f"{path} line {rows.line_num}",
+                        tuple((row[column] or "").strip() for column in of),
+                    )
+                    for row in rows
+                ]
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{folder.root / path}: not a table of clips and classes: {error}") from None
+            raise ValueError(
+                f"{folder.root / path}: not a table of clips and classes: {error}"
+            ) from None
     return clips
 
 
 def class_questions(
-    folder: Folder, seed: int, source: str, licence: str, sport: str, ask: tuple, name: Callable[[str], str], classes: list[str]
+    folder: Folder,
+    seed: int,
+    source: str,
+    licence: str,
+    sport: str,
+    ask: tuple,
+    name: Callable[[str], str],
+    classes: list[str],
 ) -> Iterator[Question | Skip]:
     """Which class is it: one question a clip, with up to eight of the `classes` as options."""
 
     def make(where: str, clip: tuple[str, str]) -> Iterator[Question]:
         video, right = folder.video(clip[0]), name(clip[1])
         id = f"{source}/{video}"
-        options, answer = shuffle_options(seed, id, right, (other for other in classes if other != right), num=8)
+        options, answer = shuffle_options(
+            seed, id, right, (other for other in classes if other != right), num=8
+        )
         yield Question(
             id=id,
             video=video,

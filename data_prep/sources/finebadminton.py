@@ -1,16 +1,20 @@
-"""FineBadminton: expert multiple-choice questions on rallies, with the true windows of every stroke.
+"""FineBadminton: expert multiple-choice questions on rallies, with the true windows of every
+stroke.
 
-Questions: lists of {video_id, start_frame, end_frame, temporal (the task), question {question_en}, options_en ["A. …"], answer,
-question_id}, each with a clip cut to start_frame … end_frame, called by `local_video` or by its question_id. Rounds: lists
-of {video "<match>_<round>.mp4", hitting [{start_frame, end_frame, hit_frame, hitter, …}]}.
+Questions: lists of {video_id, start_frame, end_frame, temporal (the task), question {question_en},
+options_en ["A. …"], answer, question_id}, each with a clip cut to start_frame … end_frame, called
+by `local_video` or by its question_id. Rounds: lists of {video "<match>_<round>.mp4", hitting
+[{start_frame, end_frame, hit_frame, hitter, …}]}.
 
-`window` is the stroke that the question is about, counted in the clip: the last one (of the player at the top or bottom,
-where the question says so), or the one whose number is the answer. It takes the rounds of the match; without them, where a
-stroke of the round cannot be read, and for questions on the whole rally, nothing narrower than the clip is known and `window`
-is None. `group` is the match.
+`window` is the stroke that the question is about, counted in the clip: the last one (of the player
+at the top or bottom, where the question says so), or the one whose number is the answer. It takes
+the rounds of the match; without them, where a stroke of the round cannot be read, and for questions
+on the whole rally, nothing narrower than the clip is known and `window` is None. `group` is the
+match.
 
-Quirks: frames are counted in the match's video, not in the clip. `duration` is a word or a number. A file name has `_` for the
-space of its question_id. `quality` is a text or a number. Some answers stand in the same place: options are shuffled.
+Quirks: frames are counted in the match's video, not in the clip. `duration` is a word or a number.
+A file name has `_` for the space of its question_id. `quality` is a text or a number. Some answers
+stand in the same place: options are shuffled.
 """
 
 import re
@@ -20,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip, brief, choose, each, field, read_json
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "finebadminton"
 LICENCE = "annotations Apache-2.0; broadcast video"
@@ -37,7 +41,13 @@ DIMENSION = {
     "pointer recognition": "assessment",
     "round comment": "assessment",
 }
-ON_LAST_STROKE = ("action classification", "action prediction", "hitting localization", "hitting prediction", "hitting comment")
+ON_LAST_STROKE = (
+    "action classification",
+    "action prediction",
+    "hitting localization",
+    "hitting prediction",
+    "hitting comment",
+)
 FRAMES = ("start_frame", "hit_frame", "end_frame")
 
 
@@ -45,7 +55,11 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder, strokes, asked = Folder(root), defaultdict(dict), []
     for path in folder.named(r".*\.json", "JSON file of questions"):
         entries = read_json(root / path, list)
-        rounds = {n: entry for n, entry in enumerate(entries) if isinstance(entry, dict) and "hitting" in entry}
+        rounds = {
+            n: entry
+            for n, entry in enumerate(entries)
+            if isinstance(entry, dict) and "hitting" in entry
+        }
         yield from each(path, rounds.items(), partial(_collect, strokes))
         asked.append((path, [(n, entry) for n, entry in enumerate(entries) if n not in rounds]))
     for path, entries in asked:
@@ -55,23 +69,36 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
 def _collect(strokes: dict, number: int, entry: dict) -> Iterator[Skip]:
     """Keep a round's strokes by match and frames: the rounds may be there in two languages.
 
-    Of a round with a stroke that cannot be read the others would be counted wrongly: (first, None, last) marks where it lies.
+    Of a round with a stroke that cannot be read the others would be counted wrongly: (first, None,
+    last) marks where it lies.
     """
     match, rows = field(entry, "video").partition("_")[0], field(entry, "hitting", list)
     try:
-        strokes[match] |= {tuple(field(row, name, int) for name in FRAMES): row.get("hitter") for row in rows}
+        strokes[match] |= {
+            tuple(field(row, name, int) for name in FRAMES): row.get("hitter") for row in rows
+        }
     except ValueError:
-        named = [row[name] for row in rows if isinstance(row, dict) for name in FRAMES if isinstance(row.get(name), int)]
+        named = [
+            row[name]
+            for row in rows
+            if isinstance(row, dict)
+            for name in FRAMES
+            if isinstance(row.get(name), int)
+        ]
         if named:
             strokes[match][min(named), None, max(named)] = None
         raise
     yield from ()
 
 
-def _window(strokes: dict, start: int, end: int, task: str, question: str, answer: str) -> tuple[int, int] | None:
+def _window(
+    strokes: dict, start: int, end: int, task: str, question: str, answer: str
+) -> tuple[int, int] | None:
     if any(hit is None and first <= end and start <= last for first, hit, last in strokes):
         return None
-    inside = sorted(frames for frames in strokes if frames[1] is not None and start <= frames[1] <= end)
+    inside = sorted(
+        frames for frames in strokes if frames[1] is not None and start <= frames[1] <= end
+    )
     if task == "action localization" and answer.isdecimal() and 0 < int(answer) <= len(inside):
         first, _, last = inside[int(answer) - 1]
     elif task in ON_LAST_STROKE and inside:
@@ -85,15 +112,28 @@ def _window(strokes: dict, start: int, end: int, task: str, question: str, answe
     return max(first, start) - start, min(last, end) - start
 
 
-def _question(folder: Folder, strokes: dict, seed: int, path: str, number: int, entry) -> Iterator[Question]:
-    name, match, task = field(entry, "question_id"), field(entry, "video_id").partition(".")[0], field(entry, "temporal").lower()
+def _question(
+    folder: Folder, strokes: dict, seed: int, path: str, number: int, entry
+) -> Iterator[Question]:
+    name, match, task = (
+        field(entry, "question_id"),
+        field(entry, "video_id").partition(".")[0],
+        field(entry, "temporal").lower(),
+    )
     if task not in DIMENSION:
         raise ValueError(f"temporal {task!r}: must be one of {', '.join(DIMENSION)}")
     start, end = field(entry, "start_frame", int), field(entry, "end_frame", int)
     if not 0 <= start < end:
-        raise ValueError(f"start_frame {start}, end_frame {end}: must be 0 or above, and in this order")
-    question, id = field(field(entry, "question", dict), "question_en"), f"{SOURCE}/{name.replace(' ', '_')}"
-    texts = [option if isinstance(option, str) else "" for option in field(entry, "options_en", list)]
+        raise ValueError(
+            f"start_frame {start}, end_frame {end}: must be 0 or above, and in this order"
+        )
+    question, id = (
+        field(field(entry, "question", dict), "question_en"),
+        f"{SOURCE}/{name.replace(' ', '_')}",
+    )
+    texts = [
+        option if isinstance(option, str) else "" for option in field(entry, "options_en", list)
+    ]
     labelled = {text[:1]: text[2:].strip() for text in texts if re.match(r"[A-J][.):]", text)}
     if len(labelled) != len(texts) or not all(labelled.values()):
         raise ValueError(f"options_en {brief(texts)}: must be texts with the labels A., B., …")
@@ -101,7 +141,9 @@ def _question(folder: Folder, strokes: dict, seed: int, path: str, number: int, 
     right = options["ABCDEFGHIJ".index(answer)]
     yield Question(
         id=id,
-        video=folder.video(field(entry, "local_video") if "local_video" in entry else name.replace(" ", "_")),
+        video=folder.video(
+            field(entry, "local_video") if "local_video" in entry else name.replace(" ", "_")
+        ),
         sport="badminton",
         dimension=DIMENSION[task],
         question=question,

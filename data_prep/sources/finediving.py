@@ -1,13 +1,16 @@
-"""FineDiving: competition dives with action code, sub-actions, difficulty and score, made into four questions each.
+"""FineDiving: competition dives with action code, sub-actions, difficulty and score, made into four
+questions each.
 
-`FineDiving_fine-grained_annotation.pkl` is {(video, n): {action_type, sub-action_types {id: name}, frames_labels, dive_score,
-difficulty, …}}, `fine-grained_annotation_aqa.pkl` {(video, n): [action_type, dive_score, difficulty, (unknown), labels]}; the
-first is read where there is one. The clips are folders of frames, `<video>/<n>/*.jpg`, wherever they lie below root.
+`FineDiving_fine-grained_annotation.pkl` is {(video, n): {action_type, sub-action_types {id: name},
+frames_labels, dive_score, difficulty, …}}, `fine-grained_annotation_aqa.pkl` {(video, n):
+[action_type, dive_score, difficulty, (unknown), labels]}; the first is read where there is one. The
+clips are folders of frames, `<video>/<n>/*.jpg`, wherever they lie below root.
 
-Quirks: the annotations are pickles, so they are read without running what they name. Both shapes of an entry may come in
-either file. Numbers are numpy scalars. The list form has no names of sub-actions: that question is skipped. The official
-split is in `train_split.pkl` and `test_split.pkl`, and is noted in `provenance`; `group` is the competition video, of
-which the official split has dives on both sides.
+Quirks: the annotations are pickles, so they are read without running what they name. Both shapes of
+an entry may come in either file. Numbers are numpy scalars. The list form has no names of
+sub-actions: that question is skipped. The official split is in `train_split.pkl` and
+`test_split.pkl`, and is noted in `provenance`; `group` is the competition video, of which the
+official split has dives on both sides.
 """
 
 from collections.abc import Iterator
@@ -18,15 +21,27 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.sources import Folder, Skip, brief, each, read_pickle, shuffle_options, template
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "finediving"
 LICENCE = "release agreement; research only"
-DIMENSION = {"code": "recognition", "steps": "recognition", "difficulty": "rules", "score": "assessment"}
+DIMENSION = {
+    "code": "recognition",
+    "steps": "recognition",
+    "difficulty": "rules",
+    "score": "assessment",
+}
 TOLERANCE = {"difficulty": 0.2, "score": 5.0}
 ASK = {
-    "code": ("Which dive is it?", "Which code does this dive have in the competition's list?", "Name the dive by its code."),
-    "steps": ("In which order do the parts of the dive come?", "Which sequence of sub-actions does the dive show?"),
+    "code": (
+        "Which dive is it?",
+        "Which code does this dive have in the competition's list?",
+        "Name the dive by its code.",
+    ),
+    "steps": (
+        "In which order do the parts of the dive come?",
+        "Which sequence of sub-actions does the dive show?",
+    ),
     "difficulty": (
         "What is the dive's degree of difficulty? Within 0.2 counts as right.",
         "Estimate the degree of difficulty of this dive, to within 0.2.",
@@ -40,32 +55,47 @@ ASK = {
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
-    files = folder.named(r"(FineDiving_)?fine-grained_annotation.*\.pkl", "FineDiving_fine-grained_annotation.pkl")
+    files = folder.named(
+        r"(FineDiving_)?fine-grained_annotation.*\.pkl", "FineDiving_fine-grained_annotation.pkl"
+    )
     path = min(files, key=lambda name: "aqa" in name.lower())
     entries, official = read_pickle(root / path, dict), {}
-    for split in (name for name in folder.files if name.endswith(("train_split.pkl", "test_split.pkl"))):
+    for split in (
+        name for name in folder.files if name.endswith(("train_split.pkl", "test_split.pkl"))
+    ):
         keys = read_pickle(root / split, list)
         try:
             keys = [_key(key) for key in keys]
         except ValueError as error:
             raise ValueError(f"{root / split}: {error}") from None
         official |= dict.fromkeys(keys, split.rpartition("/")[2].removesuffix("_split.pkl"))
-    codes = sorted({code for entry in entries.values() if isinstance(code := _fields(entry)[0], str)})
+    codes = sorted(
+        {code for entry in entries.values() if isinstance(code := _fields(entry)[0], str)}
+    )
     named = ((brief(key), (key, entry)) for key, entry in entries.items())
     yield from each(path, named, partial(_questions, folder, codes, official, seed, path))
 
 
 def _key(key) -> tuple[str, int]:
-    if not (isinstance(key, tuple | list) and len(key) == 2 and isinstance(key[0], str) and isinstance(key[1], int | np.integer)):
+    if not (
+        isinstance(key, tuple | list)
+        and len(key) == 2
+        and isinstance(key[0], str)
+        and isinstance(key[1], int | np.integer)
+    ):
         raise ValueError(f"key {brief(key)}: must be (video, number)")
     return key[0], int(key[1])
 
 
 def _fields(entry) -> tuple:
-    """(action type, score, difficulty, labels of the frames, names of the sub-actions), each None where the entry lacks it."""
+    """(action type, score, difficulty, labels of the frames, names of the sub-actions), each None
+    where the entry lacks it."""
     if isinstance(entry, dict):
-        return tuple(entry.get(k) for k in ("action_type", "dive_score", "difficulty", "frames_labels", "sub-action_types"))
-    return (*entry[:3], entry[4], None) if isinstance(entry, list | tuple) and len(entry) >= 5 else (None,) * 5
+        names = ("action_type", "dive_score", "difficulty", "frames_labels", "sub-action_types")
+        return tuple(entry.get(name) for name in names)
+    if isinstance(entry, list | tuple) and len(entry) >= 5:
+        return *entry[:3], entry[4], None
+    return (None,) * 5
 
 
 def _steps(labels, names) -> list[str]:
@@ -75,7 +105,9 @@ def _steps(labels, names) -> list[str]:
         isinstance(label, int | float | np.integer) and abs(label) < 1e9 for label in labels
     ):
         raise ValueError("frames_labels: must be a number a frame")
-    if not isinstance(names, dict) or not all(isinstance(key, int | str | np.integer) for key in names):
+    if not isinstance(names, dict) or not all(
+        isinstance(key, int | str | np.integer) for key in names
+    ):
         raise ValueError("sub-action_types: the entry has no names for its sub-actions")
     names = {int(key): name for key, name in names.items()}
     order = [names.get(int(label)) for label, _ in groupby(labels)]  # a part may come again
@@ -84,25 +116,35 @@ def _steps(labels, names) -> list[str]:
     return order
 
 
-def _questions(folder: Folder, codes: list, official: dict, seed: int, path: str, place: str, named) -> Iterator[Question | Skip]:
+def _answer(task: str, value, names, id: str, codes: list, seed: int) -> tuple[tuple, str, str]:
+    """(options, answer, kind) of a task. Raises ValueError where the entry has no value for it."""
+    if task == "code":
+        if not isinstance(value, str):
+            raise ValueError(f"action_type {brief(value)}: must be a text")
+        others = (other for other in codes if other != value)
+        return *shuffle_options(seed, id, value, others, num=4), "choice"
+    if task == "steps":
+        orders = islice(permutations(_steps(value, names)), 720)
+        right, *others = dict.fromkeys(", then ".join(order) for order in orders)
+        return *shuffle_options(seed, id, right, others, num=4), "choice"
+    is_number = isinstance(value, int | float | np.integer | np.floating)
+    if not is_number or isinstance(value, bool) or not 0 < value < 1000:
+        raise ValueError(f"{task} {brief(value)}: must be a number between 0 and 1000")
+    return (), f"{float(value):.2f}", "number"
+
+
+def _questions(
+    folder: Folder, codes: list, official: dict, seed: int, path: str, place: str, named
+) -> Iterator[Question | Skip]:
     (competition, number), entry = _key(named[0]), named[1]
     video = folder.video(f"{competition}/{number}")
     code, score, difficulty, labels, names = _fields(entry)
-    for task, value in (("code", code), ("steps", labels), ("difficulty", difficulty), ("score", score)):
-        id, options, kind = f"{SOURCE}/{competition}/{number}/{task}", (), "choice"
+    tasks = {"code": code, "steps": labels, "difficulty": difficulty, "score": score}
+    split = official.get((competition, number), "split unknown")
+    for task, value in tasks.items():
+        id = f"{SOURCE}/{competition}/{number}/{task}"
         try:
-            if task == "code":
-                if not isinstance(value, str):
-                    raise ValueError(f"action_type {brief(value)}: must be a text")
-                options, answer = shuffle_options(seed, id, value, (other for other in codes if other != value), num=4)
-            elif task == "steps":
-                steps = _steps(labels, names)
-                orders = list(dict.fromkeys(", then ".join(order) for order in islice(permutations(steps), 720)))
-                options, answer = shuffle_options(seed, id, orders[0], orders[1:], num=4)
-            else:
-                if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool) or not 0 < value < 1000:
-                    raise ValueError(f"{task} {brief(value)}: must be a number between 0 and 1000")
-                kind, answer = "number", f"{float(value):.2f}"
+            options, answer, kind = _answer(task, value, names, id, codes, seed)
         except ValueError as error:
             yield Skip(f"{path} {place}, {task}", str(error))
             continue
@@ -118,6 +160,6 @@ def _questions(folder: Folder, codes: list, official: dict, seed: int, path: str
             tolerance=TOLERANCE.get(task, 0.0),
             source=SOURCE,
             group=f"{SOURCE}/{competition}",
-            provenance=f"{path} {(competition, number)}, official {official.get((competition, number), 'split unknown')}",
+            provenance=f"{path} {(competition, number)}, official {split}",
             licence=LICENCE,
         )

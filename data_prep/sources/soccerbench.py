@@ -1,11 +1,13 @@
-"""SoccerBench: multiple-choice questions on soccer broadcasts. It is test material: never train on it.
+"""SoccerBench: multiple-choice questions on soccer broadcasts. It is test material: never train on
+it.
 
-`qa/q8.json` … `qa/q14.json` are about videos: entries {Q, materials, openA, closeA: "O2", O1 … O9}. `group` is the match,
-in the form that SoccerReplay-1988 has too, so that a split can keep the two apart.
+`qa/q8.json` … `qa/q14.json` are about videos: entries {Q, materials, openA, closeA: "O2", O1 … O9}.
+`group` is the match, in the form that SoccerReplay-1988 has too, so that a split can keep the two
+apart.
 
-Quirks: `materials` may be null, and may name several videos (replays to compare, views of one foul), which one question
-cannot show: both are skipped. Labels have gaps. `closeA` is sometimes the option's sentence. One position holds most of
-the right answers, so options are shuffled.
+Quirks: `materials` may be null, and may name several videos (replays to compare, views of one
+foul), which one question cannot show: both are skipped. Labels have gaps. `closeA` is sometimes the
+option's sentence. One position holds most of the right answers, so options are shuffled.
 """
 
 import re
@@ -14,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip, brief, choose, each, field, match_group, read_entries
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "soccerbench"
 LICENCE = "CC BY-NC-SA 4.0; test only"
@@ -32,7 +34,9 @@ DIMENSION = {  # tasks in the order of the benchmark's own list, which has no q7
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r"q([89]|1[0-4])\.json", "q8.json … q14.json"):
-        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
+        yield from each(
+            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
+        )
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
@@ -41,10 +45,18 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
     if not isinstance(materials, list) or len(materials) != 1 or not isinstance(materials[0], str):
         raise ValueError(f"materials {brief(materials)}: must name one video, the question has one")
     if (group := match_group(materials[0])) is None:
-        raise ValueError(f"materials {materials[0]!r}: names no match, so an overlap with training matches could not be found")
-    labels = sorted((key for key in entry if re.fullmatch(r"O\d+", key) and entry[key]), key=lambda key: int(key[1:]))
+        raise ValueError(
+            f"materials {materials[0]!r}: names no match, so an overlap with training matches "
+            "could not be found"
+        )
+    labels = sorted(
+        (key for key in entry if re.fullmatch(r"O\d+", key) and entry[key]),
+        key=lambda key: int(key[1:]),
+    )
     id = f"{SOURCE}/{task}/{number}"
-    options, answer = choose(seed, id, {label: field(entry, label) for label in labels}, field(entry, "closeA"))
+    options, answer = choose(
+        seed, id, {label: field(entry, label) for label in labels}, field(entry, "closeA")
+    )
     yield Question(
         id=id,
         video=folder.video(materials[0]),

@@ -1,10 +1,13 @@
-"""SportR: questions on infraction, its class, the penalty, the explanation, where it is seen, and tactics.
+"""SportR: questions on infraction, its class, the penalty, the explanation, where it is seen, and
+tactics.
 
-The files are gated and their field names are not documented: JSON or JSON-lines lists are read whose fields are called by one
-of the NAMES. If a file uses others, the error shows them; add them to NAMES.
+The files are gated and their field names are not documented: JSON or JSON-lines lists are read
+whose fields are called by one of the NAMES. If a file uses others, the error shows them; add them
+to NAMES.
 
-Quirks: none known. Where a question has options, the answer may be a label or a text. An answer of two numbers is a time span
-in seconds; one of four (a box in a picture) cannot be scored and is skipped.
+Quirks: none known. Where a question has options, the answer may be a label or a text. An answer of
+two numbers is a time span in seconds; one of four (a box in a picture) cannot be scored and is
+skipped.
 """
 
 import re
@@ -13,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip, brief, choose, each, field, read_entries
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "sportr"
 LICENCE = "CC BY-NC 4.0, gated"
@@ -36,12 +39,17 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r".*\.jsonl?", "JSON or JSON-lines file"):
         first = next(read_entries(root / path), None)
-        if isinstance(first, dict) and (lacking := [n for n in ("video", "question", "answer") if _name(first, n) is None]):
+        if isinstance(first, dict) and (
+            lacking := [n for n in ("video", "question", "answer") if _name(first, n) is None]
+        ):
             found = ", ".join(map(str, first))
             raise ValueError(
-                f"{root / path}: no field for {lacking[0]} among {found}; add its name to NAMES in data_prep/sources/sportr.py"
+                f"{root / path}: no field for {lacking[0]} among {found}; add its name to NAMES "
+                "in data_prep/sources/sportr.py"
             )
-        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
+        yield from each(
+            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
+        )
 
 
 def _name(entry: dict, what: str) -> str | None:
@@ -59,13 +67,22 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
     options = entry.get(names["options"]) or {}
     if isinstance(answer, list):
         if len(answer) != 2 or not all(isinstance(x, int | float) and 0 <= x < 1e6 for x in answer):
-            raise ValueError(f"answer {brief(answer)}: must be a text, or a time span [start, end] in seconds")
+            raise ValueError(
+                f"answer {brief(answer)}: must be a text, or a time span [start, end] in seconds"
+            )
         kind, answer, options = "span", f"{answer[0]:g}-{answer[1]:g}", ()
     else:
         answer = field(entry, names["answer"])
-        options = {chr(65 + n): text for n, text in enumerate(options)} if isinstance(options, list) else options
+        options = (
+            {chr(65 + n): text for n, text in enumerate(options)}
+            if isinstance(options, list)
+            else options
+        )
         if options:
-            options = {label: re.sub(rf"^\(?{re.escape(label)}[.):]\s*", "", field(options, label)) for label in options}
+            options = {
+                label: re.sub(rf"^\(?{re.escape(label)}[.):]\s*", "", field(options, label))
+                for label in options
+            }
             kind, (options, answer) = "choice", choose(seed, id, options, answer)
     task = entry.get(names["task"])
     task = task.lower() if isinstance(task, str) else question.lower()

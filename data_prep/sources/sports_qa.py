@@ -1,12 +1,13 @@
 """Sports-QA: short questions on clips of MultiSports (ball games, aerobics) and FineGym.
 
-`train.json`, `val.json`, `test.json`: lists of {qa_id, video "<prefix>/<stem>", type, question, answer, ans_cls}. Clips are
-looked for by their stem.
+`train.json`, `val.json`, `test.json`: lists of {qa_id, video "<prefix>/<stem>", type, question,
+answer, ans_cls}. Clips are looked for by their stem.
 
-Quirks: the prefix is the only word on the sport (`football` is soccer, `fg` is FineGym), and clips often lie in other folders
-than it says. `group` is the YouTube video, whose id stands in `v_<id>_cNNN_NN` (FineGym: `<id>_E_…`). Nearly half of the
-answers are yes, no, 1 or 2: yes and no become options in random order, digits a number; `provenance` keeps the type, so that
-accuracy can be told by type. `qa_id` may begin anew in each file.
+Quirks: the prefix is the only word on the sport (`football` is soccer, `fg` is FineGym), and clips
+often lie in other folders than it says. `group` is the YouTube video, whose id stands in
+`v_<id>_cNNN_NN` (FineGym: `<id>_E_…`). Nearly half of the answers are yes, no, 1 or 2: yes and no
+become options in random order, digits a number; `provenance` keeps the type, so that accuracy can
+be told by type. `qa_id` may begin anew in each file.
 """
 
 import re
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip, brief, each, field, read_entries, shuffle_options
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "sports_qa"
 LICENCE = "none stated"
@@ -26,13 +27,20 @@ SPORTS = {
     "aerobic_gymnastics": "gymnastics",
     "fg": "gymnastics",
 }
-DIMENSION = {"descriptive": "recognition", "temporal": "recognition", "causal": "rules", "counterfactual": "rules"}
+DIMENSION = {
+    "descriptive": "recognition",
+    "temporal": "recognition",
+    "causal": "rules",
+    "counterfactual": "rules",
+}
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r"(train|val|test)\.json", "train.json, val.json or test.json"):
-        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
+        yield from each(
+            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
+        )
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
@@ -41,16 +49,26 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         raise ValueError(f"video {entry['video']!r}: must be in one of {', '.join(SPORTS)}")
     youtube = re.fullmatch(r"v_([\w-]{11})_c\d+_\d+|([\w-]{11})(?:_E_\w+)?", stem)
     if not youtube:
-        raise ValueError(f"video {entry['video']!r}: must be v_<YouTube id>_cNNN_NN, the questions are grouped by that id")
+        raise ValueError(
+            f"video {entry['video']!r}: must be v_<YouTube id>_cNNN_NN, the questions are "
+            "grouped by that id"
+        )
     if (kind := field(entry, "type").lower()) not in DIMENSION:
         raise ValueError(f"type {kind!r}: must be one of {', '.join(DIMENSION)}")
     for name in ("qa_id", "answer"):
         if not isinstance(entry.get(name), int | str) or not str(entry[name]).strip():
             raise ValueError(f"{name} {brief(entry.get(name))}: must be a number or a text")
-    id, answer, options = f"{SOURCE}/{Path(path).stem}/{entry['qa_id']}", str(entry["answer"]).strip(), ()
+    id, answer, options = (
+        f"{SOURCE}/{Path(path).stem}/{entry['qa_id']}",
+        str(entry["answer"]).strip(),
+        (),
+    )
     scored = "number" if answer.isdecimal() else "open"
     if answer.lower() in ("yes", "no"):
-        scored, (options, answer) = "choice", shuffle_options(seed, id, answer.lower(), {"yes", "no"} - {answer.lower()})
+        scored, (options, answer) = (
+            "choice",
+            shuffle_options(seed, id, answer.lower(), {"yes", "no"} - {answer.lower()}),
+        )
     yield Question(
         id=id,
         video=folder.video(stem),

@@ -1,11 +1,13 @@
 """SPORTU, the video part: multiple-choice and open questions on clips of seven sports.
 
-`SportU_Video_mc.json`: list of {id, question, options {A … D}, answer, "difficulty level"}; `SportU_Video_oe.json`: {id,
-question, answer, …}. `id` is the stem of the clip, whose folder and suffix are not documented: it is looked for by its name.
+`SportU_Video_mc.json`: list of {id, question, options {A … D}, answer, "difficulty level"};
+`SportU_Video_oe.json`: {id, question, answer, …}. `id` is the stem of the clip, whose folder and
+suffix are not documented: it is looked for by its name.
 
-Quirks: many rows share an `id`, so a row's key is (id, question). Case of names varies (`Badminton_1`, `soccer_3_0`,
-`SportU_video_oe.json`). Some questions have two options only. `<sport>_<N>_<K>` are views of one play: `group` is
-`<sport>_<N>`. There are no times and no official split.
+Quirks: many rows share an `id`, so a row's key is (id, question). Case of names varies
+(`Badminton_1`, `soccer_3_0`, `SportU_video_oe.json`). Some questions have two options only.
+`<sport>_<N>_<K>` are views of one play: `group` is `<sport>_<N>`. There are no times and no
+official split.
 """
 
 import hashlib
@@ -15,11 +17,19 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip, choose, each, field, read_entries
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "sportu"
 LICENCE = "none stated"
-SPORTS = ("soccer", "basketball", "volleyball", "american football", "ice hockey", "baseball", "badminton")
+SPORTS = (
+    "soccer",
+    "basketball",
+    "volleyball",
+    "american football",
+    "ice hockey",
+    "baseball",
+    "badminton",
+)
 DIMENSION = {  # by the first that the question matches
     "rules": r"foul|fault|rule|violat|penal|offside|referee|infraction|illegal|allowed",
     "assessment": r"error|mistake|technique|technical|tactic|strateg|improve|should",
@@ -29,15 +39,26 @@ DIMENSION = {  # by the first that the question matches
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
-    for path in folder.named(r"SportU_video_(mc|oe)\.json", "SportU_Video_mc.json or SportU_Video_oe.json"):
-        yield from each(path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path))
+    for path in folder.named(
+        r"SportU_video_(mc|oe)\.json", "SportU_Video_mc.json or SportU_Video_oe.json"
+    ):
+        yield from each(
+            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
+        )
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
-    stem, question, answer, options = field(entry, "id"), field(entry, "question"), field(entry, "answer"), ()
+    stem, question, answer, options = (
+        field(entry, "id"),
+        field(entry, "question"),
+        field(entry, "answer"),
+        (),
+    )
     play = re.fullmatch(r"([a-z_ ]+?)_(\d+)(?:_\d+)?", stem.lower())
     if not play or (sport := play[1].replace("_", " ")) not in SPORTS:
-        raise ValueError(f"id {stem!r}: must be <sport>_<N> or <sport>_<N>_<K>, with one of {', '.join(SPORTS)}")
+        raise ValueError(
+            f"id {stem!r}: must be <sport>_<N> or <sport>_<N>_<K>, with one of {', '.join(SPORTS)}"
+        )
     kind = "mc" if path.lower().endswith("mc.json") else "oe"
     id = f"{SOURCE}/{stem}/{kind}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
     if kind == "mc":
@@ -47,7 +68,9 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         id=id,
         video=folder.video(stem),
         sport=sport,
-        dimension=next(name for name, pattern in DIMENSION.items() if re.search(pattern, question.lower())),
+        dimension=next(
+            name for name, pattern in DIMENSION.items() if re.search(pattern, question.lower())
+        ),
         question=question,
         options=options,
         answer=answer,

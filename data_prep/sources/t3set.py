@@ -1,13 +1,15 @@
 """T3-Set: multi-ball table tennis training, with what two coaches said about each round.
 
-`<player>/<technique>/round_NN/` holds `video/remote/` (else `video/right/`) and, in folders named after comments or
-suggestions, lists of {start "HH:MM:SS,mmm", end, text, comment_en, suggestion_key, suggestion_type, type, stroke_index,
-index}. Questions, all of coaching: what the coach says (one a comment, open), what part of the stroke the coaches correct
-(one a round and part) and what is wrong with it.
+`<player>/<technique>/round_NN/` holds `video/remote/` (else `video/right/`) and, in folders named
+after comments or suggestions, lists of {start "HH:MM:SS,mmm", end, text, comment_en,
+suggestion_key, suggestion_type, type, stroke_index, index}. Questions, all of coaching: what the
+coach says (one a comment, open), what part of the stroke the coaches correct (one a round and part)
+and what is wrong with it.
 
-Quirks: keys are written with spaces or underscores. `index` is sometimes `comment_index`. The text is Chinese: the English
-`comment_en` is used. A `realtime` comment is about what was just played, so its clip begins LEAD_S before; a `global` one is
-about the whole round. The official split is by round and so has every player on both sides: `group` is the player.
+Quirks: keys are written with spaces or underscores. `index` is sometimes `comment_index`. The text
+is Chinese: the English `comment_en` is used. A `realtime` comment is about what was just played, so
+its clip begins LEAD_S before; a `global` one is about the whole round. The official split is by
+round and so has every player on both sides: `group` is the player.
 """
 
 import re
@@ -17,16 +19,18 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip, brief, each, field, read_json, shuffle_options, template
-from nanosport.episode import Question
+from nanosport.records import Question
 
 SOURCE = "t3set"
 LICENCE = "CC BY-NC-SA 4.0"
 DIMENSION = {"advice": "assessment", "key": "assessment", "type": "assessment"}
 LEAD_S = 5.0
 KEYS = (
-    "center of gravity", "time of striking ball", "angle of racket", "backswing of racket", "grip of racket", "waist", "upper body",
-    "right wrist", "right shoulder", "right forearm", "right upper arm", "right elbow", "right hand", "right finger", "right foot",
-    "right leg", "right knee", "left wrist", "left shoulder", "left elbow", "left hand", "left foot", "left leg", "left knee",
+    "center of gravity", "time of striking ball", "angle of racket", "backswing of racket",
+    "grip of racket", "waist", "upper body", "right wrist", "right shoulder", "right forearm",
+    "right upper arm", "right elbow", "right hand", "right finger", "right foot", "right leg",
+    "right knee", "left wrist", "left shoulder", "left elbow", "left hand", "left foot", "left leg",
+    "left knee",
 )  # fmt: skip
 TYPES = {
     "position": "where it is or how it moves",
@@ -55,12 +59,17 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder, rounds = Folder(root), defaultdict(list)
     for path in folder.named(r".*\.json", "JSON files of comments"):
         place = re.fullmatch(
-            r"(.*/round[_-]?\d+)/(?:.*/)?[^/]*(?:comment|suggestion)[^/]*/.*|(.*/round[_-]?\d+)/[^/]*comment[^/]*", path, re.I
+            r"(.*/round[_-]?\d+)/(?:.*/)?[^/]*(?:comment|suggestion)[^/]*/.*|(.*/round[_-]?\d+)/[^/]*comment[^/]*",
+            path,
+            re.I,
         )
         if place:
             rounds[place[1] or place[2]].append(path)
     if not rounds:
-        raise ValueError(f"{root}: holds no comments in <player>/<technique>/round_NN/; --root is the folder of the players")
+        raise ValueError(
+            f"{root}: holds no comments in <player>/<technique>/round_NN/; --root is the folder "
+            "of the players"
+        )
     for place, paths in rounds.items():
         *_, player, technique, _ = ("", "", *place.split("/"))
         videos = [video for video in folder.videos if video.startswith(place + "/")]
@@ -69,13 +78,19 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
             yield Skip(place, f"the round has no {lacking}")
             continue
         common = {
-            "video": min(videos, key=lambda video: ("/remote/" not in video, "/right/" not in video, video)),
+            "video": min(
+                videos, key=lambda video: ("/remote/" not in video, "/right/" not in video, video)
+            ),
             "sport": "table tennis",
             "source": SOURCE,
             "group": f"{SOURCE}/{player}",
             "licence": LICENCE,
         }
-        said = [(f"{path} {n}", entry) for path in paths for n, entry in enumerate(read_json(root / path, list))]
+        said = [
+            (f"{path} {n}", entry)
+            for path in paths
+            for n, entry in enumerate(read_json(root / path, list))
+        ]
         yield from each("", said, partial(_advice, seed, technique.replace("_", " "), common))
         yield from _corrections(seed, technique.replace("_", " "), common, place, said)
 
@@ -115,8 +130,11 @@ def _advice(seed: int, technique: str, common: dict, where: str, entry) -> Itera
     )
 
 
-def _corrections(seed: int, technique: str, common: dict, place: str, said: list[tuple]) -> Iterator[Question | Skip]:
-    """What the coaches correct in a round; wrong options are parts that neither of them spoke of."""
+def _corrections(
+    seed: int, technique: str, common: dict, place: str, said: list[tuple]
+) -> Iterator[Question | Skip]:
+    """What the coaches correct in a round; wrong options are parts that neither of them spoke
+    of."""
     types, first = defaultdict(set), {}
     for where, entry in said:
         try:

@@ -1,13 +1,16 @@
-"""X-VARS (SoccerNet-XFoul) and its videos' labels (SoccerNet-MVFoul): fouls, as a referee sees and explains them.
+"""X-VARS (SoccerNet-XFoul) and its videos' labels (SoccerNet-MVFoul): fouls, as a referee sees and
+explains them.
 
-XFoul: lists of {path "<split>/action_N", question, answer}, open questions. MVFoul: `<split>/annotations.json` {Set, Actions
-{"N": {UrlLocal, Offence, Severity …, Clips [{Url, Camera type, …}]}}} beside `<split>/action_N/clip_K.mp4`, made into one
-question a label. `group` is the match of UrlLocal.
+XFoul: lists of {path "<split>/action_N", question, answer}, open questions. MVFoul:
+`<split>/annotations.json` {Set, Actions {"N": {UrlLocal, Offence, Severity …, Clips [{Url, Camera
+type, …}]}}} beside `<split>/action_N/clip_K.mp4`, made into one question a label. `group` is the
+match of UrlLocal.
 
-Quirks: one action has several clips; the first replay is shown where there is one, since the live camera (clip 0) stands far
-off. Severity is a text "1.0" … "5.0". A label may be empty (not annotated) and its case varies. UrlLocal has backslashes.
-The split is written `Train` here and `train` there. Clips last about 5 s at 25 fps with the foul near frame 75, but no true
-window is known. XFoul does not know the match: without its split's annotations.json an entry is skipped.
+Quirks: one action has several clips; the first replay is shown where there is one, since the live
+camera (clip 0) stands far off. Severity is a text "1.0" … "5.0". A label may be empty (not
+annotated) and its case varies. UrlLocal has backslashes. The split is written `Train` here and
+`train` there. Clips last about 5 s at 25 fps with the foul near frame 75, but no true window is
+known. XFoul does not know the match: without its split's annotations.json an entry is skipped.
 """
 
 import re
@@ -15,8 +18,18 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, each, field, match_group, read_json, shuffle_options, template
-from nanosport.episode import Question
+from data_prep.sources import (
+    Folder,
+    Skip,
+    brief,
+    each,
+    field,
+    match_group,
+    read_json,
+    shuffle_options,
+    template,
+)
+from nanosport.records import Question
 
 SOURCE = "xfoul"
 LICENCE = "video under the SoccerNet NDA"
@@ -28,23 +41,37 @@ CARDS = {
     "5.0": "a red card",
 }
 YES_NO = {"yes": "yes", "no": "no"}
+ACTIONS = (
+    "standing tackling", "tackling", "challenge", "holding", "elbowing", "high leg", "pushing",
+    "dive",
+)  # fmt: skip
 LABELS = {  # field: (dimension, what each value means, ways to ask)
     "Offence": (
         "rules",
         {"offence": "a foul", "no offence": "no foul", "between": "on the borderline"},
-        ("Is this a foul?", "How do you judge this duel: foul or no foul?", "You are the video referee. Is it an offence?"),
+        (
+            "Is this a foul?",
+            "How do you judge this duel: foul or no foul?",
+            "You are the video referee. Is it an offence?",
+        ),
     ),
     "Severity": (
         "rules",
         CARDS,
-        ("Which card does the foul deserve?", "How should the referee punish this foul?", "What is the right sanction here?"),
+        (
+            "Which card does the foul deserve?",
+            "How should the referee punish this foul?",
+            "What is the right sanction here?",
+        ),
     ),
     "Action class": (
         "recognition",
-        {name.lower(): name.lower() for name in (
-            "Standing tackling", "Tackling", "Challenge", "Holding", "Elbowing", "High leg", "Pushing", "Dive",
-        )},
-        ("What kind of action is it?", "Which of these describes the duel?", "How does the player go into the opponent?"),
+        {action: action for action in ACTIONS},
+        (
+            "What kind of action is it?",
+            "Which of these describes the duel?",
+            "How does the player go into the opponent?",
+        ),
     ),
     "Contact": (
         "recognition",
@@ -54,7 +81,10 @@ LABELS = {  # field: (dimension, what each value means, ways to ask)
     "Bodypart": (
         "recognition",
         {"upper body": "the upper body", "under body": "the lower body"},
-        ("With which part of the body is the duel fought?", "Which part of the body makes the contact?"),
+        (
+            "With which part of the body is the duel fought?",
+            "Which part of the body makes the contact?",
+        ),
     ),
     "Try to play": (
         "rules",
@@ -81,14 +111,21 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
         if isinstance(data, list):
             asked.append((path, data))
         elif isinstance(data.get("Actions"), dict):
-            yield from each(path, data["Actions"].items(), partial(_labels, folder, actions, seed, path))
+            yield from each(
+                path, data["Actions"].items(), partial(_labels, folder, actions, seed, path)
+            )
         else:
-            raise ValueError(f"{root / path}: is neither a list of questions nor has Actions; remove it, or give another --root")
+            raise ValueError(
+                f"{root / path}: is neither a list of questions nor has Actions; remove it, or "
+                "give another --root"
+            )
     for path, entries in asked:
         yield from each(path, enumerate(entries), partial(_question, actions, path))
 
 
-def _labels(folder: Folder, actions: dict, seed: int, path: str, number: str, action) -> Iterator[Question | Skip]:
+def _labels(
+    folder: Folder, actions: dict, seed: int, path: str, number: str, action
+) -> Iterator[Question | Skip]:
     """One question a label; the action's (video, match) is kept in `actions` for XFoul."""
     split, place = (folder.root.resolve() / path).parent.name.lower(), f"action_{number}"
     if (match := match_group(field(action, "UrlLocal"))) is None:
@@ -103,7 +140,8 @@ def _labels(folder: Folder, actions: dict, seed: int, path: str, number: str, ac
         value = value.strip().lower() if isinstance(value, str) else value
         if not isinstance(value, str) or value not in meaning:
             yield Skip(
-                f"{path} {number}, {name}", f"{name} {brief(value)}: is no known label" if value else f"{name}: not annotated"
+                f"{path} {number}, {name}",
+                f"{name} {brief(value)}: is no known label" if value else f"{name}: not annotated",
             )
             continue
         wrong = [text for text in meaning.values() if text != meaning[value]]
@@ -128,7 +166,10 @@ def _question(actions: dict, path: str, number: int, entry) -> Iterator[Question
     if not place:
         raise ValueError(f"path {entry['path']!r}: must be <split>/action_N")
     if (key := (place[1].lower(), place[2])) not in actions:
-        raise ValueError(f"path {entry['path']!r}: not in the annotations.json of {key[0]}, which knows its match and its clips")
+        raise ValueError(
+            f"path {entry['path']!r}: not in the annotations.json of {key[0]}, which knows its "
+            "match and its clips"
+        )
     video, match = actions[key]
     yield Question(
         id=f"{SOURCE}/{Path(path).stem}/{number}",

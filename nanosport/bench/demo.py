@@ -1,0 +1,127 @@
+"""The demo's report: its table, its reward curve, one of its episodes.
+
+python -m nanosport.bench.demo out/demo                # eval_*.json, rl/log.jsonl → index.html
+python -m nanosport.bench.demo results/demo/seed*.json   # several seeds → the README's table
+"""
+
+import html
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from nanosport.files import provenance, write_atomically
+from nanosport.records import DIMENSIONS
+from nanosport.report import markdown, page, table
+
+COLUMNS = {dimension: dimension for dimension in DIMENSIONS} | {
+    "accuracy": "overall",
+    "accuracy_tool_needed": "tool needed",
+    "frames": "frames",
+    "tool_rate": "tool rate",
+    "window_hit_rate": "window hit",
+}
+CURVES = {
+    "reward": "#c0392b",
+    "accuracy": "#2471a3",
+    "tool_rate": "#1e8449",
+    "format_rate": "#7d3c98",
+}
+
+
+def curve(rows: list[dict]) -> str:
+    """The CURVES over the steps as SVG; all values share one axis that starts at 0."""
+    width, height, left, bottom = 720, 260, 44, 26
+    base, last = height - bottom, max(1, rows[-1]["step"])
+    top = max(max(row[name] for row in rows) for name in CURVES) * 1.05 or 1.0
+    parts = []
+    for k in range(5):
+        y, value = base - (base - 10) * k / 4, top * k / 4
+        parts.append(f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#e3e5e8"/>')
+        parts.append(f'<text x="4" y="{y + 4:.1f}">{value:.2f}</text>')
+    for n, (name, colour) in enumerate(CURVES.items()):
+        places = [
+            (left + (width - left - 10) * row["step"] / last, base - (base - 10) * row[name] / top)
+            for row in rows
+        ]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        line = f'points="{points}" fill="none" stroke="{colour}" stroke-width="2"'
+        label = html.escape(name.replace("_", " "))
+        parts.append(f"<polyline {line}/>")
+        parts.append(
+            f'<text x="{left + 8 + 150 * n}" y="{height - 6}" fill="{colour}">{label}</text>'
+        )
+    size = f'viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
+
+
+def html_table(rows: dict[str, dict]) -> str:
+    """The table of a page."""
+    columns = {key: title for key, title in COLUMNS.items() if key != "accuracy_tool_needed"}
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in columns.values())
+    body = ""
+    for name, row in rows.items():
+        values = ["–" if row.get(key) is None else format(row[key], ".1f") for key in columns]
+        cells = "".join(f"<td>{value}</td>" for value in values)
+        body += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+    return f"<table><tr><th></th>{head}</tr>{body}</table>"
+
+
+def read(path: Path):
+    """A stage's JSON. Raises ValueError that says which stage is missing."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); has the stage that writes it run?"
+        ) from error
+
+
+def report_demo(folder: Path) -> None:
+    """Put the demo's parts together: the printed table, report.json and index.html."""
+    rows, seconds = {}, {"arena": read(folder / "arena/arena.json")["seconds"]}
+    for name in ("backbone", "no_tool", "sft", "rl"):
+        for label, row in read(folder / f"eval_{name}.json")["rows"].items():
+            seconds[f"eval {label}"] = row["seconds"]
+            rows[label] = {k: v for k, v in row.items() if k not in ("episodes", "seconds")}
+    runs = {stage: read(folder / stage / "run.json") for stage in ("sft", "rl")}
+    seconds |= {stage: run["seconds"] for stage, run in runs.items()}
+    seconds["total"] = round(sum(seconds.values()), 1)
+    report = {"rows": rows, "seconds": seconds, "seed": runs["rl"]["config"]["seed"]}
+    write_atomically(folder / "report.json", json.dumps(report | provenance(), indent=1) + "\n")
+
+    # the page
+    log = [json.loads(line) for line in (folder / "rl/log.jsonl").read_text().splitlines()]
+    body = f"""<h1>DeepSport in small</h1>
+<p>Accuracy in percent on held-out clips of the arena.</p>{html_table(rows)}
+<h2>RL: mean of each step's episodes</h2>{curve(log)}
+<h2>One episode</h2><p>The outlined frames show the decisive event.</p>
+<iframe src="episode.html" width="100%" height="900"></iframe>"""
+    write_atomically(folder / "index.html", page("nanosport demo", body))
+    write_atomically(folder / "reward_curve.svg", curve(log))
+    print(table(rows))
+    print(f"{seconds['total'] / 60:.1f} minutes; open {folder / 'index.html'}")
+
+
+def seeds_table(reports: list[dict]) -> str:
+    """The README's table: mean ± standard deviation over the reports, in Markdown."""
+    cells = {}
+    for label in reports[0]["rows"]:
+        by_column = [[report["rows"][label][key] for report in reports] for key in COLUMNS]
+        cells[label] = [
+            "–" if None in values else f"{np.mean(values):.1f} ± {np.std(values):.1f}"
+            for values in by_column
+        ]
+    return markdown(["", *COLUMNS.values()], cells)
+
+
+if __name__ == "__main__":
+    try:
+        paths = [Path(argument) for argument in sys.argv[1:]] or [Path("out/demo")]
+        if paths[0].suffix == ".json":
+            print(seeds_table([read(path) for path in paths]))
+        else:
+            report_demo(paths[0])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,418 @@
+"""Checks and times the kernels on one GPU, beside what people use instead, in one run of under 8
+minutes.
+
+    python -m nanosport.bench.kernels       # → results/kernels/<card>.json and a table
+    python -m nanosport.bench.kernels --table results/kernels/*.json    # what was measured
+    pip install -r nanosport/bench/requirements.txt   # adds Liger to the comparison
+
+Without a GPU it runs small shapes, the Triton kernel in its interpreter: that checks the code and
+measures nothing.
+
+Times are the median of several forward + backward passes. Peak memory is what is allocated above
+the inputs. TFLOP/s count 6·M·D·V operations for the loss, whatever an implementation really does,
+and 3.5 times the forward's for attention.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported
+
+from kernels import policy_loss, policy_row
+from kernels.attention import varlen_attention
+from kernels.policy_loss import Objective, TokenInputs, fused_linear_policy_loss
+from nanosport.files import provenance, write_atomically
+from nanosport.model.qwen2_5_vl import Layer, rotate
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+SHAPES = {"3B": (2048, 151936), "7B": (3584, 152064)} if GPU else {"tiny": (32, 515)}
+ROWS = (1024, 4096, 8192, 16384) if GPU else (64,)
+TOKENS = (4096, 16384, 65536, 131072) if GPU else (256,)
+HEADS = (28, 4, 128) if GPU else (4, 2, 32)  # the 7B decoder's
+BETA, LENGTH = 0.04, 1024 if GPU else 16
+OBJECTIVE = Objective(beta=BETA)
+
+
+def inputs(num_rows: int, width: int, vocab: int, dtype=DTYPE) -> dict[str, torch.Tensor]:
+    g = torch.Generator(DEVICE).manual_seed(0)
+    options = {"generator": g, "device": DEVICE}
+    x = {
+        name: torch.randn(n, width, dtype=dtype, **options)
+        for name, n in (("hidden", num_rows), ("weight", vocab))
+    }
+    x["weight"].mul_(width**-0.5)
+    x["targets"] = torch.randint(vocab, (num_rows,), **options)
+    x["advantages"] = torch.randn(num_rows // LENGTH, **options).repeat_interleave(LENGTH)
+    x["scale"] = torch.full((num_rows,), 1 / num_rows, device=DEVICE)
+    logp, _ = policy_loss.linear_logprobs(x["hidden"], x["weight"], x["targets"])
+    for name in ("old", "ref"):
+        x[name] = logp + 0.1 * torch.randn(num_rows, **options)
+    x["hidden"].requires_grad_()
+    x["weight"].requires_grad_()
+    return x
+
+
+def policy_terms(logp_M, x):
+    """What every plain implementation does with the log-probs."""
+    ratio_M, a_M, d_M = (logp_M - x["old"]).exp(), x["advantages"], x["ref"] - logp_M
+    gain_M = torch.minimum(ratio_M * a_M, ratio_M.clamp(0.8, 1.2) * a_M)
+    return (x["scale"] * (BETA * (d_M.exp() - d_M - 1) - gain_M)).sum()
+
+
+def full_logits(hidden_MD, weight_VD, targets_M):
+    logits_MV = (hidden_MD @ weight_VD.T).to(torch.promote_types(hidden_MD.dtype, torch.float32))
+    return logits_MV.log_softmax(-1).gather(1, targets_M[:, None])[:, 0]
+
+
+def ours(x):
+    tokens = TokenInputs(x["targets"], x["advantages"], x["scale"], x["old"], x["ref"])
+    return fused_linear_policy_loss(x["hidden"], x["weight"], tokens, OBJECTIVE)[0]
+
+
+def torch_full(x):
+    return policy_terms(full_logits(x["hidden"], x["weight"], x["targets"]), x)
+
+
+def torch_compiled():
+    """Full logits, compiled for the one shape that comes: made anew for each."""
+    torch._dynamo.reset()
+    logp = torch.compile(full_logits, dynamic=False)
+    return lambda x: policy_terms(logp(x["hidden"], x["weight"], x["targets"]), x)
+
+
+def torch_chunked(x):
+    """Logits of 1024 rows at a time, made again in the backward pass: four products."""
+    parts = zip(x["hidden"].split(1024), x["targets"].split(1024))
+    logp = [checkpoint(full_logits, h, x["weight"], y, use_reentrant=False) for h, y in parts]
+    return policy_terms(torch.cat(logp), x)
+
+
+def liger():
+    """LigerFusedLinearGRPOLoss on sequences of 1024 tokens, or None where it is not installed."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    except ImportError:
+        return None
+    loss = LigerFusedLinearGRPOLoss(
+        beta=BETA,
+        compiled=GPU,
+        use_ref_model=True,
+        loss_type="dapo",
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+    )
+
+    def run(x):
+        grid = (-1, LENGTH)
+        return loss(
+            _input=x["hidden"].view(*grid, x["hidden"].shape[-1]),
+            lin_weight=x["weight"],
+            selected_token_ids=x["targets"].view(grid),
+            attention_mask=torch.ones_like(x["targets"]).view(grid),
+            advantages=x["advantages"].view(grid)[:, 0],
+            ref_per_token_logps=x["ref"].view(grid),
+            old_per_token_logps=x["old"].view(grid),
+        )[0]
+
+    return run
+
+
+def measure(step, inputs: tuple, leaves, repeats: int, required: bool = True) -> dict[str, float]:
+    """Median milliseconds and peak GiB above what was there, of step(*inputs).backward(); says so
+    where it does not fit."""
+    sync = torch.cuda.synchronize if GPU else lambda: None
+    try:
+        times = []
+        for _ in range(repeats + 2):
+            for leaf in leaves:
+                leaf.grad = None
+            sync()
+            if GPU:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            began = time.perf_counter()
+            step(*inputs).backward()
+            sync()
+            times.append(1e3 * (time.perf_counter() - began))
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if GPU else 0.0
+        return {
+            "ms": round(median(times[2:]), 3),
+            "ms_min": round(min(times[2:]), 3),
+            "peak_gib": round(peak, 3),
+        }
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    except Exception as error:  # another's failure is a row of the table, not the end of the run
+        if required:
+            raise
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    finally:
+        for leaf in leaves:
+            leaf.grad = None
+        if GPU:
+            torch.cuda.empty_cache()
+
+
+def ceiling() -> float:
+    """TFLOP/s of this card's own matrix product, 8192³: what 100 % means here."""
+    n = 8192 if GPU else 256
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in "ab")
+    times = []
+    for _ in range(12):
+        if GPU:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        if GPU:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / median(times[2:]) / 1e12
+
+
+OPTIONAL = {
+    "old": "old_logp_M",
+    "ref": "ref_logp_M",
+    "sampled": "sampled_logp_M",
+    "sequence": "sequence_M",
+}
+VARIANTS = {  # what the check goes through: constants, what is given, banned columns
+    "grpo": (OBJECTIVE, ("old", "ref"), None),
+    "on policy, temperature, banned": (Objective(0.7), (), [0, 7]),
+    "cispo, entropy, importance weight": (
+        Objective(0.7, 1.0, 0.3, 0.1, 0.01, 1.2, True),
+        ("old", "ref", "sampled"),
+        [0, 7],
+    ),
+    "gspo": (Objective(clip_low=0.05, clip_high=0.05), ("old", "sequence"), None),
+}
+
+
+def gradients(x, row, objective: Objective, given: tuple, banned) -> dict[str, torch.Tensor]:
+    """What comes out of the loss where `row` fills the rows."""
+    policy_loss.fill_rows = row
+    hidden, weight = (x[k].detach().clone().requires_grad_() for k in ("hidden", "weight"))
+    banned = None if banned is None else torch.tensor(banned, device=DEVICE)
+    optional = {OPTIONAL[name]: x[name] for name in given}
+    targets = x["targets"].clamp(min=8)  # none is banned
+    tokens = TokenInputs(targets, x["advantages"], x["scale"], **optional)
+    loss, stats = fused_linear_policy_loss(hidden, weight, tokens, objective, banned)
+    loss.backward()
+    values = {"loss": loss.detach(), "dX": hidden.grad, "dW": weight.grad}
+    return values | {"logp": stats.logp_M, "entropy": stats.entropy_M}
+
+
+def check() -> dict[str, dict]:
+    """Errors of the row kernel and of the torch row at this dtype against float64, at an odd size
+    and over several chunks; raises where the kernel's are above twice torch's."""
+    x = inputs(3 * LENGTH, 256 if GPU else 24, 5003 if GPU else 101)
+    x["sampled"] = x["old"] + 0.3 * torch.randn_like(x["old"])
+    x["sequence"] = torch.arange(3 * LENGTH, device=DEVICE) // LENGTH
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
+    errors, fill, chunk_rows = {}, policy_loss.fill_rows, policy_loss.chunk_rows
+    policy_loss.chunk_rows = lambda *_: LENGTH - 5
+    ways = ((exact, policy_loss.torch_rows), (x, fill), (x, policy_loss.torch_rows))
+    for variant, case in VARIANTS.items():
+        want, kernel, plain = (gradients(*way, *case) for way in ways)
+        for name, value in want.items():
+            error, usual = (
+                (got[name].double() - value).norm().item() / value.norm().item()
+                for got in (kernel, plain)
+            )
+            errors.setdefault(variant, {})[name] = {"kernel": error, "torch": usual}
+            if not error <= 2 * usual + 1e-6:
+                raise ValueError(
+                    f"{variant}, {name}: error {error:.2e} against float64, plain torch {usual:.2e}"
+                )
+    policy_loss.fill_rows, policy_loss.chunk_rows = fill, chunk_rows
+    return errors
+
+
+def bench_policy_loss(rows: list, repeats: int, top: float) -> None:
+    for model, (width, vocab) in SHAPES.items():
+        for num_rows in ROWS:
+            x = inputs(num_rows, width, vocab)
+            steps = {
+                "nanosport": ours,
+                "torch full logits": torch_full,
+                "torch chunked": torch_chunked,
+                "Liger": liger(),
+            }
+            if GPU:
+                steps["torch.compile full logits"] = torch_compiled()
+            for name, step in steps.items():
+                if step is None:
+                    continue
+                found = measure(
+                    step, (x,), (x["hidden"], x["weight"]), repeats, required=step is ours
+                )
+                if "ms" in found:  # Liger's own normaliser apart, all compute one loss
+                    with torch.no_grad():
+                        found["loss"] = step(x).item()
+                row = {
+                    "op": "policy_loss",
+                    "impl": name,
+                    "shape": f"{model} M={num_rows} D={width} V={vocab}",
+                    **found,
+                }
+                if "ms" in found:
+                    row["tflops"] = round(6 * num_rows * width * vocab / found["ms"] / 1e9, 1)
+                    row["percent_of_ceiling"] = round(100 * row["tflops"] / top, 1)
+                show(rows, row)
+
+
+def varlen(q_THd, k_TKd, v_TKd, cu_seqlens, length):
+    return varlen_attention(q_THd, k_TKd, v_TKd, cu_seqlens, length, causal=True).float().sum()
+
+
+def sdpa(q_THd, k_TKd, v_TKd, cu_seqlens, length):
+    segments = zip(*(x.split(length) for x in (q_THd, k_TKd, v_TKd)))
+    outs = [
+        F.scaled_dot_product_attention(
+            *(x[None].transpose(1, 2) for x in s), is_causal=True, enable_gqa=True
+        )
+        for s in segments
+    ]
+    return torch.stack(outs).float().sum()
+
+
+def one_layer(layer, x_TD, cu_seqlens, cos, sin):
+    def attend(q, k, v):
+        return varlen_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, len(x_TD), causal=True
+        )
+
+    return layer(x_TD, attend).float().sum()
+
+
+def bench_attention(rows: list, repeats: int) -> None:
+    heads, kv_heads, size = HEADS
+    for tokens, segments in itertools.product(TOKENS, (1, 8)):
+        qkv = [
+            torch.randn(tokens, h, size, device=DEVICE, dtype=DTYPE, requires_grad=True)
+            for h in (heads, kv_heads, kv_heads)
+        ]
+        length = tokens // segments
+        cu_seqlens = torch.arange(0, tokens + 1, length, device=DEVICE, dtype=torch.int32)
+        for name, step in {
+            "nanosport varlen": varlen,
+            "torch SDPA, a call a segment": sdpa,
+        }.items():
+            found = measure(step, (*qkv, cu_seqlens, length), qkv, repeats, required=step is varlen)
+            row = {
+                "op": "attention",
+                "impl": name,
+                "shape": f"T={tokens} in {segments} H={heads} K={kv_heads} d={size}",
+                **found,
+            }
+            if "ms" in found:
+                row["tflops"] = round(
+                    3.5 * 2 * tokens * length * heads * size / found["ms"] / 1e9, 1
+                )
+            show(rows, row)
+
+
+def bench_layer(rows: list) -> None:
+    """One decoder layer of the 7B, forward and backward: its memory grows linearly with the
+    tokens."""
+    heads, kv_heads, size = HEADS
+    width = heads * size
+    config = SimpleNamespace(
+        hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=size
+    )
+    config.intermediate_size, config.rms_norm_eps = (18944 if GPU else 2 * width), 1e-6
+    layer = Layer(config).to(DEVICE, DTYPE)
+    for tokens in TOKENS[-3:]:
+        x_TD = torch.randn(tokens, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
+        cu_seqlens = torch.tensor([0, tokens], device=DEVICE, dtype=torch.int32)
+        cos, sin = torch.randn(2, tokens, 1, size, device=DEVICE, dtype=DTYPE)
+        found = measure(
+            one_layer, (layer, x_TD, cu_seqlens, cos, sin), [x_TD, *layer.parameters()], 1
+        )
+        show(
+            rows,
+            {"op": "decoder layer", "impl": "nanosport", "shape": f"T={tokens} D={width}", **found},
+        )
+
+
+def show(rows: list, row: dict) -> None:
+    rows.append(row)
+    figures = (
+        row.get("error")
+        or f"{row['ms']:9.2f} ms {row['peak_gib']:7.2f} GiB {row.get('tflops', 0):7.1f} TFLOP/s"
+    )
+    print(f"{row['op']:14}{row['impl']:30}{row['shape']:40}{figures}", flush=True)
+
+
+def markdown(path: Path) -> str:
+    """A table of a written JSON: its hardware, then a line a measurement."""
+    report = json.loads(path.read_text())
+    made = f"{report['device']}, torch {report['torch']}, commit {report['commit']}"
+    lines = [f"{made}; matrix product {report['matmul_tflops']} TFLOP/s", ""]
+    lines += [
+        "| op | implementation | shape | ms | peak GiB | TFLOP/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        found = (
+            (row["ms"], row["peak_gib"], row.get("tflops", "–"))
+            if "ms" in row
+            else (row["error"], "–", "–")
+        )
+        lines.append(
+            "| "
+            + " | ".join(str(cell) for cell in (row["op"], row["impl"], row["shape"], *found))
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser.add_argument("--out", type=Path, default=Path("results/kernels"), help="JSON's folder")
+    parser.add_argument("--repeats", type=int, default=5, help="passes a time is the median of")
+    only_print = "measure nothing: print these as Markdown"
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help=only_print)
+    args = parser.parse_args()
+    if args.table:
+        print("\n\n".join(markdown(path) for path in args.table))
+        return
+    if not GPU:
+        print(
+            "No GPU here: tiny shapes in Triton's interpreter. This checks the code; its times "
+            "mean nothing and are not written."
+        )
+        policy_loss.fill_rows = policy_row.triton_rows
+    began, rows = time.time(), []
+    errors = check()
+    top = ceiling()
+    print(f"errors against float64: {errors}\nmatrix product 8192³: {top:.0f} TFLOP/s")
+    for bench in (
+        lambda: bench_policy_loss(rows, args.repeats, top),
+        lambda: bench_attention(rows, args.repeats),
+        lambda: bench_layer(rows),
+    ):
+        bench()
+        if GPU:  # after each, so that what is measured is not lost
+            args.out.mkdir(parents=True, exist_ok=True)
+            path = args.out / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".json")
+            report = {**provenance(), "seconds": round(time.time() - began)}
+            report |= {"matmul_tflops": round(top, 1), "errors": errors, "rows": rows}
+            write_atomically(path, json.dumps(report, indent=1) + "\n")
+            print(f"{path}, {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

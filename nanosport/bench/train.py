@@ -1,0 +1,250 @@
+"""Times an SFT step and a policy update on random weights of true shapes on one GPU, beside plain
+transformers, in under 10 minutes.
+
+python -m nanosport.bench.train                # 3B whole, 7B with as many layers as fit
+python -m nanosport.bench.train --shapes 3b    # → results/train/<card>.json and a table
+
+Ours are the stages of train.py and rl.py: packed, FSDP2 over a group of this one GPU, float32
+weights, gradients and Adam moments, bfloat16 compute, the fused loss. Theirs is the same decoder
+from transformers, trained as TRL trains it: padded batches, autocast over the same float32 weights,
+logits of every token after the prompt. Weights, tokens and objective are the same, so both report
+one loss. Frames are encoded beforehand, as with a frozen tower. Compiled is ours with the decoder's
+layers through torch.compile, which train.py and rl.py do not do: it says what that would gain.
+
+tokens/s count the tokens of the episodes, however often each was computed. MFU counts what one pass
+over them needs: three times the forward's operations, once for the reference, nothing recomputed or
+padded, a shared prefix once where it is shared. Peak memory is torch's own count. Without a GPU it
+runs the nano shape on lengths shrunk as its width is (NANO), and peaks come from the profiler: that
+checks the code and compares the two, but is no figure of any GPU.
+"""
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from nanosport import cli
+from nanosport.bench.theirs import DEVICE, Theirs, Work, fill
+from nanosport.files import provenance, write_atomically
+from nanosport.model.cost import CARDS
+from nanosport.model.folder import load_config
+from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
+from nanosport.plan.memory import GIB, RESERVED, step_peak
+from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, take_step
+from nanosport.train import dist
+
+GPU = DEVICE.type == "cuda"
+ASSETS = Path(__file__).parents[2] / "assets"
+NANO = Lengths(frame_tokens=9, label=2, prompt_text=11, turn_text=7, result_text=1)
+"""The paper's lengths ÷ 28, as the nano model's width is the 7B's ÷ 28: attention, which grows with
+length ÷ width, then keeps about its share of the operations (13 % here, 8 % there; 77 % with a nano
+model on whole lengths)."""
+
+
+class Ours:
+    """The stages of train.py and rl.py."""
+
+    def __init__(self, cfg: ModelConfig, work: Work, dtype: torch.dtype):
+        self.cfg, self.actors = cfg, None
+        model = self._model(torch.float32)
+        self.training = bare_training(work.run, model, work.episodes[0], DEVICE, dtype)
+        if work.is_policy:
+            reference = self._model(dtype).requires_grad_(False)
+            self.actors = bare_actors(self.training, dist.shard(reference, dtype, DEVICE))
+
+    def _model(self, dtype: torch.dtype) -> Qwen25VL:
+        with torch.device("meta"):
+            model = Qwen25VL(self.cfg).to(dtype)
+        model.to_empty(device=DEVICE)
+        fill(dict(model.named_parameters()))
+        return model
+
+    def step(self, work: Work) -> float:
+        """Take a step, and return its loss."""
+        self.training.cfg = work.run
+        self.training.stage.new_step(0)
+        return take_step(self.training, self.actors, work.episodes)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        spent = self.training.stage.seconds
+        names = {"pack and reference": "reference", "train": "train", "update": "update"}
+        return {name: spent.get(stage, 0.0) for name, stage in names.items()}
+
+
+class Compiled(Ours):
+    """With the decoder's layers through torch.compile, for any lengths."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        for layer in self.training.model.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+IMPLEMENTATIONS = {
+    Ours: "nanosport",
+    Theirs: "transformers, padded",
+    Compiled: "nanosport, compiled",
+}
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """What torch has allocated at most during `step`; on a CPU, which keeps no count, above what
+    was there before."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
+
+
+def held_bytes(trainer: Ours) -> int:
+    """Weights and Adam's moments: what is there before peak_bytes begins to count on a CPU."""
+    models = [trainer.training.model, *([trainer.actors.reference] if trainer.actors else [])]
+    held = [weight for model in models for weight in model.parameters()]
+    held += [x for state in trainer.training.optimizer.state.values() for x in state.values()]
+    return sum(tensor.nbytes for tensor in held)
+
+
+def measure(kind: type, cfg: ModelConfig, work: Work, repeats: int) -> dict:
+    """Median time of a step and its stages, the time of each step, speeds, and the peak; says so
+    where it does not fit."""
+    try:
+        trainer, times = kind(cfg, work, torch.bfloat16 if GPU else torch.float32), []
+        loss = trainer.step(work)  # the first makes Adam's moments, and kernels
+        peak = peak_bytes(lambda: trainer.step(work))
+        for _ in range(repeats):
+            trainer.step(work)
+            times.append({**trainer.seconds, "step": sum(trainer.seconds.values())})
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return {"error": f"torch.compile: {error}".splitlines()[0]}
+    seconds = {name: round(median(t[name] for t in times), 4) for name in times[0]}
+    tokens = sum(len(episode.ids) for episode in work.episodes)
+    flops = work.flops(cfg, work.run.share_prefix and kind is not Theirs) * (3 + work.is_policy)
+    row = {"seconds": seconds, "steps_s": [round(t["step"], 4) for t in times]}
+    row["tokens_per_s"] = round(tokens / seconds["step"])
+    row |= {"tflops": round(flops / seconds["step"] / 1e12, 3), "loss": loss}
+    if kind is not Theirs:
+        peak += 0 if GPU else held_bytes(trainer)
+    if GPU or kind is not Theirs:
+        row["peak_gib"] = round(peak / GIB, 4)
+    return row
+
+
+def fitted(cfg: ModelConfig, room_gib: float, lengths: Lengths, micro_tokens: int) -> ModelConfig:
+    """`cfg` with as many layers as the planner puts into 90 % of the room, for a policy update on
+    one GPU."""
+    group = Work.of(cfg, lengths, 1, 8, micro_tokens=micro_tokens, recompute_every=1)
+    step, room = (group.run, group.episodes, 1, True), 0.9 * room_gib * GIB - RESERVED
+    for layers in range(cfg.num_hidden_layers, 0, -1):
+        smaller = replace(cfg, num_hidden_layers=layers)
+        if step_peak(smaller, *step) <= room:
+            return smaller
+    raise ValueError(f"{room_gib:.0f} GiB hold not one layer: give a larger GPU")
+
+
+def cases(cfg: ModelConfig, lengths: Lengths, micro_tokens: int) -> list[tuple]:
+    """(name, work, implementations) of all that is timed: micro-batches of `micro_tokens`, and a
+    group of 8 in one, with its prefix shared and not."""
+    flags = {"micro_tokens": micro_tokens, "recompute_every": 1 if GPU else 0}
+    group = Work.of(cfg, lengths, 1, 8, **flags)
+    all_tokens = sum(len(episode.ids) for episode in group.episodes)
+    one_pack = Work.of(cfg, lengths, 1, 8, **flags | {"micro_tokens": all_tokens})
+    apart = Work.of(cfg, lengths, 1, 8, **flags, share_prefix=False)
+    return [
+        ("SFT step", Work.of(cfg, lengths, 8, 1, **flags), (Ours, Theirs)),
+        ("policy update", group, (Ours, Theirs, Compiled)),
+        ("policy update, group in one pack", one_pack, (Ours,)),
+        ("policy update, prefix not shared", apart, (Ours,)),
+    ]
+
+
+def bench(name: str, cfg: ModelConfig, timed: list[tuple], repeats: int) -> list[dict]:
+    """Time all cases of a model, and print a line of each."""
+    planned = [step_peak(cfg, work.run, work.episodes, int(GPU), GPU) for _, work, _ in timed]
+    dist.start()
+    device, rows = torch.cuda.get_device_name() if GPU else "", []
+    card_flops = next((flops for card, (flops, *_) in CARDS.items() if card in device), None)
+    for (op, work, kinds), num_bytes in zip(timed, planned):
+        for kind in kinds:
+            row = {"op": op, "impl": IMPLEMENTATIONS[kind], "model": name}
+            row |= {"layers": cfg.num_hidden_layers, "episodes": len(work.episodes)}
+            row |= {"micro_tokens": work.run.micro_tokens, **measure(kind, cfg, work, repeats)}
+            if "error" not in row and kind is not Theirs:
+                row["planned_gib"] = round(num_bytes / GIB, 4)
+            gc.collect()
+            torch.cuda.empty_cache()  # does nothing without a GPU
+            if "tflops" in row and card_flops:
+                row["mfu_percent"] = round(100 * row["tflops"] * 1e12 / card_flops, 1)
+            rows.append(row)
+            print(line(row), flush=True)
+    cli.leave_group()
+    return rows
+
+
+def line(row: dict) -> str:
+    head = f"{row['model']:6}{row['layers']:3} layers  {row['op']:34}{row['impl']:22}"
+    if "error" in row:
+        return head + row["error"]
+    peak = f"{row['peak_gib']:8.2f} GiB" if "peak_gib" in row else ""
+    planned = f" (planned {row['planned_gib']:.2f})" if "planned_gib" in row else ""
+    mfu = f"MFU {row['mfu_percent']:4.1f} %" if "mfu_percent" in row else ""
+    speed = f"{row['seconds']['step']:8.3f} s {row['tokens_per_s']:8,} tokens/s"
+    return f"{head}{speed}  {mfu}{peak}{planned}"
+
+
+def shape(name: str, micro_tokens: int | None) -> tuple[ModelConfig, str, list[tuple]]:
+    """(the model, its label, the cases) of a shape."""
+    if not GPU:
+        cfg = load_config(ASSETS / "nano-backbone")
+        return cfg, name, cases(cfg, NANO, micro_tokens or 600)
+    full, tokens = load_config(ASSETS / f"qwen2.5-vl-{name}"), micro_tokens or 8192
+    room = torch.cuda.get_device_properties(0).total_memory / GIB
+    cfg = fitted(full, room, Lengths(), 3 * tokens)
+    layers, whole = cfg.num_hidden_layers, full.num_hidden_layers
+    label = name if layers == whole else f"{name}, {layers} of {whole} layers"
+    return cfg, label, cases(cfg, Lengths(), tokens)
+
+
+def main() -> None:
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser.add_argument("--out", type=Path, default=Path("results/train"), help="the JSON's folder")
+    known = ["3b", "7b"] if GPU else ["nano"]
+    parser.add_argument("--shapes", nargs="+", default=known, choices=known)
+    parser.add_argument("--micro-tokens", type=int, help="tokens of a pack; 8192, on a CPU 600")
+    parser.add_argument("--repeats", type=int, default=3, help="steps a time is the median of")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    began, rows = time.time(), []
+    if not GPU:
+        print("No GPU here: the nano shape, lengths ÷ 28, float32. This checks the code.")
+    for name in args.shapes:
+        cfg, label, timed = shape(name, args.micro_tokens)
+        rows += bench(label, cfg, timed, args.repeats)
+        report = {**provenance(), "gpu": GPU, "seconds": round(time.time() - began)}
+        report |= {"lengths": vars(Lengths() if GPU else NANO), "rows": rows}
+        if not GPU:
+            report["note"] = "nano shape on a CPU, lengths ÷ 28, float32: no GPU measured"
+        device = torch.cuda.get_device_name().lower().replace(" ", "-") if GPU else "cpu"
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / f"{device}.json"  # written after each shape, so that none is lost
+        write_atomically(path, json.dumps(report, indent=1) + "\n")
+        print(f"{path}, {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

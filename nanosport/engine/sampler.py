@@ -1,0 +1,87 @@
+"""The seam between episodes and whoever generates their turns.
+
+A sampler is given a conversation, samples the assistant's turns, and is told what came back. Ids go
+in and ids come out. Conversations are opened, answered and closed one by one; a sampler is free to
+run them together, and hands on each turn when it has ended.
+
+    numbers = sampler.open(prompt, streams)       # one conversation for each random stream
+    for number, said in sampler.turns():          # turns, as they end
+        sampler.say(number, piece)                # what the tool returned: the conversation goes on
+        sampler.close(number)                     # or it has ended
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens that enter a conversation from outside, with the frames among them."""
+
+    ids: Sequence[int]
+    grids: Sequence[tuple[int, int, int]] = ()
+    """(1, height, width) in patches, one for each frame."""
+    features_ND: torch.Tensor | None = None
+    """The vision tower's features of the frames, in order."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a turn is sampled."""
+
+    temperature: float = 1.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    max_new_tokens: int = 160
+    """A turn is cut after this many tokens."""
+    stops: tuple[str, ...] = ()
+    """A turn ends with the first of these texts, as it does with the model's own end of turn."""
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: must lie above 0 and not above 1")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A turn that the model has sampled."""
+
+    ids: tuple[int, ...]
+    sampled_logp: tuple[float, ...]
+    """The log-probability of each id under the sampler's temperature with banned tokens at −∞,
+    before top-p: what the trainer computes again."""
+    stopped: bool
+    """False where max_new_tokens cut the turn."""
+
+
+class Sampler(Protocol):
+    """Generates the turns of any number of conversations."""
+
+    tokenizer: object
+    sampling: Sampling
+
+    def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
+        """Open a conversation for each random stream, all with one prompt; return their numbers."""
+
+    def turns(self) -> Iterator[tuple[int, Generated]]:
+        """Yield (number, turn) as turns end, until no conversation waits for one.
+
+        Each turn must be answered or its conversation closed before the next one is asked for.
+        """
+
+    def say(self, number: int, piece: Piece) -> None:
+        """Answer a turn: the conversation goes on with `piece`."""
+
+    def close(self, number: int) -> None:
+        """End a conversation. One that is closed already is left alone."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take new weights by their published names."""

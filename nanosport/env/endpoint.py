@@ -1,0 +1,241 @@
+"""A client of any OpenAI-compatible chat endpoint. Every answer is on disk before it counts, so
+none is paid for twice.
+
+    endpoint = Endpoint("http://localhost:8000/v1", "qwen", cache=Path("out/answers"))
+    reply = endpoint.chat([{"role": "user", "content": "Hello"}], sample=0, max_tokens=500)
+    endpoint.tally      # calls, answers from disk, retries, tokens
+
+The key of the service is read from an environment variable (OPENAI_API_KEY; a judge's from
+JUDGE_API_KEY), sent to the address given and to no other, and written nowhere. Threads may share
+one Endpoint.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from nanosport.files import write_atomically
+
+MAX_REPLY = 16 * 2**20
+"""Bytes: no honest reply is longer."""
+
+
+class EndpointError(ValueError):
+    """A request that will not be answered. It says in one line what, why, and what to do."""
+
+
+class Refused(EndpointError):
+    """This one request will not be answered, others may: it is too long for the model, or against
+    the service's rules."""
+
+
+class TryAgain(Exception):
+    """A lost, late or garbled reply: another try may help, after a pause the server may ask for."""
+
+    def __init__(self, why: str, pause_s: float = 0.0):
+        super().__init__(why)
+        self.pause_s = pause_s
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect ends as the error that its status is: it would take the key to another host."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
+@dataclass(frozen=True)
+class Reply:
+    text: str
+    finished: bool
+    """False where the length limit cut it."""
+    cached: bool
+    """Whether it came from disk."""
+
+
+@dataclass
+class Endpoint:
+    url: str
+    """Its address, up to and with /v1."""
+    model: str
+    cache: Path
+    """Folder of the answers, one file each, named by what was asked."""
+    timeout_s: float = 300.0
+    """One request, its reply included, may take so long."""
+    retries: int = 6
+    """How often a request is repeated after a time-out, a lost connection, a garbled reply, 429 or
+    5xx. It waits 1, 2, 4, … seconds, or what the server asks for."""
+    per_minute: float = 0.0
+    """Requests a minute at most; 0 for no limit."""
+    price_in: float = 0.0
+    """What a million prompt tokens cost."""
+    price_out: float = 0.0
+    """What a million completion tokens cost."""
+    key_name: str = "OPENAI_API_KEY"
+    """The environment variable that holds its key."""
+    tally: Counter = field(default_factory=Counter)
+    """calls, cached, retries, prompt_tokens, completion_tokens."""
+
+    def __post_init__(self):
+        if not self.url.startswith(("http://", "https://")):
+            rule = "an endpoint is an http or https address, such as http://localhost:8000/v1"
+            raise EndpointError(f"{self.url}: {rule}")
+        self._lock, self._next_s, self._asking = threading.Lock(), 0.0, WeakValueDictionary()
+        self._closed = threading.Event()
+        self._name = f"{self.url}, {self.model}"
+        self._key = os.environ.get(self.key_name, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise EndpointError(f"{self.key_name}: holds what no key does; set it anew")
+
+    @property
+    def cost(self) -> float:
+        """What the calls of this run cost, in the unit of the prices."""
+        prompt, completion = self.tally["prompt_tokens"], self.tally["completion_tokens"]
+        return (prompt * self.price_in + completion * self.price_out) / 1e6
+
+    def chat(self, messages: Sequence[dict], sample: int = 0, **options) -> Reply:
+        """The answer to a conversation. sample: the number of one of several independent answers.
+        Raises EndpointError."""
+        body, path = self._asked(messages, sample, options)
+        with self._lock:
+            alone = self._asking.setdefault(path.name, threading.Lock())
+        with alone:  # threads that ask the same wait for the first one's answer
+            if cached := path.exists():
+                answer = json.loads(path.read_text())
+                self._count(cached=1)
+            else:
+                answer = self._ask(json.dumps(body).encode())
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(answer))
+                self._count(calls=1, **answer["usage"])
+        return Reply(answer["text"], answer["finish_reason"] != "length", cached)
+
+    def forget(self, messages: Sequence[dict], sample: int = 0, **options) -> None:
+        """Remove an answer that was of no use: it will be asked for again."""
+        self._asked(messages, sample, options)[1].unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Ask for nothing more: what waits to be asked for fails."""
+        self._closed.set()
+
+    def _asked(self, messages: Sequence[dict], sample: int, options: dict) -> tuple[dict, Path]:
+        """(the request, the file of its answer)."""
+        body = {"model": self.model, "messages": list(messages), **options}
+        name = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
+        return body, self.cache / name[:2] / f"{name}.json"
+
+    def _count(self, **more: int) -> None:
+        with self._lock:
+            self.tally.update(more)
+
+    def _ask(self, body: bytes) -> dict:
+        """The answer to a request, which is repeated where another try may help."""
+        for attempt in range(self.retries + 1):
+            self._wait_turn()
+            if self._closed.is_set():
+                raise EndpointError(f"{self._name}: stopped; what is done is kept")
+            try:
+                return self._post(body)
+            except TryAgain as error:
+                why, pause_s = str(error), error.pause_s
+            if attempt < self.retries:
+                self._count(retries=1)
+                backoff_s = 2.0**attempt * random.uniform(0.75, 1.25)
+                time.sleep(min(120.0, max(pause_s, backoff_s)))
+        tries = f"no answer after {self.retries + 1} tries ({why})"
+        raise EndpointError(f"{self._name}: {tries}; start again later, what is done is kept")
+
+    def _post(self, body: bytes) -> dict:
+        """Send a request once. Raises TryAgain where another try may help, else EndpointError."""
+        headers = {"Content-Type": "application/json", "User-Agent": "nanosport"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
+        try:
+            with OPENER.open(request, timeout=self.timeout_s) as response:
+                return self._read(read_all(response, time.monotonic() + self.timeout_s))
+        except urllib.error.HTTPError as error:
+            why = f"status {error.code}: {read_start(error)!r}"
+            if error.code in (400, 413, 422):
+                raise Refused(f"{self._name}: {why}") from None
+            if error.code not in (408, 409, 429) and error.code < 500:
+                fix = f"check the address, the model's name and {self.key_name}"
+                raise EndpointError(f"{self._name}: {why}; {fix}") from None
+            pause = error.headers.get("Retry-After")
+            raise TryAgain(why, float(pause) if pause and pause.isdigit() else 0.0) from None
+        except (OSError, http.client.HTTPException) as error:  # a time-out is an OSError
+            raise TryAgain(str(getattr(error, "reason", error)) or type(error).__name__) from None
+
+    def _wait_turn(self) -> None:
+        if self.per_minute:
+            with self._lock:
+                at_s = max(self._next_s, time.monotonic())
+                self._next_s = at_s + 60 / self.per_minute
+            time.sleep(max(0.0, at_s - time.monotonic()))
+
+    def _read(self, raw: bytes) -> dict:
+        """{text, finish_reason, usage} of a reply's bytes. Raises TryAgain."""
+        try:
+            reply = json.loads(raw)
+            (choice, *_) = reply["choices"]
+            usage = reply.get("usage")
+            usage = usage if isinstance(usage, dict) else {}
+            counts = {k: usage.get(k) for k in ("prompt_tokens", "completion_tokens")}
+            return {
+                "text": text_of(choice["message"]),
+                "finish_reason": choice.get("finish_reason"),
+                "usage": {k: count for k, count in counts.items() if isinstance(count, int)},
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TryAgain(f"the reply is not a chat completion: {raw[:200]!r}") from None
+
+
+def text_of(message: dict) -> str:
+    """The text of a reply's message, its reasoning inside <think></think>."""
+    text = message.get("content") or ""
+    if isinstance(text, list):
+        text = "".join(part["text"] for part in text if part["type"] == "text")
+    # some servers know that the model reasons, and send that apart
+    thought = message.get("reasoning_content") or message.get("reasoning") or ""
+    if thought and "<think>" not in text:
+        return f"<think>{thought.strip()}</think>\n{text}"
+    # the templates of others have opened it
+    return f"<think>{text}" if "</think>" in text and "<think>" not in text else text
+
+
+def read_all(response: http.client.HTTPResponse, until_s: float) -> bytes:
+    """A reply's bytes. Raises TimeoutError after `until_s`, and IncompleteRead where fewer came
+    than were announced."""
+    parts, num_bytes = [], 0
+    while part := response.read1(2**16):
+        parts.append(part)
+        num_bytes += len(part)
+        if num_bytes > MAX_REPLY:
+            raise TryAgain(f"the reply is longer than {MAX_REPLY} bytes")
+        if time.monotonic() > until_s:
+            raise TimeoutError("timed out")
+    if response.length:
+        raise http.client.IncompleteRead(b"".join(parts), response.length)
+    return b"".join(parts)
+
+
+def read_start(error: urllib.error.HTTPError) -> str:
+    """What an error's page begins with."""
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""

@@ -1,0 +1,80 @@
+"""One template for SFT, RL, evaluation and inference: Qwen's chat format, `frame N:` labels, the
+tool's schema.
+
+Text is put together piece by piece, and every piece is encoded once, when it enters the
+conversation; sampled tokens are never decoded and encoded again. A piece always begins and ends
+beside a special token, so the pieces' ids are the ids of the whole text.
+"""
+
+import json
+from collections.abc import Sequence
+
+from nanosport.env.tools import SCHEMA
+from nanosport.records import LETTERS, Question, check_text
+
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+
+SYSTEM_NO_TOOL = (
+    "Answer the question about the sports video. Think inside <think></think>, then answer inside "
+    "<answer></answer>."
+)
+SYSTEM = (
+    "Answer the question about the sports video. Think inside <think></think>, then either call "
+    "the tool to see more frames or answer inside <answer></answer>.\n\n"
+    f"# Tools\n\n<tools>\n{json.dumps(SCHEMA)}\n</tools>\n\n"
+    "For each function call, return a json object with function name and arguments within "
+    "<tool_call></tool_call> XML tags:\n"
+    '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+HOW = {
+    "choice": "Answer with one option.",
+    "open": "Answer in a few words.",
+    "number": "Answer with a number.",
+    "span": "Answer with the first and the last second, such as 3.5-8.",
+}
+"""What is asked for with each kind of question."""
+
+
+def frame_text(indices: Sequence[int], tokens_per_frame: Sequence[int]) -> str:
+    """Labelled frames, each as many image placeholders as the vision tower gives tokens."""
+    return "".join(
+        f"frame {index}:{VISION_START}{IMAGE_PAD * count}{VISION_END}\n"
+        for index, count in zip(indices, tokens_per_frame, strict=True)
+    )
+
+
+def question_text(question: Question, num_frames: int, fps: float | None = None) -> str:
+    """The question with its lettered options and how to answer. A span is asked for in seconds, so
+    the frame rate is said.
+
+    Raises ValueError where its texts forge special tokens.
+    """
+    for text in (question.question, *question.options):
+        check_text(text)
+    lettered = zip(LETTERS, question.options)
+    options = "".join(f"\n({letter}) {text}" for letter, text in lettered)
+    rate = f" at {fps:.4g} a second" if question.kind == "span" and fps else ""
+    asked = f"{question.question}{options}\n{HOW[question.kind]}"
+    return f"The video has {num_frames} frames{rate}. {asked}"
+
+
+def opening(
+    question: Question,
+    indices: Sequence[int],
+    tokens_per_frame: Sequence[int],
+    num_frames: int,
+    use_tool: bool = True,
+    fps: float | None = None,
+) -> str:
+    """Everything before the first assistant token."""
+    system = SYSTEM if use_tool else SYSTEM_NO_TOOL
+    user = frame_text(indices, tokens_per_frame) + question_text(question, num_frames, fps)
+    start = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+    return f"{start}{user}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def tool_result(content: str) -> str:
+    """What follows a turn that called the tool: its end, the tool's frames or error, and the start
+    of the next turn."""
+    response = f"<tool_response>\n{content.rstrip()}\n</tool_response>"
+    return f"<|im_end|>\n<|im_start|>user\n{response}<|im_end|>\n<|im_start|>assistant\n"

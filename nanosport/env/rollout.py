@@ -1,0 +1,137 @@
+"""Episodes in tokens: sampled by a policy (`rollout`), or from given texts (`replay`).
+
+Both take each turn through the same Env and the same Transcript, so SFT data and rollouts are made
+by the same code.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nanosport.engine.sampler import Generated, Piece, Sampler
+from nanosport.env import prompt
+from nanosport.env.env import Env, Limits
+from nanosport.env.transcript import Transcript
+from nanosport.records import Episode, Question
+
+if TYPE_CHECKING:  # a command's --help must not wait for the model's code
+    from nanosport.model.frames import FrameEncoder
+
+
+class Conversation:
+    """An episode in progress: its rules, and its tokens."""
+
+    def __init__(
+        self,
+        question: Question,
+        encoder: "FrameEncoder",
+        tokenizer,
+        limits: Limits,
+        look: bool = True,
+    ):
+        """look: encode the frames; not needed where nothing is generated."""
+        video = encoder.open(question.clip)
+        self.env = Env(question, video, limits)
+        self.transcript = Transcript(question.clip, encoder, tokenizer, look)
+        overview = self.env.overview
+        sizes = [self.transcript.tokens_per_frame] * len(overview)
+        text = prompt.opening(
+            question, overview, sizes, video.num_frames, limits.use_tool, video.fps
+        )
+        self.prompt = self.transcript.observe(text, overview)
+
+    def take(self, said: Generated) -> Piece | None:
+        """Read one turn of the model's; return what comes back, or None where the episode ends."""
+        env, transcript = self.env, self.transcript
+        text = transcript.add_turn(said)
+        turn = env.step(text, cut=None if said.stopped else len(said.ids))
+        if env.status is not None:
+            return None
+
+        sizes = [transcript.tokens_per_frame] * len(turn.frames)
+        shown = prompt.frame_text(turn.frames, sizes) if turn.frames else f"error: {turn.error}"
+        piece = transcript.observe(prompt.tool_result(shown), turn.frames)
+        if len(transcript.ids) >= env.limits.max_tokens:
+            env.end("out_of_tokens")
+            return None
+        return piece
+
+    def episode(self) -> Episode:
+        """Return the episode that has ended, with its tokens."""
+        tokens = self.transcript
+        played = self.env.episode()
+        spans = zip(played.turns, tokens.turn_tokens, strict=True)
+        return replace(
+            played,
+            ids=tuple(tokens.ids),
+            mask=tuple(tokens.mask),
+            sampled_logp=tuple(tokens.sampled_logp),
+            turns=tuple(replace(turn, tokens=span) for turn, span in spans),
+            grid=tokens.grid,
+        )
+
+
+@torch.no_grad()
+def rollout(
+    sampler: Sampler,
+    encoder: "FrameEncoder",
+    questions: Sequence[Question],
+    limits: Limits,
+    group_size: int = 1,
+    seed: Sequence[int] = (0,),
+    first: int = 0,
+    on_turn: Callable[[Env], None] | None = None,
+) -> list[Episode]:
+    """Sample `group_size` episodes of every question, a group's members side by side.
+
+    Question q draws from the streams (seed, first + q, member), whatever else is sampled beside it.
+    on_turn: called with an episode's Env after each of its turns. Raises VideoError where a video
+    cannot be used.
+    """
+    playing: dict[int, Conversation] = {}
+    members = range(group_size)
+    try:
+        for q, question in enumerate(questions, first):
+            group = [Conversation(question, encoder, sampler.tokenizer, limits) for _ in members]
+            streams = [np.random.default_rng([*seed, q, member]) for member in members]
+            playing |= zip(sampler.open(group[0].prompt, streams), group, strict=True)
+
+        for number, said in sampler.turns():
+            piece = playing[number].take(said)
+            if piece is None:
+                sampler.close(number)
+            else:
+                sampler.say(number, piece)
+            if on_turn is not None:
+                on_turn(playing[number].env)
+    finally:  # a video that cannot be used must not leave its neighbours open
+        for number in playing:
+            sampler.close(number)
+    return [conversation.episode() for conversation in playing.values()]
+
+
+def replay(
+    question: Question, messages: Sequence[str], encoder: "FrameEncoder", tokenizer, limits: Limits
+) -> Episode:
+    """Return the episode of given assistant turns; no frame is decoded.
+
+    Raises ValueError where the turns are not one whole, valid trajectory.
+    """
+    conversation = Conversation(question, encoder, tokenizer, limits, look=False)
+    env = conversation.env
+    for k, message in enumerate(messages, 1):
+        if env.status is not None:
+            raise ValueError(
+                f"{question.id}: the episode ends ({env.status}) before message {k} of "
+                f"{len(messages)}"
+            )
+        ids = tuple(tokenizer.encode(message, add_special_tokens=False))
+        conversation.take(Generated(ids, (0.0,) * len(ids), stopped=True))
+        if (error := env.turns[-1].error) is not None:
+            raise ValueError(f"{question.id}, message {k}: {error}")
+    if env.status != "answered":
+        raise ValueError(f"{question.id}: the trajectory ends without an answer")
+    return conversation.episode()

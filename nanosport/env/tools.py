@@ -1,0 +1,114 @@
+"""One turn's action: parse what the model wrote, check it, and say what is wrong in words the model
+can use.
+
+A valid turn is <think>…</think> and then exactly one action: <answer>…</answer>, or a <tool_call>
+around {"name": "frame_extraction_tool", "arguments": {"idx_start": a, "idx_end": b}}.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+TOOL_NAME = "frame_extraction_tool"
+STOPS = ("</tool_call>", "</answer>")
+"""A turn ends with one of these."""
+MIN_WINDOW = 9
+"""A window of 8 frames or fewer is invalid (as in FrameThinker, the nearest ancestor)."""
+
+SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": TOOL_NAME,
+        "description": "Returns more frames between two frame indices.",
+        "parameters": {
+            "type": "object",
+            "properties": {"idx_start": {"type": "integer"}, "idx_end": {"type": "integer"}},
+            "required": ["idx_start", "idx_end"],
+        },
+    },
+}
+
+_TURN = re.compile(
+    r"\s*<think>(?P<think>.*?)</think>"
+    r"\s*(?:<tool_call>(?P<call>.*?)</tool_call>|<answer>(?P<answer>.*?)</answer>)\s*",
+    re.DOTALL,
+)
+_TAG = re.compile(r"</?(?:think|tool_call|tool_response|answer)>")
+_NO_ACTION = (
+    "a turn is <think>…</think> and then one <tool_call>…</tool_call> or <answer>…</answer>"
+)
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a turn does.
+
+    kind is `tool` (with window), `answer` (with answer), `bad_call` (with error; the episode may go
+    on) or `invalid` (with error: no action could be read, and the episode ends).
+    """
+
+    kind: str
+    think: str = ""
+    window: tuple[int, int] | None = None
+    answer: str | None = None
+    error: str | None = None
+
+
+def parse(
+    text: str, num_frames: int, asked: tuple[tuple[int, int], ...] = (), allow_tool: bool = True
+) -> Action:
+    """Read one assistant turn.
+
+    `num_frames` of the video and the intervals `asked` before decide whether a call is valid;
+    repeating an interval is a format error, the paper's "cognitive consistency" check.
+    """
+    turn = _TURN.fullmatch(text)
+    if turn is None or any(_TAG.search(part) for part in turn.groups() if part):
+        return Action("invalid", error=_NO_ACTION)
+    think = turn["think"].strip()
+    if turn["answer"] is not None:
+        if answer := turn["answer"].strip():
+            return Action("answer", think, answer=answer)
+        return Action("invalid", think, error="the answer is empty")
+    if not allow_tool:
+        return Action("invalid", think, error="no tool was offered")
+    window, error = _window(turn["call"], num_frames)
+    if error is None and window in asked:
+        seen = f"frames {window[0]} to {window[1]} were already returned"
+        error = f"{seen}; ask for another interval or answer"
+    return Action("bad_call" if error else "tool", think, window=window, error=error)
+
+
+def _window(call: str, num_frames: int) -> tuple[tuple[int, int] | None, str | None]:
+    """The interval a call asks for, and what is wrong with it."""
+    try:
+        request = json.loads(call)
+    except (ValueError, RecursionError):
+        return None, "the tool call is not valid JSON"
+    if not isinstance(request, dict) or request.get("name") != TOOL_NAME:
+        return None, f"the only tool is {TOOL_NAME}"
+    arguments = request.get("arguments")
+    has_both = isinstance(arguments, dict) and set(arguments) == {"idx_start", "idx_end"}
+    if set(request) != {"name", "arguments"} or not has_both:
+        return None, "the arguments must be idx_start and idx_end, nothing else"
+    start, end = window = arguments["idx_start"], arguments["idx_end"]
+    if type(start) is not int or type(end) is not int:
+        return None, "idx_start and idx_end must be integers"
+    if not 0 <= start < end < num_frames:
+        bounds = f"0 to {num_frames - 1}"
+        return window, f"the interval must lie inside {bounds}, idx_start before idx_end"
+    if end - start + 1 < MIN_WINDOW:
+        return window, f"the interval must span at least {MIN_WINDOW} frames"
+    return window, None
+
+
+def tool_call(start: int, end: int) -> str:
+    """The canonical text of a call, as a teacher writes it."""
+    call = {"name": TOOL_NAME, "arguments": {"idx_start": start, "idx_end": end}}
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
+def split_think(text: str) -> tuple[str, str]:
+    """(reasoning, the rest) of a turn, whether it is valid or not: for people to read."""
+    think, closed, rest = text.partition("</think>")
+    return (think.replace("<think>", "").strip(), rest.strip()) if closed else ("", text.strip())

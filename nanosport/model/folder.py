@@ -1,0 +1,294 @@
+"""Model folders in and out: config.json, safetensors (one file or shards), tokenizer, all as
+transformers has them."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
+
+INDEX = "model.safetensors.index.json"
+COPIED = (
+    "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+SINGLE_TOKENS = (
+    "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<tool_call>", "</tool_call>",
+)  # fmt: skip
+
+
+def resolve(model: str) -> Path:
+    """The folder of a model: a path, or a Hugging Face hub id (`owner/name`), which is downloaded
+    once and cached."""
+    folder = Path(model).expanduser()
+    if not folder.exists() and (old := aside(folder)).is_dir():
+        folder = old  # a save was killed between its two renames
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            why = "the folder holds no config.json, so it is not a model folder"
+            raise ValueError(f"model {model}: {why}")
+        return folder
+    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise ValueError(f"model {model}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except Exception as error:  # whatever the network, the hub or its cache answers
+        why = f"no such folder, and the hub did not give it ({first_line(error)})"
+        raise ValueError(f"model {model}: {why}") from error
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """config.json, and the end-of-sequence ids of generation_config.json, for chat models stop at
+    several."""
+    folder = Path(folder)
+    cfg = ModelConfig.from_dict(read_json(folder / "config.json"))
+    if (folder / "generation_config.json").is_file():
+        more = as_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
+        cfg = replace(cfg, eos_token_ids=tuple(dict.fromkeys((*cfg.eos_token_ids, *more))))
+    return cfg
+
+
+def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen25VL:
+    """The model of a folder. Raises ValueError where the weights are not exactly the ones its
+    config asks for."""
+    folder = Path(folder)
+    with torch.device("meta"):
+        model = Qwen25VL(load_config(folder))
+    state = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    # a copy: it must not stay mapped to a file that may be replaced
+                    weight = file.get_tensor(name).to(device, dtype, copy=True)
+                    state[published_name(name)] = weight
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    if model.cfg.tie_word_embeddings:
+        state.pop("lm_head.weight", None)  # some tools write the shared matrix twice
+    wanted = model.state_dict()
+    if missing := wanted.keys() - state.keys():
+        raise ValueError(f"{folder}: weights missing: {first_few(missing)}")
+    if unexpected := state.keys() - wanted.keys():
+        raise ValueError(f"{folder}: weights the model has no place for: {first_few(unexpected)}")
+    if wrong := {name for name, weight in wanted.items() if state[name].shape != weight.shape}:
+        shapes = "weights of another shape than config.json says"
+        raise ValueError(f"{folder}: {shapes}: {first_few(wrong)}")
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def published_name(name: str) -> str:
+    """The published name of a weight that a newer tool has saved under its module path."""
+    return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files. Raises ValueError where one is missing."""
+    names = {"model.safetensors"}
+    if (folder / INDEX).is_file():
+        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: {name} is missing")
+    return [folder / name for name in sorted(names)]
+
+
+def version(folder: Path) -> str:
+    """What changes when a model folder is trained anew: sizes and times of its weights."""
+    stats = ((path.name, path.stat()) for path in sorted(Path(folder).glob("*.safetensors")))
+    return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+
+
+def save_model(
+    model: Qwen25VL,
+    folder: str | Path,
+    source: str | Path,
+    max_shard_bytes: float = 5e9,
+    dtype: torch.dtype | None = None,
+    state: dict[str, torch.Tensor] | None = None,
+    max_pixels: int | None = None,
+):
+    """Write a model folder; config, tokenizer and preprocessor files are copied from `source`.
+
+    The folder appears whole or not at all; an older model there stays until the new one is whole.
+    dtype: what the weights are saved in (None: as they are). state: the full weights, where the
+    model holds only a shard of them (FSDP). max_pixels: the bound of a frame in training, where it
+    is not the source's. Raises ValueError where the place cannot be written, or holds something
+    else than a model.
+    """
+    folder, source = Path(folder).absolute(), Path(source)
+    state = model.state_dict() if state is None else state
+    if replace(load_config(source), eos_token_ids=()) != replace(model.cfg, eos_token_ids=()):
+        why = "its config.json describes another model than the one to be saved"
+        raise ValueError(f"{source}: {why}")
+    check_replaceable(folder)
+    new = folder.with_name(f".{folder.name}.{os.getpid()}")  # beside it, where a rename works
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir()
+        write_weights(state, new, max_shard_bytes, dtype)
+        saved_dtype = dtype or model.head_weight_VD.dtype
+        copy_settings(source, new, str(saved_dtype).removeprefix("torch."), max_pixels)
+        for path in (*new.iterdir(), new):
+            sync(path)
+        move_into_place(new, folder)
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the model could not be saved ({error})") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is not plainly a model folder: the old one is deleted."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder}: exists and is not a folder")
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    has_weights = any(entry.suffix == ".safetensors" for entry in entries)
+    if entries and (not has_weights or any(entry.is_dir() for entry in entries)):
+        what = "exists and holds other things than a model"
+        raise ValueError(f"{folder}: {what}: choose another place")
+
+
+def write_weights(state: dict, folder: Path, max_shard_bytes: float, dtype: torch.dtype | None):
+    """Write the weights as one file, or as shards with an index."""
+    size = {name: w.numel() * (dtype or w.dtype).itemsize for name, w in state.items()}
+    total, free = sum(size.values()), shutil.disk_usage(folder).free
+    if free < total:
+        raise OSError(f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+    shards, filled = [[]], 0
+    for name in state:
+        if shards[-1] and filled + size[name] > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size[name]
+
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
+        weights = {n: state[n].detach().to("cpu", dtype or state[n].dtype) for n in names}
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def copy_settings(source: Path, folder: Path, dtype: str, max_pixels: int | None) -> None:
+    """Copy what is beside the weights; only the dtype and the bound on pixels may be others."""
+    write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), dtype))
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if max_pixels is not None:
+        settings = read_json(source / "preprocessor_config.json") | {"max_pixels": max_pixels}
+        if size := settings.get("size"):
+            settings["size"] = size | {"longest_edge": max_pixels}
+        write_json(folder / "preprocessor_config.json", settings)
+
+
+def with_dtype(config: dict, dtype: str) -> dict:
+    """config.json as it was, but for the dtype it names: transformers loads with that one."""
+    named = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    parts = {key: with_dtype(part, dtype) for key, part in config.items() if isinstance(part, dict)}
+    return config | parts | named
+
+
+def move_into_place(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`. While that takes two renames, `resolve` gives the older folder."""
+    if folder.exists():
+        shutil.rmtree(aside(folder), ignore_errors=True)
+        folder.rename(aside(folder))
+    new.rename(folder)
+    shutil.rmtree(aside(folder), ignore_errors=True)
+
+
+def aside(folder: Path) -> Path:
+    """Where an older model is while a new one takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def load_tokenizer(folder: str | Path):
+    """The folder's fast tokenizer. Raises ValueError where it has none, or not one that fits the
+    model."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    folder = Path(folder)
+    cfg = load_config(folder)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer_class = PreTrainedTokenizerFast  # a model's own class may put in its own rules
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        tokenizer_class = AutoTokenizer
+    else:  # AutoTokenizer would make up a tokenizer of one token, without an error
+        why = "no tokenizer (neither tokenizer.json nor vocab.json and merges.txt)"
+        raise ValueError(f"{folder}: {why}")
+    try:
+        tokenizer = tokenizer_class.from_pretrained(folder)
+    except Exception as error:  # the library names no type for a file it cannot read
+        why = f"its tokenizer cannot be read ({first_line(error)})"
+        raise ValueError(f"{folder}: {why}") from error
+    if (mistake := tokenizer_mistake(tokenizer, cfg)) is not None:
+        raise ValueError(f"{folder}: the wrong tokenizer: {mistake}")
+    return tokenizer
+
+
+def tokenizer_mistake(tokenizer, cfg: ModelConfig) -> str | None:
+    """Why a tokenizer does not fit a model, or None where it does."""
+    ids = {token: tokenizer.encode(token, add_special_tokens=False) for token in SINGLE_TOKENS}
+    split = [t for t in SINGLE_TOKENS if len(ids[t]) != 1 or tokenizer.decode(ids[t]) != t]
+    if split:
+        return f"{first_few(split)} must be one token each"
+    expected = {
+        "<|image_pad|>": cfg.image_token_id,
+        "<|vision_start|>": cfg.vision_start_token_id,
+        "<|vision_end|>": cfg.vision_end_token_id,
+    }
+    for token, token_id in expected.items():
+        if ids[token] != [token_id]:
+            return f"{token} is {ids[token][0]}, in config.json {token_id}"
+    if (highest := max(tokenizer.get_vocab().values())) >= cfg.vocab_size:
+        return f"it has id {highest}, the model {cfg.vocab_size} rows"
+    return None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read as a JSON object ({error})") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def first_few(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

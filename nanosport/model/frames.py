@@ -1,0 +1,114 @@
+"""(clip, frame index) → vision features: a frozen tower decodes and encodes each frame once.
+
+The eight rollouts of a question look at the same overview and often at the same windows, and the
+trainer looks at them again: all of them are served from one bounded cache.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from nanosport.image import ImageConfig, preprocess, smart_resize
+from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.records import Clip
+from nanosport.video import Video
+
+CHUNK = 64
+"""Frames go through the tower so many at a time."""
+CACHE_BYTES = 8 << 30
+"""Features are kept up to this size, on the device: 4,000 frames of 640×360 for a 7B model."""
+
+FrameName = tuple[Clip, int]
+"""A frame is known by its clip and its index there."""
+
+
+class FrameEncoder:
+    """Opens videos and turns frames into features_ND of the model's vision tower."""
+
+    def __init__(
+        self,
+        model: Qwen25VL,
+        image: ImageConfig,
+        frozen: bool = True,
+        cache_bytes: int = CACHE_BYTES,
+        max_videos: int = 1024,
+    ):
+        """frozen: the tower is not trained, so its features are kept, at most `cache_bytes` of
+        them; else they carry gradients."""
+        self.model, self.image, self.frozen = model, image, frozen
+        self.cache_bytes, self.max_videos, self.cached_bytes = cache_bytes, max_videos, 0
+        self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
+        self.videos: OrderedDict[Clip, Video] = OrderedDict()
+        self.num_decoded = 0
+
+    def open(self, clip: Clip) -> Video:
+        """Return the clip's video; its index of frames is kept while it is among the last used.
+
+        Raises VideoError where the video cannot be used.
+        """
+        if clip not in self.videos:
+            self.videos[clip] = Video(clip.video, span_s=clip.span_s)
+            if len(self.videos) > self.max_videos:
+                self.videos.popitem(last=False)
+        self.videos.move_to_end(clip)
+        return self.videos[clip]
+
+    def grid(self, clip: Clip) -> tuple[int, int, int]:
+        """Return (1, height, width) in patches, which every frame of a clip has."""
+        video = self.open(clip)
+        height, width = smart_resize(video.height, video.width, self.image)
+        return 1, height // self.image.patch_size, width // self.image.patch_size
+
+    def tokens_per_frame(self, clip: Clip) -> int:
+        _, height, width = self.grid(clip)
+        return height * width // self.image.merge_size**2
+
+    def features(self, names: Sequence[FrameName]) -> torch.Tensor:
+        """Return features_ND of the frames, in their order."""
+        if not names:  # no rows, but the way through a trained tower, which all ranks go together
+            cfg = self.model.cfg.vision
+            blank_PC = torch.zeros(cfg.merge_unit, cfg.patch_width, device=self.device)
+            grid = (1, cfg.spatial_merge_size, cfg.spatial_merge_size)
+            return self.model.encode(blank_PC, [grid])[:0]
+        if not self.frozen:
+            return self._encode(names)
+        missing = sorted({n for n in names if n not in self.cache}, key=lambda n: (str(n[0]), n[1]))
+        for start in range(0, len(missing), CHUNK):
+            self._remember(missing[start : start + CHUNK])
+        features = [self.cache[name] for name in names]
+
+        # the frames used last stay
+        for name in names:
+            self.cache.move_to_end(name)
+        while self.cached_bytes > self.cache_bytes:
+            self.cached_bytes -= self.cache.popitem(last=False)[1].nbytes
+        return torch.cat(features)
+
+    @torch.no_grad()
+    def _remember(self, names: Sequence[FrameName]) -> None:
+        """Encode frames into the cache."""
+        sizes = [self.tokens_per_frame(clip) for clip, _ in names]
+        parts = [part.clone() for part in self._encode(names).split(sizes)]  # a view keeps them all
+        self.cache.update(zip(names, parts))
+        self.cached_bytes += sum(part.nbytes for part in parts)
+
+    def _encode(self, names: Sequence[FrameName]) -> torch.Tensor:
+        patches, grids = [], []
+        for clip, run in groupby(names, key=lambda name: name[0]):
+            indices = [index for _, index in run]
+            patches_PC, its_grids = preprocess(self.open(clip).frames(indices), self.image)
+            self.num_decoded += len(indices)
+            patches.append(patches_PC)
+            grids += its_grids
+        return self.model.encode(torch.cat(patches).to(self.device), grids)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.head_weight_VD.device
+
+    def forget(self) -> None:
+        """Drop all features: the tower has changed."""
+        self.cache.clear()
+        self.cached_bytes = 0

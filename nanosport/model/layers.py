@@ -1,0 +1,53 @@
+"""The layers that the decoder and the vision tower share."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class RMSNorm(nn.Module):
+    """weight · x / √(mean x² + eps): the quotient in float32 (on CUDA by one fused kernel), rounded
+    before the weight comes in, as the checkpoints were trained."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, inner: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias)
+        self.up_proj = nn.Linear(width, inner, bias)
+        self.down_proj = nn.Linear(inner, width, bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def inverse_frequencies(theta: float, dim: int, device) -> torch.Tensor:
+    """dim/2 rotary frequencies, float32.
+
+    They are never stored: a buffer of a model made on meta is garbage. They come from the CPU: a
+    GPU's pow differs in the last bit.
+    """
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    return (1.0 / theta**exponents).to(device)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding: channel i turns with channel i + d/2."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def run_layer(layer: nn.Module, x, attend, index: int, recompute_every: int):
+    """layer(x, attend). Every so many layers, the backward pass computes the layer again instead of
+    keeping its activations; 0: no layer."""
+    if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():
+        return checkpoint(layer, x, attend, use_reentrant=False)
+    return layer(x, attend)

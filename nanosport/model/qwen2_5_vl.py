@@ -1,0 +1,325 @@
+"""Qwen2.5-VL in plain PyTorch: the same function, and the same weight names, as the published
+checkpoints.
+
+Two ways lead through the same layers: `hidden` takes whole sequences packed end to end (training,
+log-probs), `decode` appends new tokens to a cache (generation). Both return hidden states; whoever
+needs logits applies the head, to the rows that need it.
+
+Letters: B rows, T tokens, S cached tokens, D hidden, H heads, K key/value heads, d head width,
+V vocabulary, N vision tokens.
+"""
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from kernels.attention import Keys, cached_attention, varlen_attention
+from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, rotate, run_layer
+from nanosport.model.vision import VisionConfig, VisionTower
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    """How many rotary frequencies follow the time, height and width position; together half the
+    head width."""
+    tie_word_embeddings: bool
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+    eos_token_ids: tuple[int, ...]
+    vision: VisionConfig
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "ModelConfig":
+        """From config.json, flat as published or nested (`text_config`, `rope_parameters`) as in
+        transformers 5."""
+        text = {**raw, **(raw.get("text_config") or {})}
+        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+        for name, value, implemented in (
+            ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
+            ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
+            ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
+            ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
+        ):
+            if value not in implemented:
+                known = " and ".join(map(repr, implemented))
+                raise ValueError(f"config.json: {name} {value!r}: this code has only {known}")
+        tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+        values = {name: text[name] for name in cls.__dataclass_fields__ if name in text} | {
+            "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1e6)),
+            "mrope_section": tuple(rope.get("mrope_section", (16, 24, 24))),
+            "tie_word_embeddings": bool(tied),
+            "eos_token_ids": as_ids(text.get("eos_token_id")),
+        }
+        try:
+            cfg = cls(**values, vision=VisionConfig.from_dict(raw["vision_config"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"config.json: a value is missing: {error}") from error
+        if 2 * sum(cfg.mrope_section) != cfg.head_dim:
+            rule = f"must sum to {cfg.head_dim}/2, half a head"
+            raise ValueError(f"config.json: mrope_section {cfg.mrope_section}: {rule}")
+        return cfg
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def as_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
+    """End-of-sequence ids, of which a config may have none, one or a list."""
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def mrope_positions(
+    ids: Sequence[int] | torch.Tensor,
+    grids: Sequence[tuple[int, int, int]],
+    cfg: ModelConfig,
+    start: int = 0,
+) -> tuple[torch.Tensor, int]:
+    """(positions_3T, next_start) of one sequence of text and images, or of the next part of one.
+
+    Text counts on by 1 on all three axes. An image's tokens share its time position and spread over
+    height and width; what follows starts after its longer side. next_start is the `start` of the
+    part appended next. Raises ValueError where the runs of image tokens and the grids do not match:
+    an image must come whole, and text must part two images.
+    """
+    ids, merge, grids = torch.as_tensor(ids).tolist(), cfg.vision.spatial_merge_size, list(grids)
+    parts, num_used = [torch.empty(3, 0, dtype=torch.long)], 0
+    for is_image, run in groupby(ids, key=lambda token: token == cfg.image_token_id):
+        length = len(list(run))
+        if not is_image:
+            parts.append(torch.arange(start, start + length).expand(3, -1))
+            start += length
+            continue
+        if num_used == len(grids):
+            raise ValueError(f"image {num_used + 1} has no grid: {len(grids)} were given")
+        t, h, w = (int(n) for n in grids[num_used])
+        h, w, num_used = h // merge, w // merge, num_used + 1
+        if length != t * h * w:
+            tokens = f"{length} image tokens in a row, but its grid makes {t * h * w}"
+            raise ValueError(f"image {num_used}: {tokens}")
+        places = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
+        parts.append(places.view(-1, 3).T + start)
+        start += max(h, w)
+    if num_used != len(grids):
+        raise ValueError(f"{len(grids)} grids were given, but the tokens hold {num_used} images")
+    return torch.cat(parts, dim=1), start
+
+
+def mrope_cos_sin(positions_3T, cfg: ModelConfig, dtype):
+    """cos and sin, (…T, 1, d): each frequency follows one of the three positions. T may be several
+    dimensions."""
+    device = positions_3T.device
+    section = torch.tensor(cfg.mrope_section, device=device)
+    axes = torch.arange(3, device=device).repeat_interleave(section)
+    inv_freq = inverse_frequencies(cfg.rope_theta, cfg.head_dim, device)
+    angles_Td = positions_3T.movedim(0, -1)[..., axes].float() * inv_freq
+    cos, sin = angles_Td.cos().to(dtype), angles_Td.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1)[..., None, :], torch.cat((sin, sin), dim=-1)[..., None, :]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.head_dim = cfg.head_dim
+        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
+        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
+        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
+        self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+
+    def forward(self, x, attend):
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        return self.o_proj(attend(q, k, v).flatten(-2))
+
+
+class Layer(nn.Module):
+    """x is (T, D) packed or (B, T, D); `attend` rotates q and k and knows which tokens see
+    which."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=False)
+
+    def forward(self, x, attend):
+        x = x + self.self_attn(self.input_layernorm(x), attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextModel(nn.Module):
+    """Holds the names `model.*`; Qwen25VL runs it."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+
+class KVCache:
+    """Keys and values of B rows, each filled to its own length; `decode` appends to it."""
+
+    def __init__(
+        self, cfg: ModelConfig, batch: int, capacity: int, device="cpu", dtype=torch.float32
+    ):
+        """capacity: the tokens that a row can hold."""
+        # One slot more than that: padding is written there. Zeros, because 0 · NaN of a masked slot
+        # would be NaN.
+        shape = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads, capacity + 1, cfg.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths_B = torch.zeros(batch, dtype=torch.long, device=device)
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[3] - 1
+
+    def select(self, rows) -> "KVCache":
+        """A copy with these rows in this order; a row may come often (a group of rollouts) or not
+        at all (finished)."""
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.k.device)
+        k, v = self.k.index_select(1, rows), self.v.index_select(1, rows)
+        return self._with(k, v, self.lengths_B[rows])
+
+    def put(self, rows, part: "KVCache") -> None:
+        """Write the rows of `part`, a selection of as much capacity, back into these."""
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.k.device)
+        self.k[:, rows], self.v[:, rows], self.lengths_B[rows] = part.k, part.v, part.lengths_B
+
+    def grow(self, capacity: int) -> "KVCache":
+        """A copy with room for `capacity` tokens a row."""
+        extra = (0, 0, 0, max(0, capacity - self.capacity))
+        k, v = nn.functional.pad(self.k, extra), nn.functional.pad(self.v, extra)
+        return self._with(k, v, self.lengths_B.clone())
+
+    def _with(self, k, v, lengths_B) -> "KVCache":
+        cache = copy(self)
+        cache.k, cache.v, cache.lengths_B = k, v, lengths_B
+        return cache
+
+
+class Qwen25VL(nn.Module):
+    recompute_every = 0
+    """1: the backward pass computes each layer again instead of keeping its activations; 2: every
+    second layer; 0: none."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.visual = VisionTower(cfg.vision)
+        self.model = TextModel(cfg)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+
+    @property
+    def head_weight_VD(self) -> torch.Tensor:
+        return (self.model.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head).weight
+
+    def encode(self, patches_PC, grids) -> torch.Tensor:
+        """features_ND of images: `visual`, entered through the root, as FSDP2 asks
+        (register_fsdp_forward_method)."""
+        return self.visual(patches_PC, grids)
+
+    def embed(self, ids, features_ND=None):
+        """Token embeddings, with the features in the places of the image tokens, in order."""
+        x, is_image = self.model.embed_tokens(ids), ids == self.cfg.image_token_id
+        num_tokens = int(is_image.sum())
+        num_features = 0 if features_ND is None else len(features_ND)
+        if num_tokens != num_features:
+            counts = f"{num_tokens} image tokens, but {num_features} vision features"
+            raise ValueError(f"{counts}: they must be as many")
+        if features_ND is None:
+            return x
+        return x.masked_scatter(is_image[..., None], features_ND.to(x.dtype))
+
+    def hidden(
+        self, ids_T, positions_3T, cu_seqlens, features_ND=None, keys: Keys | None = None
+    ) -> torch.Tensor:
+        """hidden_TD of sequences packed end to end, after the final norm; differentiable.
+
+        cu_seqlens: int32 (number of sequences + 1), first 0, last T. features_ND: from `visual`,
+        all images in order. keys: what each segment sees where they share what they begin with.
+        """
+        x_TD = self.embed(ids_T, features_ND)
+        cos, sin = mrope_cos_sin(positions_3T, self.cfg, x_TD.dtype)
+        max_seqlen = int(cu_seqlens.diff().max())
+
+        def attend(q, k, v):
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            return varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal=True, keys=keys)
+
+        for index, layer in enumerate(self.model.layers):
+            x_TD = run_layer(layer, x_TD, attend, index, self.recompute_every)
+        return self.model.norm(x_TD)
+
+    forward = hidden  # what DDP and FSDP wrap
+
+    @torch.no_grad()
+    def decode(
+        self, ids_BT, positions_3BT, num_new_B, cache: KVCache, features_ND=None
+    ) -> torch.Tensor:
+        """hidden_BTD of new tokens, which are appended to `cache`.
+
+        Row b has num_new_B[b] ≤ T new tokens, then padding (any text id, any position), which
+        leaves no trace and whose output means nothing. features_ND follow the image tokens row by
+        row.
+        """
+        past_B, end_B, device = cache.lengths_B, cache.lengths_B + num_new_B, ids_BT.device
+        num_slots = int(end_B.max())
+        if num_slots > cache.capacity:
+            tokens = f"{num_slots} tokens in a cache of capacity {cache.capacity}"
+            raise ValueError(f"{tokens}: grow it first")
+        x_BTD = self.embed(ids_BT, features_ND)
+        cos, sin = mrope_cos_sin(positions_3BT, self.cfg, x_BTD.dtype)
+
+        # where keys and values are written (padding: in the spare slot), and who sees which
+        new_T = torch.arange(ids_BT.shape[1], device=device)
+        slot_BT = past_B[:, None] + new_T
+        write_BT = torch.where(new_T < num_new_B[:, None], slot_BT, cache.capacity)
+        row_B1 = torch.arange(len(past_B), device=device)[:, None]
+        unseen_BTS = torch.arange(num_slots, device=device) > slot_BT[..., None]
+        mask_B1TS = torch.zeros(unseen_BTS.shape, device=device, dtype=x_BTD.dtype)
+        mask_B1TS = mask_B1TS.masked_fill_(unseen_BTS, float("-inf"))[:, None]
+
+        for layer, k_BKSd, v_BKSd in zip(self.model.layers, cache.k, cache.v, strict=True):
+
+            def attend(q, k, v, k_BKSd=k_BKSd, v_BKSd=v_BKSd):
+                k_BKSd[row_B1, :, write_BT] = rotate(k, cos, sin)
+                v_BKSd[row_B1, :, write_BT] = v
+                seen = k_BKSd[:, :, :num_slots], v_BKSd[:, :, :num_slots]
+                return cached_attention(rotate(q, cos, sin), *seen, mask_B1TS)
+
+            x_BTD = layer(x_BTD, attend)
+        cache.lengths_B = end_B
+        return self.model.norm(x_BTD)
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02):
+        """Random weights for training from scratch: normal matrices, zero biases, unit norms."""
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif weight.ndim == 1:
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, std)
+        return self

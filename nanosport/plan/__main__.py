@@ -1,0 +1,266 @@
+"""What a recipe needs and takes before it is run: memory by moment and part, seconds of a step by
+stage, GPU-hours.
+
+python -m nanosport.plan 7b --gpus 8 --gpu-memory 80
+python -m nanosport.plan 3b --gpus 4 --gpu A100 --micro-tokens 8192
+python -m nanosport.plan 7b --json
+
+Memory is that of one GPU of one node, with turns as long as they may be. Seconds rest on
+assumptions, which are flags and are printed too. GiB are 2^30 bytes, GB are 10^9.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from math import ceil
+from pathlib import Path
+from typing import Annotated, Literal
+
+import rl
+import train
+from nanosport import cli
+from nanosport.cli import Above
+from nanosport.image import ImageConfig, smart_resize
+from nanosport.model import cost
+from nanosport.model.folder import load_config
+from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.plan import memory
+from nanosport.plan.memory import GIB, Moments
+from nanosport.plan.synthetic import Lengths, make_episodes
+from nanosport.train import presets
+from nanosport.train.deal import Unit, make_units
+
+USABLE = 0.988
+"""An H100 of "80 GB" reports 79.1 GiB."""
+PAPER_GPU_HOURS = 796  # on H20, both stages
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "7b"
+    """nano, 3b, 7b or 7b-scaled; the first word on the command line."""
+    gpus: Annotated[int, Above(0)] = 8
+    """The GPUs of one node, among which the weights are sharded."""
+    gpu: Literal["H100", "H200", "A100", "H20"] = "H100"
+    gpu_memory: Annotated[float, Above(0)] = 80.0
+    """The GB on the card's label."""
+    model: str | None = None
+    """A model folder whose shape is taken instead of the preset's."""
+    batch_size: int | None = None
+    """SFT's trajectories a step. None, here and below: as the preset says."""
+    sft_steps: int | None = None
+    num_prompts: int | None = None
+    group_size: int | None = None
+    steps: int | None = None
+    """Steps of RL."""
+    max_new_tokens: int | None = None
+    micro_tokens: int | None = None
+    recompute_every: int | None = None
+    rollout_batch: int | None = None
+    offload_adam: bool = False
+    share_prefix: bool = True
+    calls: Annotated[float, Above(0)] = 0.8
+    """Tool calls of an episode, assumed."""
+    prompt_text: int = 300
+    """Text tokens of a prompt besides the frames' labels, assumed."""
+    turn_text: Annotated[int, Above(0)] = 200
+    """Tokens of an assistant turn on average, assumed."""
+    longest_turn: Annotated[float, Above(0)] = 2.0
+    """Turns sampled together wait for the longest, assumed to be so many times the average."""
+    mfu: Annotated[float, Above(0)] = 0.4
+    """Share of the peak FLOP/s in training and prefill, assumed."""
+    bandwidth: Annotated[float, Above(0)] = 0.6
+    """Share of the peak bytes/s in decoding, in the update, and between GPUs, assumed."""
+    layer_ms: float = 0.2
+    """A layer's least time in a decoding step, assumed: its kernels are launched one by one."""
+    json: bool = False
+    """Print a JSON object instead of the tables."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """SFT or RL, as the GPU sees it that has most to do."""
+
+    model: ModelConfig
+    run: train.Config | rl.Config
+    lengths: Lengths
+    """An average episode's."""
+    longest_turn: int
+    gpus: int
+    prompts: int
+    """The GPU's prompts of a step."""
+    members: int
+    """Episodes of a prompt; SFT has one."""
+
+    @property
+    def sampled(self) -> int:
+        """Prompts that are sampled at a time."""
+        return min(self.prompts, max(1, self.run.rollout_batch // self.members))
+
+    @cached_property
+    def units(self) -> list[Unit]:
+        """What a step's episodes become when they are packed."""
+        episodes = make_episodes(self.model, self.lengths, self.prompts, self.members)
+        packing = self.model, self.run.micro_tokens, self.run.share_prefix
+        return make_units(episodes, self.members, [0] * len(episodes), *packing)
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-sum(unit.tokens for unit in self.units) // self.run.micro_tokens)
+
+    @cached_property
+    def memory(self) -> Moments:
+        longest = replace(self.lengths, turn_text=self.longest_turn)
+        sampled = self.sampled if self.members > 1 else 0
+        shape = self.model, self.run, longest, self.gpus
+        return memory.stage_moments(*shape, sampled, self.micro_batches)
+
+
+def stages(cfg: Config) -> dict[str, Stage]:
+    """SFT and RL of a preset with the flags over it. Raises ValueError for what no run can be."""
+    cli.check(cfg)
+    if cfg.preset not in presets.RL:
+        raise ValueError(f"--preset {cfg.preset}: must be one of {', '.join(presets.RL)}")
+    given = {name: value for name, value in asdict(cfg).items() if value is not None}
+    runs = []
+    for kind, known in ((train.Config, presets.SFT), (rl.Config, presets.RL)):
+        flags = {field.name for field in fields(kind)} & set(given) - {"model", "steps"}
+        run = kind(**known[cfg.preset] | {name: given[name] for name in flags})
+        steps = cfg.sft_steps if kind is train.Config else cfg.steps
+        runs.append(replace(run, steps=run.steps if steps is None else steps))
+        runs[-1].check()
+    sft, policy = runs
+    if policy.num_prompts < cfg.gpus:
+        raise ValueError(f"--num-prompts {policy.num_prompts}: must be at least --gpus {cfg.gpus}")
+    if not cfg.calls < policy.max_turns - 1:
+        most = policy.max_turns - 1
+        raise ValueError(f"--calls {cfg.calls}: must be below {most}, the turns that may call")
+    shape = sft.model if cfg.preset == "nano" else f"assets/qwen2.5-vl-{cfg.preset[:2]}"
+    folder = cfg.model or ROOT / shape
+    model, image = load_config(folder), ImageConfig.from_folder(folder, sft.max_pixels)
+    height, width = smart_resize(360, 640, image)
+    frame_tokens = height * width // (image.patch_size * image.merge_size) ** 2
+    texts = {"prompt_text": cfg.prompt_text, "turn_text": cfg.turn_text}
+    lengths = Lengths(frame_tokens, calls=cfg.calls, **texts)
+    shared = lengths, policy.max_new_tokens, cfg.gpus
+    prompts, trajectories = ceil(policy.num_prompts / cfg.gpus), ceil(sft.batch_size / cfg.gpus)
+    return {
+        "SFT": Stage(model, sft, *shared, trajectories, 1),
+        "RL": Stage(model, policy, *shared, prompts, policy.group_size),
+    }
+
+
+def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
+    """A GPU's seconds of a step, with F the operations of the forward passes, W the weights:
+
+    train      (3·F + 3·head + F·share of recomputed layers) ÷ (MFU · peak), or moving 8·W a
+               micro-batch over NVLink, if that is longer
+    reference  (F + head) ÷ (MFU · peak)
+    decode     a token reads 2·W and the cache, and takes layers · layer_ms at least
+    prefill    F of prompts and tool results; each frame goes once through the tower
+    update     36·W/n through memory: norm and scaling of the gradients, AdamW, its square roots
+    sampler    4·W·(n − 1)/n over NVLink, then 2·W written
+    """
+    model, lengths, run, prompts = stage.model, stage.lengths, stage.run, stage.prompts
+    shares = cfg.mfu, cfg.bandwidth, cfg.bandwidth
+    flops, memory_s, nvlink = (peak * share for peak, share in zip(cost.CARDS[cfg.gpu], shares))
+    weights, episodes = cost.num_weights(model), prompts * stage.members
+    trained, away = sum(weights.values()) - weights["vision"], (cfg.gpus - 1) / cfg.gpus
+
+    forward = sum(unit.flops for unit in stage.units)
+    head = cost.head_flops(model, episodes * lengths.trained)
+    recomputed = 1 / run.recompute_every if run.recompute_every else 0.0
+    computing = ((3 + recomputed) * forward + 3 * head) / flops
+    moving = 8 * trained * away * stage.micro_batches / nvlink
+    shown = prompts * lengths.overview + episodes * lengths.calls * lengths.frames_per_call
+    spent = {"frames": cost.vision_flops(model, shown * lengths.frame_tokens) / flops}
+    if stage.members > 1:
+        fed = prompts * lengths.prompt + episodes * lengths.calls * lengths.result
+        spent["prefill"] = cost.text_flops(model, fed, fed * lengths.prompt) / flops
+        spent["decode"] = decode_seconds(stage, cfg, memory_s)
+        spent["reference"] = (forward + head) / flops if run.kl > 0 else 0.0
+        spent["weights to the sampler"] = 4 * trained * away / nvlink + 2 * trained / memory_s
+    return spent | {"train": max(computing, moving), "update": 36 * trained / cfg.gpus / memory_s}
+
+
+def decode_seconds(stage: Stage, cfg: Config, bytes_per_s: float) -> float:
+    """All rows wait for each turn's longest."""
+    lengths, run, spent = stage.lengths, stage.run, 0.0
+    tokens = min(lengths.turn_text * cfg.longest_turn, run.max_new_tokens)
+    for turn in range(run.max_turns):
+        rows = stage.sampled * stage.members * lengths.still_going(turn, run.max_turns)
+        cached = rows * (lengths.prompt + turn * (lengths.result + lengths.turn_text))
+        token_s = cost.decode_seconds(stage.model, cached, bytes_per_s, cfg.layer_ms / 1e3)
+        spent += tokens * token_s * min(1.0, rows) * stage.prompts / stage.sampled
+    return spent
+
+
+def fits(cfg: Config) -> bool:
+    room, (sft, policy) = USABLE * cfg.gpu_memory * GIB, stages(cfg).values()
+    weights = cost.num_weights(policy.model)
+    trained = sum(weights.values()) - weights["vision"]
+    # what is sure to be there in RL's update saves most counts: weights, gradients, moments, roots
+    least = 2 * sum(weights.values()) + (8 if cfg.offload_adam else 20) * trained / cfg.gpus
+    return least <= room and all(memory.peak(stage.memory) <= room for stage in (policy, sft))
+
+
+def advice(cfg: Config) -> str | None:
+    """The flags that make it fit, those that cost least first; None where none of these do."""
+    policy = stages(cfg)["RL"].run
+    fewer = [{"micro_tokens": policy.micro_tokens // k} for k in (2, 4)]
+    changes = [{"recompute_every": 1}, *fewer, *({"recompute_every": 1, **less} for less in fewer)]
+    few_rows, offload = {"rollout_batch": policy.group_size}, {"offload_adam": True}
+    changes += [few_rows, offload, offload | few_rows]
+    changes += [{"recompute_every": 1, **fewer[-1], **changes[-1]}]
+    more = [n for n in range(cfg.gpus + 1, policy.num_prompts + 1) if policy.num_prompts % n == 0]
+    changes += [{"gpus": n} for n in more] + [{"gpus": n, **changes[-1]} for n in more]
+    change = next((change for change in changes if fits(replace(cfg, **change))), {})
+    flags = (cli.flag(name) + f" {value}" * (value is not True) for name, value in change.items())
+    return " ".join(flags) or None
+
+
+def report(cfg: Config) -> dict:
+    """All that is printed; memory in bytes."""
+    both, is_enough = stages(cfg), fits(cfg)
+    plan = {"config": asdict(cfg), "fits": is_enough, "advice": None if is_enough else advice(cfg)}
+    for name, stage in both.items():
+        spent, steps = seconds(stage, cfg), stage.run.steps
+        plan[name] = {"memory": stage.memory, "total": memory.totals(stage.memory)}
+        plan[name] |= {"seconds": spent, "steps": steps}
+        plan[name]["gpu_hours"] = steps * sum(spent.values()) * cfg.gpus / 3600
+    plan["gpu_hours"] = sum(plan[name]["gpu_hours"] for name in both)
+    plan["saving"] = memory.saving_bytes(stage.model, cfg.gpus)
+    return plan | {"lengths": asdict(stage.lengths)}
+
+
+def main(cfg: Config) -> None:
+    plan = report(cfg)
+    if cfg.json:
+        return print(json.dumps(plan, indent=1))
+    print(f"{cfg.preset} on {cfg.gpus} × {cfg.gpu} of {cfg.gpu_memory:g} GB")
+    for name in ("SFT", "RL"):
+        part, total = plan[name], plan[name]["total"]
+        print(f"\n{name}: GiB of each GPU, {max(total.values()) / GIB:.1f} at the peak")
+        for moment, parts in part["memory"].items():
+            listed = ", ".join(f"{what} {size / GIB:.2f}" for what, size in parts.items())
+            sign = " " if moment == "always" else "+"
+            print(f"  {moment:8}{total[moment] / GIB:7.1f} {sign} {listed}")
+        spent = part["seconds"]
+        hours = f"{part['steps']} steps, {part['gpu_hours']:.0f} GPU-hours"
+        print(f"{name}: {sum(spent.values()):.1f} s a step, {hours}")
+        print("  " + ", ".join(f"{what} {size:.1f}" for what, size in spent.items()))
+    saved = ", ".join(f"{what} {size / 1e9:.1f}" for what, size in plan["saving"].items())
+    print(f"\nGB to save a step: {saved}.")
+    hours = f"{plan['gpu_hours']:.0f} GPU-hours; the paper says {PAPER_GPU_HOURS}, on 8 × H20"
+    print(f"Both: {hours}. Not counted: decoding of videos, judges, ranks that wait.")
+    assumed = ("mfu", "bandwidth", "layer_ms", "calls", "prompt_text", "turn_text", "longest_turn")
+    flags = " ".join(f"{cli.flag(name)} {getattr(cfg, name)}" for name in assumed)
+    print(f"Assumed: {flags}; {plan['lengths']['frame_tokens']} tokens a frame.")
+    way = f"turn {plan['advice']}" if plan["advice"] else "none of its flags helps"
+    verdict = "it fits" if plan["fits"] else f"it does not fit: {way}"
+    print(f"\n{cfg.gpu_memory:g} GB, {USABLE * cfg.gpu_memory:.0f} GiB of them usable: {verdict}.")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, {name: {"preset": name} for name in ("7b", *presets.RL)})

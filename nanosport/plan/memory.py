@@ -1,0 +1,294 @@
+"""The memory of one GPU by moment and part: the stages of train.py, rl.py and the sampler, run on
+fake tensors of the planned shape. All sizes are bytes."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count
+from math import ceil
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import rl
+import train
+from nanosport import cli
+from nanosport.engine.own import OwnSampler
+from nanosport.engine.sampler import Sampling
+from nanosport.model.cost import num_weights
+from nanosport.model.frames import CACHE_BYTES, CHUNK
+from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
+from nanosport.model.vision import VisionConfig, VisionTower
+from nanosport.plan.ledger import Ledger, counting
+from nanosport.plan.synthetic import (
+    Lengths,
+    Texts,
+    bare_actors,
+    bare_training,
+    make_episodes,
+    take_step,
+)
+from nanosport.records import Episode
+from nanosport.train import dist, optim
+
+GIB = 2**30
+RESERVED = 2 * GIB
+"""What the CUDA context, NCCL and cuBLAS take, and the allocator cannot fill."""
+Moments = dict[str, dict[str, float]]
+"""What each part holds at each moment: {moment: {part: bytes}}."""
+
+
+@contextmanager
+def ranks(num_ranks: int) -> Iterator[None]:
+    """A process group of which only this rank is there; 0: no group."""
+    if num_ranks:
+        warnings.filterwarnings("ignore", "Set timeout is now only supported")
+        one = {"store": FakeStore(), "rank": 0, "world_size": num_ranks}
+        torch.distributed.init_process_group("fake", **one)
+    try:
+        yield
+    finally:
+        cli.leave_group()
+
+
+def at_depth(
+    moments_of: Callable[[ModelConfig], Moments], cfg: ModelConfig, fewest: int, period: int = 1
+) -> Moments:
+    """The moments of a deep model from two shallow ones, of `fewest` layers at least: with every
+    `period` of layers, each part grows by the same."""
+    layers = cfg.num_hidden_layers
+    few = fewest + (layers - fewest) % period
+    if layers <= few + period:
+        return moments_of(cfg)
+    small, larger = (moments_of(replace(cfg, num_hidden_layers=n)) for n in (few, few + period))
+    more = (layers - few) / period
+    return {
+        moment: {part: size + more * (larger[moment][part] - size) for part, size in parts.items()}
+        for moment, parts in small.items()
+    }
+
+
+def shape_of(cfg: ModelConfig, dtype: torch.dtype) -> Qwen25VL:
+    """A model without storage, and without its tower, which is frozen and whole on every GPU."""
+    with torch.device("meta"):
+        model = Qwen25VL(cfg).to(dtype)
+    model.visual = torch.nn.Identity()
+    return model
+
+
+@lru_cache
+def training_moments(
+    model: ModelConfig,
+    run: train.Config | rl.Config,
+    episodes: tuple[Episode, ...],
+    gpus: int,
+    on_gpu: bool = True,
+) -> Moments:
+    """A step on `episodes`, where gradients are there from a micro-batch before, and Adam's moments
+    from a step before. gpus: the model is sharded among so many; 0: it is not."""
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    policy, reference = shape_of(model, torch.float32), shape_of(model, dtype)
+    device, actors = torch.device("cpu"), None
+    with ranks(gpus), counting(on_gpu) as ledger:
+        ledger.enter("weights")
+        training = bare_training(run, policy.to_empty(device=device), episodes[0], device, dtype)
+        parts = {"train": "activations", "update": "Adam's square roots"}
+        training.stage = lambda name: nullcontext(ledger.enter(parts.get(name, name), name))
+        follow(training.model, ledger)
+        if isinstance(run, rl.Config):
+            ledger.enter("reference")
+            reference = reference.to_empty(device=device).requires_grad_(False)
+            reference = dist.shard(reference, dtype, device) if run.kl > 0 else None
+            actors = bare_actors(training, reference)
+        ledger.enter("Adam moments")
+        optim.start_moments(training.optimizer)
+        for group in training.optimizer.param_groups:
+            group["foreach"] = on_gpu  # all weights at once, as torch does on a GPU
+        ledger.enter("gradients")
+        for weight in training.model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        take_step(training, actors, episodes)
+        if actors:
+            ledger.enter("a whole weight", "publish")
+            for _ in dist.trained_weights(training.model):
+                pass
+    return ledger.peaks
+
+
+def step_peak(
+    model: ModelConfig, run: train.Config | rl.Config, episodes: tuple, gpus: int, on_gpu: bool
+) -> float:
+    """A step's peak with frozen towers, but without a sampler and the CUDA context. No process
+    group may be there."""
+    step, every = (run, episodes, gpus, on_gpu), run.recompute_every or 1
+    moments = at_depth(lambda cfg: training_moments(cfg, *step), model, 3, every)
+    towers = 2 if getattr(run, "kl", 0) > 0 else 1
+    towers *= num_weights(model)["vision"] * (2 if on_gpu else 4)
+    return towers + max(sum(parts.values()) for parts in moments.values())
+
+
+def follow(model: Qwen25VL, ledger: Ledger) -> None:
+    """Tell the ledger where in its forward and backward pass the model is."""
+
+    def after_embedding(module, args, x_TD):
+        ledger.enter("activations")
+        if x_TD.requires_grad:
+            x_TD.register_hook(lambda _: ledger.enter("backward pass", "embedding"))
+
+    def after_norm(module, args, x_TD):
+        ledger.enter("loss")
+        if x_TD.requires_grad:
+            x_TD.register_hook(lambda _: ledger.enter("backward pass"))
+
+    model.model.embed_tokens.register_forward_hook(after_embedding)
+    model.model.norm.register_forward_hook(after_norm)
+
+
+@lru_cache
+def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.Config) -> Moments:
+    """The sampler in a rollout of `prompts` groups, whose rows are padded to the longest: all turns
+    are as long as they may be. Half of the rows go on to a turn's second token, in a copy."""
+    policy, ended = shape_of(model, torch.bfloat16), count()
+    tokenizer = SimpleNamespace(get_vocab=dict, convert_tokens_to_ids=lambda token: 0)
+    texts = Texts(model, lengths)
+    with counting(on_gpu=True) as ledger:
+        ledger.enter("rollout copy")
+        sampling = Sampling(max_new_tokens=run.max_new_tokens)
+        sampler = OwnSampler(policy.to_empty(device="cpu"), tokenizer, sampling)
+        sampler._ends = lambda ids: len(ids) > 1 or next(ended) % 2 == 0
+
+        ledger.enter("prefill", "prefill 0")
+        prompt = texts.piece(lengths.overview, lengths.prompt_text)
+        result = texts.piece(lengths.frames_per_call, lengths.result_text)
+        state, longest = sampler.prefill([prompt] * prompts), lengths.prompt
+        for turn in range(run.max_turns):
+            share = lengths.still_going(turn, run.max_turns)
+            rows = ceil(prompts * run.group_size * share)
+            ledger.enter("KV cache", f"select {turn}")
+            state = state.select([row * len(state) // rows for row in range(rows)])
+            if turn:
+                ledger.enter("KV cache", f"grow {turn}")
+                state.make_room(lengths.result + run.max_new_tokens)
+                ledger.enter("prefill", f"prefill {turn}")
+                sampler.append(state, [result] * rows)
+            ledger.enter("decode", f"decode {turn}")
+            sampler.generate(state, [np.random.default_rng(0)] * rows)
+            # an episode that reaches episode_tokens with the result has ended
+            longest = min(longest + run.max_new_tokens, run.episode_tokens - lengths.result)
+            state.cache.lengths_B.fill_(longest)
+            longest += lengths.result
+    return ledger.peaks
+
+
+@lru_cache
+def encode_bytes(cfg: VisionConfig, lengths: Lengths) -> float:
+    """What the tower holds at its peak, besides its weights, where it encodes CHUNK frames."""
+    cfg = replace(cfg, depth=2, fullatt_block_indexes=(1,))  # one block's room is the next one's
+    with torch.device("meta"):
+        tower = VisionTower(cfg).to(torch.bfloat16)
+    with counting(on_gpu=True) as ledger, torch.no_grad():
+        ledger.enter("weights")
+        tower.to_empty(device="cpu")
+        ledger.enter("frames")
+        patches_PC = torch.empty(CHUNK * lengths.frame_tokens * cfg.merge_unit, cfg.patch_width)
+        tower(patches_PC, [lengths.grid(cfg.spatial_merge_size)] * CHUNK)
+    return ledger.peaks["frames"]["frames"]
+
+
+def fullest(model: ModelConfig, run: train.Config | rl.Config, lengths: Lengths) -> tuple:
+    """(Episodes that fill a micro-batch to its last token, what memory depends on of `run`)."""
+    together = getattr(run, "group_size", 1) if run.share_prefix else 1
+    while together > 1 and lengths.prompt + together * lengths.response > run.micro_tokens:
+        together //= 2
+    groups = max(1, int(run.micro_tokens / (lengths.prompt + together * lengths.response)))
+    episodes = make_episodes(model, lengths, groups, together)
+    shared = groups * (together - 1) * lengths.prompt
+    spare = run.micro_tokens + shared - sum(len(episode.ids) for episode in episodes)
+    episodes = make_episodes(model, lengths, groups, together, max(0, spare))
+    counts = only(run, "micro_tokens", "recompute_every", "share_prefix", "kl", "updates", "loss")
+    return tuple(episodes), replace(
+        counts, **({"group_size": together} if hasattr(run, "kl") else {})
+    )
+
+
+def only(run: train.Config | rl.Config, *names: str) -> train.Config | rl.Config:
+    """`run` with these flags alone, so that recipes which need as much are counted once."""
+    return type(run)(**{name: getattr(run, name) for name in names if hasattr(run, name)})
+
+
+def stage_moments(
+    model: ModelConfig,
+    run: train.Config | rl.Config,
+    lengths: Lengths,
+    gpus: int,
+    prompts: int,
+    micro_batches: int,
+) -> Moments:
+    """What a GPU holds in SFT or RL; "always" is there at every moment but the start, when each
+    rank loads all weights before it keeps its shard.
+
+    lengths: of episodes whose turns are as long as they may be. prompts: sampled at a time.
+    """
+    episodes, counted = fullest(model, run, lengths)
+    every = run.recompute_every or 1
+    step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3, every)
+    weights, head = num_weights(model), 4 * model.vocab_size * model.hidden_size
+    images = sum(episode.ids.count(model.image_token_id) for episode in episodes)
+    feature, is_policy = 2 * model.hidden_size, isinstance(run, rl.Config)
+
+    always = {"CUDA, NCCL": RESERVED, "vision tower": 2 * weights["vision"]}
+    always |= {part: step["update"][part] for part in ("weights", "Adam moments")}
+    always["frames seen"] = min(CACHE_BYTES, run.steps * images * micro_batches * feature)
+    moments = {"always": always, "start": {"all weights": 4 * sum(weights.values())}}
+    moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
+    if is_policy:
+        always["reference"] = step["update"]["reference"] + 2 * weights["vision"] * (run.kl > 0)
+        always["rollout copy"] = 2 * sum(weights.values())
+        always["frames of the step"] = images * (micro_batches - 1) * feature
+        plays = only(run, "group_size", "max_turns", "max_new_tokens", "episode_tokens")
+        rollout = at_depth(lambda cfg: sampler_moments(cfg, lengths, prompts, plays), model, 1)
+        moments["rollout"] = largest(rollout)
+    passes = ("loss", "backward pass", "embedding")
+    moments["train"] = largest({name: step[name] for name in passes})
+    moments["update"] = largest({"update": step["update"]})
+    if run.offload_adam:  # the moments of one weight at a time visit the GPU
+        always["Adam moments"] = 0.0
+        gradients = step["update"]["gradients"]
+        moments["update"] = {"gradients": gradients, "one moment": 3 * head / gpus}
+    return {
+        name: {p: size for p, size in parts.items() if name == "always" or p not in always}
+        for name, parts in moments.items()
+    }
+
+
+def largest(moments: Moments) -> dict[str, float]:
+    parts = max(moments.values(), key=lambda parts: sum(parts.values()))
+    return {part: size for part, size in parts.items() if size >= 1 << 20}
+
+
+def totals(moments: Moments) -> dict[str, float]:
+    """{moment: bytes with what is always there}."""
+    sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
+    before = {"always": 0.0, "start": RESERVED}
+    return {moment: size + before.get(moment, sums["always"]) for moment, size in sums.items()}
+
+
+def peak(moments: Moments) -> float:
+    return max(totals(moments).values())
+
+
+def saving_bytes(model: ModelConfig, gpus: int) -> dict[str, float]:
+    """What checkpoints take on the host while they are saved, and on disk.
+
+    A rank copies its shards of weights and moments out of the GPU; torch lays them out for the
+    file, and copies that once more. Rank 0 holds the whole model in bfloat16 as well.
+    """
+    weights = num_weights(model)
+    whole = 2 * sum(weights.values())
+    checkpoint = 12 * sum(weights.values()) - 10 * weights["vision"]  # its tower is frozen
+    host = {"host, a rank": 3 * checkpoint / gpus, "host, rank 0 more": whole}
+    return host | {"disk, a checkpoint": checkpoint, "disk, the model": whole}

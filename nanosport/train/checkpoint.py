@@ -1,0 +1,195 @@
+"""Exact resume on any number of ranks, and beside it a folder that transformers loads.
+
+    RUN/checkpoints/step_000100/    each rank's shard of weights and Adam moments
+                                    (torch.distributed.checkpoint in safetensors, so that nothing is
+                                    unpickled), and trainer.json: the step to do next, and the flags
+                                    that must not change
+    RUN/model/                      config, tokenizer and whole weights of the same step
+
+A checkpoint gets its name when all of it, and the model beside it, is on disk: a run that is killed
+while it saves goes on from the one before. Batches, rollouts and learning rates are functions of
+(seed, step): there is no other state to lose.
+"""
+
+import json
+import re
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from nanosport.files import write_atomically
+from nanosport.model.folder import load_model, save_model, sync
+from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.train import dist, optim
+
+# one process alone is said to be unusual, from the thread that writes
+warnings.filterwarnings("ignore", "torch.distributed is ")
+
+
+def tensors(model: Qwen25VL, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Every weight, and the moments of those that are trained, by name: zeros before the first
+    update."""
+    optim.start_moments(optimizer)
+    by_name = {}
+    for name, weight in model.named_parameters():
+        by_name[f"model.{name}"] = weight.detach()
+        for key, value in optimizer.state.get(weight, {}).items():
+            by_name[f"adam.{name}.{key}"] = value
+    return by_name
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step to do next after a checkpoint, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def latest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder."""
+    named = [p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
+    return max((p for p in named if (p / "trainer.json").is_file()), key=step_of, default=None)
+
+
+def reason(error: BaseException) -> str:
+    """Why a save or a load failed, in one line. What torch met on a rank it wraps, and not in an
+    Exception."""
+    while isinstance(error, dcp.CheckpointException):
+        error, _ = next(iter(error.failures.values()))
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class Checkpoints:
+    """Saves in the background: `save` returns when everything to be written has been copied out of
+    the model."""
+
+    def __init__(self, run: Path, source: Path, rank: int, keep: int, **saved_as):
+        """source: where config and tokenizer of the model's folder come from; keep: how many
+        checkpoints stay; saved_as: the folder's dtype and max_pixels, as save_model takes them."""
+        self.run, self.source, self.rank, self.keep = run, source, rank, keep
+        self.saved_as = saved_as
+        self.folder = run.absolute() / "checkpoints"
+        self.writing: threading.Thread | None = None
+        self.failed: BaseException | None = None
+        self.group = None  # of its own: the thread that writes must not meet the loop's collectives
+        if torch.distributed.is_initialized():
+            self.group = torch.distributed.new_group(backend="gloo", timeout=dist.TIMEOUT)
+
+    def save(self, model: Qwen25VL, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Save weights, moments and `state` for the step that it names. All ranks must call this.
+
+        Raises ValueError where the save before this one could not be written; the older ones stay.
+        """
+        self.finish()
+        named = self.folder / f"step_{state['step']:06d}"
+        unfinished = named.with_name(f".{named.name}")
+        if named.exists():  # it has the same seed and step, and so it is the same
+            return
+        if self.rank == 0:
+            self._make_folder(unfinished)
+        dist.barrier()
+
+        # the model's folder: whole weights, gathered from all ranks one by one
+        weights = {}
+        for name, weight in model.named_parameters():
+            weight = dist.full(weight)
+            if self.rank == 0:
+                weights[name] = weight.to("cpu", self.saved_as["dtype"], copy=True)
+
+        # the checkpoint: each rank writes its shards
+        writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
+        writer.per_thread_copy_ahead = 0  # all is in the CPU's memory by then: no stream on GPU 0
+        ranks = {"process_group": self.group, "no_dist": self.group is None}
+        saved = dcp.async_save(tensors(model, optimizer), storage_writer=writer, **ranks)
+        work = (saved.result, unfinished, named, model, weights, state)
+        self.writing = threading.Thread(target=self._write, args=work)
+        self.writing.start()
+
+    def _make_folder(self, unfinished: Path) -> None:
+        """Make room for a new checkpoint; what a killed run has left is removed."""
+        for left in (*self.folder.glob(".step_*"), *self.run.glob(".model.[0-9]*")):
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            raise self._not_saved(error) from error
+
+    def _write(
+        self, saved: Callable, unfinished: Path, named: Path, model, weights: dict, state: dict
+    ) -> None:
+        """Finish a save, in the thread that writes."""
+        try:
+            saved()  # on rank 0 this means: every rank's shards are written
+            if self.rank > 0:
+                return
+            write_atomically(unfinished / "trainer.json", json.dumps(state, indent=2) + "\n")
+            for path in (*unfinished.iterdir(), unfinished):
+                sync(path)
+
+            # before the checkpoint has its name: a run that goes on from a named one may have no
+            # step left to do that would write the model again
+            save_model(model, self.run / "model", self.source, state=weights, **self.saved_as)
+            shutil.rmtree(named, ignore_errors=True)
+            unfinished.rename(named)
+            sync(self.folder)
+            for old in sorted(self.folder.glob("step_*"), key=step_of)[: -self.keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        except (Exception, dcp.CheckpointException) as error:  # raised where somebody waits for it
+            self.failed = error
+
+    def finish(self) -> None:
+        """Wait until all is on disk, on all ranks: rank 0 still writes the model when the shards of
+        the others are there."""
+        if self.writing is not None:
+            self.writing.join()
+            self.writing = None
+        if self.failed is not None:
+            error, self.failed = self.failed, None
+            raise self._not_saved(error) from error
+        dist.barrier()
+
+    def _not_saved(self, error: BaseException) -> ValueError:
+        return ValueError(f"{self.folder}: the checkpoint could not be saved ({reason(error)})")
+
+
+def newest_state(run: Path) -> tuple[Path, dict]:
+    """(folder, state) of a run's newest checkpoint. Raises ValueError where there is none."""
+    folder = latest(run)
+    if folder is None:
+        raise ValueError(f"{run}: no checkpoint to resume from")
+    try:
+        return folder, json.loads((folder / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: no checkpoint to resume from ({error})") from error
+
+
+def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> None:
+    """Fill `model` and `optimizer` from a checkpoint, on however many ranks it was saved.
+
+    Raises ValueError where it is damaged, or is another model's.
+    """
+    alone = not torch.distributed.is_initialized()
+    try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
+        dcp.load(tensors(model, optimizer), storage_reader=reader, no_dist=alone)
+    except (Exception, dcp.CheckpointException) as error:  # torch names no type for such a file
+        raise ValueError(
+            f"{folder}: the checkpoint does not fit this model or is damaged ({reason(error)})"
+        ) from error
+
+
+def export(folder: Path, out: Path) -> None:
+    """A run's model alone, in bfloat16, with how it was made (made.json): what assets/ holds."""
+    save_model(load_model(folder), out, source=folder, dtype=torch.bfloat16)
+    write_atomically(out / "made.json", (folder.parent / "run.json").read_text())
+
+
+if __name__ == "__main__":  # python -m nanosport.train.checkpoint out/rl/model out/nano
+    try:
+        export(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (ValueError, OSError, IndexError) as error:
+        sys.exit(f"error: {error}; usage: python -m nanosport.train.checkpoint RUN/model OUT")

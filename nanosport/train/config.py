@@ -1,0 +1,100 @@
+"""The flags that SFT and RL share, and which of them may differ when a run is resumed."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+from nanosport import cli
+from nanosport.cli import MAY_CHANGE, MAY_GROW, Above, AtLeast
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Every flag is compared with the resumed run's, unless it is marked beside the flag."""
+
+    model: str | None
+    """A model folder, or a Hugging Face hub id."""
+    data: Path
+    """JSON lines. The default is rendered where it is missing."""
+    out: Annotated[Path, MAY_CHANGE]
+    """The run's folder, with model/, log.jsonl, run.json and checkpoints/."""
+    steps: Annotated[int, AtLeast(1), MAY_GROW]
+    """Steps of the whole run. A resumed run may have more: its schedule goes on over all of
+    them."""
+    lr: Annotated[float, Above(0), MAY_CHANGE]
+    """Peak learning rate: linear warm-up, then cosine decay to a tenth."""
+    warmup: Annotated[int, AtLeast(0)]
+    """Steps until the learning rate is at its peak."""
+    weight_decay: float
+    save_every: Annotated[int, AtLeast(1), MAY_CHANGE]
+    """A checkpoint is saved after so many steps."""
+    adam_eps: float = 1e-8
+    """Adam divides by √v + this. At 1e-8 every weight moves by about lr, signal or noise; at ten
+    times the gradient's root mean square the update follows the gradient itself."""
+    max_grad_norm: Annotated[float, Above(0), MAY_CHANGE] = 1.0
+    """Larger gradients are scaled down to this norm."""
+    micro_tokens: Annotated[int, AtLeast(1), MAY_CHANGE] = 16_384
+    """A micro-batch holds so many tokens at most, on one rank; it changes memory, not gradients."""
+    share_prefix: Annotated[bool, MAY_CHANGE] = True
+    """Compute what episodes begin with alike once; it changes time and memory, not gradients."""
+    freeze_vision: bool = True
+    """Leave the vision tower as it is."""
+    freeze_projector: bool = True
+    """Leave the projector after the tower as it is (`visual.merger`)."""
+    max_pixels: Annotated[int | None, AtLeast(1)] = None
+    """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
+    recompute_every: Annotated[int, AtLeast(0), MAY_CHANGE] = 0
+    """1: recompute each layer in the backward pass instead of keeping its activations; 2: every
+    second layer; 0: none."""
+    offload_adam: Annotated[bool, MAY_CHANGE] = False
+    """Keep Adam's moments in the CPU's memory."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute in this; weights, gradients and Adam's moments are float32 always. None: bfloat16 on
+    a GPU, float32 on a CPU."""
+    seed: int = 0
+    keep: Annotated[int, AtLeast(1), MAY_CHANGE] = 2
+    """So many checkpoints are kept, the newest."""
+    stuck_after_s: Annotated[float, AtLeast(0), MAY_CHANGE] = 1800.0
+    """End the run where a stage of a step takes longer, and say on which rank; 0: never."""
+    resume: Annotated[bool, MAY_CHANGE] = False
+    """Go on from the newest checkpoint in `out`."""
+    overwrite: Annotated[bool, MAY_CHANGE] = False
+    """Replace the run in `out`."""
+
+    def check(self) -> None:
+        """Raise ValueError for values that no run can use."""
+        cli.check(self)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a frame's features never change, so that each frame is encoded once."""
+        return self.freeze_vision and self.freeze_projector
+
+
+def settings(cfg: TrainingConfig) -> dict[str, str]:
+    """What a resumed run is compared with: every flag but those that may change."""
+    marks = cli.marks(type(cfg))
+    names = [field.name for field in fields(cfg) if MAY_CHANGE not in marks[field.name]]
+    return {name: str(getattr(cfg, name)) for name in names}
+
+
+def check_resumed(cfg: TrainingConfig, saved: dict[str, str], run: Path) -> list[str]:
+    """Compare the flags with the `saved` ones of the run in folder `run`; returns a line for each
+    that has grown. A flag that the run did not have yet had its default then.
+
+    Raises ValueError that names the first flag which must not differ.
+    """
+    marks, defaults, grown = cli.marks(type(cfg)), settings(type(cfg)()), []
+    for name, value in settings(cfg).items():
+        before = saved.get(name, defaults[name])
+        if value == before:
+            continue
+        flag = cli.flag(name)
+        if MAY_GROW not in marks[name] or int(value) < int(before):
+            advice = (
+                "it may grow, not shrink" if MAY_GROW in marks[name] else "resume with the same"
+            )
+            raise ValueError(f"{flag} {value}: the run in {run} has {before}; {advice}")
+        schedule = f"the learning rate's schedule goes on over all {value} steps"
+        grown.append(f"{flag} grows from {before} to {value}: {schedule}")
+    return grown

@@ -1,0 +1,177 @@
+"""torchrun, in the few calls the loops need, and the model laid out over its processes. One process
+without torchrun is a world of one.
+
+FSDP2: each rank keeps its shard of the float32 weights, gradients and Adam moments. A layer's
+weights are gathered in the compute dtype when it runs, and its gradients summed in float32 after
+it. Over several nodes the shards stay inside a node (HSDP).
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nanosport.model.qwen2_5_vl import Qwen25VL
+
+TIMEOUT = timedelta(hours=2)
+"""A collective call may take so long; the watchdog (faults.py) ends what hangs sooner."""
+
+
+def start() -> tuple[int, int, torch.device]:
+    """Join torchrun's process group, and return (rank, world size, device).
+
+    One process on a GPU is a group of its own.
+    """
+    under_torchrun, world = "RANK" in os.environ, int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized() and (under_torchrun or on_gpu):
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        backend, where = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", {} if under_torchrun else alone
+        dist.init_process_group(backend, timeout=TIMEOUT, **where)
+    return rank, world, device
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def once(action: Callable[[], None]) -> None:
+    """Let rank 0 act, while the others wait."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        action()
+    barrier()
+
+
+def total(values: list[float], device="cpu") -> list[float]:
+    """Sums over all ranks, in float64."""
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def share(items: Sequence, rank: int) -> Sequence:
+    """The items of one rank: neighbours, as evenly as they go."""
+    world = world_size()
+    return items[rank * len(items) // world : (rank + 1) * len(items) // world]
+
+
+def gather(mine: Any) -> list[Any]:
+    """Every rank's object, on every rank."""
+    if not dist.is_initialized():
+        return [mine]
+    everyones = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, mine)
+    return everyones
+
+
+def gather_items(mine: list) -> tuple[list, list[int]]:
+    """(every rank's items, the rank that each comes from), on every rank."""
+    shares = gather(mine)
+    homes = [rank for rank, share in enumerate(shares) for _ in share]
+    return [item for share in shares for item in share], homes
+
+
+def check_shared(path: Path) -> None:
+    """Raise ValueError unless all ranks read in `path` what rank 0 has written: each puts its part
+    of a checkpoint beside it."""
+    barrier()
+    contents = gather(path.read_bytes() if path.is_file() else None)
+    if len(set(contents)) > 1:
+        raise ValueError(
+            f"{path.parent}: not the same folder for all ranks; give an --out that all nodes share"
+        )
+
+
+def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
+    """The compute dtype of a --dtype; None: bfloat16 on a GPU, float32 on a CPU."""
+    name = name or ("bfloat16" if device.type == "cuda" else "float32")
+    if name != "float32" and not dist.is_initialized():
+        raise ValueError(
+            f"--dtype {name}: a CPU computes in float32, unless torchrun starts the script"
+        )
+    return getattr(torch, name)
+
+
+def device_mesh(device: torch.device):
+    """The ranks among which a model is sharded: all, or on several nodes those of each node."""
+    from torch.distributed.device_mesh import init_device_mesh  # slow to import
+
+    world, local = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shape, names = (world,), ("gpu",)
+    if world > local > 1:
+        shape, names = (world // local, local), ("node", "gpu")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():  # a mesh makes its own groups with a shorter time-out
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+    return mesh
+
+
+def shard(model: Qwen25VL, dtype: torch.dtype, device: torch.device) -> Qwen25VL:
+    """Lay `model` out over the ranks; without a process group it stays as it is.
+
+    What is trained must be chosen before. Sharded are the decoder's layers, head and embedding, and
+    the blocks of a vision tower that is trained. A frozen tower is whole on every rank, in the
+    compute dtype: a rank may then encode a frame when it likes, without waiting for the others.
+    """
+    if not dist.is_initialized():
+        return model
+    from torch.distributed import fsdp  # slow to import
+
+    policy = fsdp.MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    how = {"mesh": device_mesh(device), "mp_policy": policy}
+    entrances, ignored = ["hidden"], set()
+    if any(weight.requires_grad for weight in model.visual.parameters()):
+        entrances.append("encode")
+        for block in [*model.visual.blocks, model.visual]:
+            fsdp.fully_shard(block, **how)
+    else:
+        ignored = set(model.visual.to(dtype).parameters())
+    for layer in model.model.layers:
+        fsdp.fully_shard(layer, **how)
+    if not model.cfg.tie_word_embeddings:
+        fsdp.fully_shard(model.lm_head, **how)  # the loss gathers it, no forward pass does
+
+    # the embedding is a shard again after the forward pass: where it is the head too, the loss
+    # gathers it as it gathers lm_head
+    fsdp.fully_shard(model, **how, reshard_after_forward=True, ignored_params=ignored)
+    for name in entrances:
+        fsdp.register_fsdp_forward_method(model, name)
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the loss is divided by global counts already …
+            module.set_force_sum_reduction_for_comms(True)  # … and gloo can only sum
+    return model
+
+
+def sharded(model: nn.Module) -> bool:
+    return any(hasattr(weight, "full_tensor") for weight in model.parameters())
+
+
+def full(weight: torch.Tensor) -> torch.Tensor:
+    """A weight in one piece, on every rank. All ranks must call it."""
+    weight = weight.detach()
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def trained_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, weight in one piece) of what is trained, one after the other. All ranks must go
+    through all of them."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            yield name, full(weight)

@@ -1,0 +1,125 @@
+"""What may go wrong in a long run: a stage that hangs, a cluster that wants its node back, a batch
+whose gradient is non-finite."""
+
+import faulthandler
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nanosport.files import write_atomically
+from nanosport.records import Episode
+
+MAX_SKIPPED = 5
+"""A run ends after so many skipped updates in a row."""
+
+
+class Stages:
+    """Names what this rank is doing, takes the time, and ends a process that is stuck in a stage.
+
+    Collective calls wait for the slowest rank without a word. Each rank then says where it stands,
+    and the one that stands elsewhere is the one to look at.
+    """
+
+    def __init__(self, rank: int, stuck_after_s: float):
+        """stuck_after_s: what a stage may take; 0 switches the watchdog off."""
+        self.rank, self.stuck_after_s = rank, stuck_after_s
+        self.step, self.stage, self.began = 0, "set-up", time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self.closed = threading.Event()
+        if stuck_after_s:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def new_step(self, step: int) -> None:
+        self.step, self.seconds = step, {}
+        self._enter("between stages")
+
+    @contextmanager
+    def __call__(self, stage: str):
+        self._enter(stage)
+        yield
+        if torch.cuda.is_available():  # else the work of this stage is billed to the next
+            torch.cuda.synchronize()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - self.began
+        self._enter("between stages")
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def _enter(self, stage: str) -> None:
+        self.stage, self.began = stage, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(10.0, self.stuck_after_s / 4)):
+            spent = time.monotonic() - self.began
+            if spent > self.stuck_after_s:
+                print(
+                    f"error: rank {self.rank} is stuck in step {self.step}, {self.stage}, for "
+                    f"{spent:.0f} s (--stuck-after-s {self.stuck_after_s:g}); below is where. "
+                    "The last checkpoint is whole: --resume goes on from it",
+                    file=sys.stderr,
+                )
+                # the real stderr: a test's stand-in has no file behind it
+                faulthandler.dump_traceback(file=sys.__stderr__)
+                sys.stderr.flush()
+                os._exit(1)  # a collective call that hangs, or C code, hears no exception
+
+
+class Preemption:
+    """SIGTERM, as a cluster sends it before it takes a node, becomes `asked`, for the loop to see.
+
+    torchrun passes it on, and kills what is still there 30 s later (--shutdown-timeout changes
+    that, in torch 2.13).
+    """
+
+    def __init__(self):
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+
+
+class Skips:
+    """Decides whether an update may be made: not where loss or gradient is non-finite."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.folder, self.rank, self.in_a_row = folder, rank, 0
+
+    def bad(self, step: int, loss: float, grad_norm: float, batch: Sequence[Episode]) -> bool:
+        """Whether to skip the update of `step`; all ranks decide alike, since both numbers are
+        global. Raises ValueError after MAX_SKIPPED in a row."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        path = self.folder / f"bad_batch_{step}_rank_{self.rank}.json"
+        write_atomically(path, json.dumps([dump(episode) for episode in batch]) + "\n")
+        if self.in_a_row == MAX_SKIPPED:
+            raise ValueError(
+                f"step {step}: loss {loss}, gradient {grad_norm}, for the {MAX_SKIPPED}th update "
+                f"in a row; nothing was learnt from them. The batch is in {path}. Lower --lr, then "
+                "go on with --resume from the last checkpoint"
+            )
+        return True
+
+
+def dump(episode: Episode) -> dict:
+    """An episode for people who look for what broke a step."""
+    question = episode.question
+    return {
+        "id": question.id,
+        "video": str(question.clip),
+        "frames": episode.frames,
+        "turns": [turn.text for turn in episode.turns],
+        "status": episode.status,
+        "tokens": len(episode.ids),
+        "trained_tokens": sum(episode.mask),
+        "lowest_logprob": min(episode.sampled_logp, default=0.0),
+    }

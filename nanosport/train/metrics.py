@@ -1,0 +1,90 @@
+"""What RL's log says of a step. docs/metrics.md says what each figure means."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.policy_loss import PolicyStats
+from nanosport.env.reward import Reward
+from nanosport.records import Episode
+from nanosport.train import dist
+from nanosport.train.pack import Batch
+from nanosport.train.training import Update
+
+
+def rollout_stats(episodes: Sequence[Episode], rewards: Sequence[Reward]) -> dict[str, float]:
+    """Means over a step's episodes."""
+    repeats = [any("already returned" in (t.error or "") for t in e.turns) for e in episodes]
+    sums = {
+        "reward": sum(r.total for r in rewards),
+        "accuracy": sum(r.accuracy for r in rewards),
+        "tool_reward": sum(r.tool * r.format for r in rewards),
+        "tool_rate": sum(r.used_tool for r in rewards),
+        "format_rate": sum(r.format for r in rewards),
+        "repeat_rate": sum(repeats),
+        "frames": sum(len(e.frames) for e in episodes),
+        "turns": sum(len(e.turns) for e in episodes),
+    }
+    return {name: value / len(episodes) for name, value in sums.items()}
+
+
+class TokenMeans:
+    """Means over a step's sampled tokens, of all ranks."""
+
+    NAMES = ("kl", "entropy", "clipped", "gap_text", "gap_image", "tokens", "image_tokens")
+
+    def __init__(self):
+        self.sums = dict.fromkeys(self.NAMES, 0.0)
+
+    def add(self, stats: PolicyStats, batch: Batch, old_logp_M: torch.Tensor | None) -> None:
+        """Add a micro-batch. old_logp_M None: `stats` has the policy before its update."""
+        after_image_M = batch.after_image_M
+        logp_M = stats.logp_M if old_logp_M is None else old_logp_M
+        gap_M = (logp_M - batch.sampled_logp_M).abs()
+        self.sums["kl"] += stats.kl_M.sum().item()
+        self.sums["entropy"] += stats.entropy_M.sum().item()
+        self.sums["clipped"] += stats.clipped_M.sum().item()
+        self.sums["gap_text"] += gap_M[~after_image_M].sum().item()
+        self.sums["gap_image"] += gap_M[after_image_M].sum().item()
+        self.sums["tokens"] += len(gap_M)
+        self.sums["image_tokens"] += after_image_M.sum().item()
+
+    def over_ranks(self, device) -> dict[str, float]:
+        """The means, by their names in the log. All ranks must call this."""
+        sums = dict(zip(self.NAMES, dist.total(list(self.sums.values()), device)))
+        tokens, image_tokens = sums["tokens"], sums["image_tokens"]
+        return {
+            "kl": sums["kl"] / tokens,
+            "clip_fraction": sums["clipped"] / tokens,
+            "entropy": sums["entropy"] / tokens,
+            "logprob_gap_text": sums["gap_text"] / max(1.0, tokens - image_tokens),
+            "logprob_gap_after_image": sums["gap_image"] / max(1.0, image_tokens),
+            "tokens": int(tokens),
+        }
+
+
+def log_row(
+    step: int, stats: dict, means: dict, updates: Sequence[Update], balance: float
+) -> dict[str, float]:
+    """A step's line of the log. balance: the share of the time in which the ranks do not wait."""
+    learnt = sum(update.loss for update in updates if not update.skipped)
+    return {
+        "step": step,
+        "loss": learnt / len(updates),
+        **stats,
+        **means,
+        "grad_norm": updates[-1].grad_norm,
+        "skipped": sum(update.skipped for update in updates),
+        "lr": updates[-1].lr,
+        "balance": balance,
+    }
+
+
+def check_gap(row: dict[str, float], most: float) -> None:
+    """Raise ValueError where sampler and trainer are not the same model any more."""
+    text, after_image = row["logprob_gap_text"], row["logprob_gap_after_image"]
+    if not row["skipped"] and not max(text, after_image) <= most:
+        raise ValueError(
+            f"step {row['step']}: rollout and trainer log-probs differ by {text:.3f} (text) and "
+            f"{after_image:.3f} (after images) on average, above --max-logprob-gap {most}"
+        )

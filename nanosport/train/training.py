@@ -1,0 +1,181 @@
+"""One run of either stage: set-up, resume, steps, update, log, save.
+
+training = Training(cfg, "SFT")
+training.load()
+for step in training.steps():          # saves after a step if it is time to, ends on SIGTERM
+    with training.stage("train"): …    # takes the time; a stage that hangs is named
+    training.update(step, loss, episodes)
+    training.log({…}, shown=("loss",))
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from nanosport.cli import Preempted
+from nanosport.image import ImageConfig
+from nanosport.model.folder import load_model, resolve
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import Episode
+from nanosport.train import checkpoint, dist, optim
+from nanosport.train.checkpoint import Checkpoints
+from nanosport.train.config import TrainingConfig, check_resumed, settings
+from nanosport.train.deal import deal, make_units
+from nanosport.train.faults import Preemption, Skips, Stages
+from nanosport.train.pack import Batch, pack
+from nanosport.train.run import Run
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer update has come to."""
+
+    loss: float
+    """The loss of all ranks."""
+    grad_norm: float
+    """The gradient's norm before it was clipped."""
+    lr: float
+    skipped: bool
+    """Nothing was learnt, since loss or gradient was non-finite."""
+
+
+class Training:
+    """A run: this process and its device, the model on it, the run's folder, and its state."""
+
+    def __init__(self, cfg: TrainingConfig, title: str):
+        """Join torchrun's processes. title: the stage's name, for the progress bar."""
+        cfg.check()
+        self.cfg, self.title = cfg, title
+        self.rank, self.world, self.device = dist.start()
+        self.dtype = dist.dtype_of(cfg.dtype, self.device)
+        self.state: dict = {"step": 0}
+        """What a checkpoint remembers beside weights and moments; `step` is the one to do next."""
+
+    def load(self) -> None:
+        """Open the run's folder and load the model; with --resume, as the newest checkpoint has it.
+
+        Raises ValueError where the folder or the model cannot be used, or the flags do not fit the
+        resumed run.
+        """
+        cfg = self.cfg
+        torch.manual_seed(cfg.seed)
+        self.source = resolve(cfg.model)
+        self.run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if self.rank == 0 else None
+        dist.check_shared(cfg.out / "run.json")
+        self.stage = Stages(self.rank, cfg.stuck_after_s)
+        self.preemption, self.skips = Preemption(), Skips(cfg.out, self.rank)
+        self.build(load_model(self.source, self.device))
+        if cfg.resume:
+            self._resume()
+        saved_as = {"dtype": self.dtype, "max_pixels": cfg.max_pixels}
+        self.checkpoints = Checkpoints(cfg.out, self.source, self.rank, cfg.keep, **saved_as)
+        self.image = ImageConfig.from_folder(self.source, cfg.max_pixels)
+        self.encoder = FrameEncoder(self.model, self.image, cfg.frozen)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint."""
+        folder, state = checkpoint.newest_state(self.cfg.out)
+        grown = check_resumed(self.cfg, state.pop("settings"), self.cfg.out)
+        checkpoint.load(folder, self.model, self.optimizer)
+        self.state |= state
+        if self.run:
+            self.run.rewind(self.state["step"])
+            for line in grown:
+                print(line)
+
+    def build(self, model) -> None:
+        """Lay `model` out over the ranks, and build its optimizer."""
+        cfg = self.cfg
+        model.recompute_every = model.visual.recompute_every = cfg.recompute_every
+        optim.trainable(model, cfg.freeze_vision, cfg.freeze_projector)
+        self.model = dist.shard(model, self.dtype, self.device)
+        self.optimizer = optim.build(self.model, cfg.weight_decay, cfg.adam_eps, cfg.offload_adam)
+
+    def steps(self) -> Iterator[int]:
+        """Yield each step that is still to do; after it save, if it is time to or SIGTERM has come.
+
+        Raises Preempted after SIGTERM.
+        """
+        cfg, first = self.cfg, self.state["step"]
+        numbers, hidden = range(first, cfg.steps), self.rank > 0
+        self.bar = tqdm(numbers, self.title, cfg.steps, initial=first, disable=hidden)
+        for step in self.bar:
+            self.stage.new_step(step)
+            yield step
+            done, stopping = step + 1, self.preempted()
+            if done % cfg.save_every == 0 or done == cfg.steps or stopping:
+                self.save(done)
+            if stopping and done < cfg.steps:
+                self._stop(f"after step {step}, which is saved")
+
+        # what the last save writes in the background must be whole before any rank leaves
+        self.checkpoints.finish()
+        self.stage.close()
+        if self.run:
+            self.run.close()
+            print(f"{self.title} model in {self.run.model}")
+        dist.barrier()
+
+    def deal(
+        self, episodes: Sequence[Episode], together: int, homes: Sequence[int]
+    ) -> tuple[list[tuple[list[int], bool]], float]:
+        """This rank's micro-batches as (numbers of its episodes, whether they count), and how
+        evenly the ranks are loaded."""
+        cfg, model = self.cfg, self.model.cfg
+        units = make_units(episodes, together, homes, model, cfg.micro_tokens, cfg.share_prefix)
+        dealt, balance = deal(units, self.world, cfg.micro_tokens, cfg.frozen)
+        # where there are more ranks than units, one idles on another's episode: all ranks go
+        # through the layers together
+        return [(numbers or [0], bool(numbers)) for numbers in dealt[self.rank]], balance
+
+    def pack(self, episodes: Sequence[Episode], encoder: FrameEncoder) -> Batch:
+        """A packed batch of `episodes` on this rank's device."""
+        return pack(episodes, encoder, self.model.cfg, self.device, self.cfg.share_prefix)
+
+    def update(self, step: int, loss_sum: float, episodes: Sequence[Episode]) -> Update:
+        """Clip the gradients, and take an optimizer step unless loss or gradient is non-finite.
+
+        loss_sum: this rank's part of the loss. episodes: those of all ranks, for the report of a
+        batch that broke the step.
+        """
+        cfg = self.cfg
+        with self.stage("update"):
+            (loss,) = dist.total([loss_sum], self.device)
+            grad_norm = optim.clip(self.model, cfg.max_grad_norm)
+            lr = optim.set_lr(self.optimizer, step, cfg.lr, cfg.warmup, cfg.steps)
+            skipped = self.skips.bad(step, loss, grad_norm, episodes)
+            if not skipped:
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+        return Update(loss, grad_norm, lr, skipped)
+
+    def log(self, row: dict, shown: Sequence[str]) -> None:
+        """Write a step's line, with its stages' seconds; `shown` stands beside the bar too."""
+        if self.run:
+            stages = self.stage.seconds.items()
+            seconds = {f"seconds_{stage.replace(' ', '_')}": spent for stage, spent in stages}
+            self.run.write({**row, **seconds})
+            self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
+
+    def preempted(self) -> bool:
+        """Whether SIGTERM has reached any rank. All ranks must ask."""
+        return dist.total([float(self.preemption.asked)], self.device)[0] > 0
+
+    def save(self, next_step: int) -> None:
+        """Save a checkpoint in the background, and the model's folder with it."""
+        with self.stage("save"):
+            self.state["step"] = next_step
+            state = {**self.state, "settings": settings(self.cfg)}
+            self.checkpoints.save(self.model, self.optimizer, state)
+
+    def stop_inside(self, step: int) -> None:
+        """End the run in a step whose update has not begun: an update takes long, and without it
+        the step can be done again. Raises Preempted."""
+        self.save(step)
+        self._stop(f"in step {step}; what was before it is saved")
+
+    def _stop(self, where: str) -> None:
+        self.checkpoints.finish()
+        raise Preempted(f"stopped by SIGTERM {where}, --resume goes on")

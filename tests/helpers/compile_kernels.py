@@ -1,0 +1,76 @@
+"""Compiles every Triton kernel for A100 (sm_80) and H100/H200 (sm_90) with the block and warps it
+is launched with, without a GPU.
+
+Prints a line a variant: registers, spilled bytes. Ends with an error where anything spills. A
+process of its own, since one process cannot both interpret and compile.
+"""
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.policy_row import BLOCK, NUM_WARPS, row_kernel
+
+INTEGERS = ("V", "row_stride", "out_stride")
+
+
+def compile_row(arch: int, dtype: str, flags: dict, aligned: bool) -> tuple[int, int]:
+    """(registers, stack bytes) of one variant."""
+    signature, attrs = {}, {}
+    constants = flags | {"BLOCK": BLOCK}
+    for k, name in enumerate(row_kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64"}.get(name, "*fp32")
+            attrs[(k,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32" if name in INTEGERS else "fp32"
+            if aligned and name in INTEGERS:
+                attrs[(k,)] = [["tt.divisibility", 16]]
+    source = ASTSource(row_kernel, signature, constants, attrs)
+    binary = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": NUM_WARPS}
+    ).asm["cubin"]
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    return int(found[1]), int(found[2])
+
+
+def main() -> None:
+    spills = 0
+    names = ("HAS_OLD", "HAS_REF", "HAS_SAMPLED", "HAS_RATIO", "LIKELIHOOD", "GRADIENT")
+    variants = [
+        dict.fromkeys(names, False),
+        {n: n != "LIKELIHOOD" for n in names},
+        dict.fromkeys(names, True),
+    ]
+    variants.append(dict.fromkeys(names, False) | {"LIKELIHOOD": True, "GRADIENT": True})
+    for arch, dtype, flags, aligned in itertools.product(
+        (80, 90), ("bf16", "fp32"), variants, (True, False)
+    ):
+        registers, stack = compile_row(arch, dtype, flags, aligned)
+        on = " ".join(n for n in names if flags[n]) or "log-probs only"
+        print(
+            f"sm_{arch} {dtype} aligned={aligned} {on}: {registers} registers, {stack} bytes spilled"
+        )
+        spills += stack > 0
+    if spills:
+        sys.exit(f"{spills} variants spill")
+
+
+if __name__ == "__main__":
+    main()

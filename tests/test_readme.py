@@ -1,0 +1,113 @@
+"""What README and docs promise is there: files, commands, flags, figures."""
+
+import importlib.util
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import infer
+import rl
+import train
+from data_prep import check, convert, difficulty, distill, look, split
+from nanosport.bench.demo import seeds_table
+from nanosport.env.reward import Reward
+from nanosport.plan import __main__ as plan
+from nanosport.records import Episode, Question, Turn
+from nanosport.train.metrics import TokenMeans, log_row, rollout_stats
+from nanosport.train.training import Update
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+SCRIPTS = {"train.py": train, "rl.py": rl, "eval.py": evaluation, "infer.py": infer}
+MODULES = {
+    f"data_prep.{module.__name__.rpartition('.')[2]}": module
+    for module in (check, convert, difficulty, distill, look, split)
+} | {"nanosport.plan": plan}
+EVERYWHERE = ("--nproc-per-node", "--shutdown-timeout", "--help", "--flag")  # torchrun's, tyro's
+
+
+def prose(page: str) -> str:
+    """A page without code blocks, tables, headings, pictures and the targets of links."""
+    page = re.sub(r"```.*?```", "", page, flags=re.S)
+    lines = [line for line in page.splitlines() if not line.startswith(("|", "!", "#"))]
+    return re.sub(r"\]\([^)]*\)", "]", "\n".join(lines))
+
+
+def test_the_readme_is_an_invitation():
+    text = re.sub(r"`[^`]*`", "code", prose(README))
+    sentences = [s for s in re.split(r"(?<=[.:!?])\s+", text) if len(s.split()) > 1]
+    lengths = [len(sentence.split()) for sentence in sentences]
+    assert len(prose(README).split()) <= 900
+    assert sum(lengths) / len(lengths) <= 20 and max(lengths) <= 40
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_path_that_is_named_is_there(name):
+    code = re.sub(r"```.*?```", "", PAGES[name], flags=re.S)
+    named = re.findall(r"`((?:nanosport|kernels|data_prep|docs|tests|assets)/[\w./-]*)`", code)
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", code)
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    assert all((ROOT / path).exists() for path in named), named
+    assert all((folder / path).exists() for path in targets), targets
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_command_and_its_flags_are_there(name):
+    blocks = "\n".join(re.findall(r"```sh\n(.*?)```", PAGES[name], flags=re.S))
+    inline = "\n".join(re.findall(r"`(python -m [^`]+)`", PAGES[name]))
+    lines = [line.partition("   #")[0] for line in f"{blocks}\n{inline}".splitlines()]
+    for command in (part for line in lines for part in line.split("&&")):
+        module = re.search(r"python -m ([\w.]+)", command)
+        script = re.search(r"(\w+\.py)\b", command)
+        if module:
+            assert importlib.util.find_spec(module[1]), command
+            config = getattr(MODULES.get(module[1]), "Config", None)
+        elif script and script[1] in SCRIPTS:
+            config = SCRIPTS[script[1]].Config
+        else:
+            continue
+        if config:
+            known = {f"--{field.name.replace('_', '-')}" for field in fields(config)}
+            asked = set(re.findall(r"--[a-z][a-z-]*", command)) - set(EVERYWHERE)
+            assert asked <= known, (command, asked - known)
+
+
+def test_every_flag_of_a_table_is_a_flag():
+    known = {
+        f"--{field.name.replace('_', '-')}"
+        for module in (*SCRIPTS.values(), *MODULES.values())
+        for field in fields(module.Config)
+    } | {"--url", *EVERYWHERE}
+    for name, page in PAGES.items():
+        flags = {re.sub(r"^--no-", "--", f) for f in re.findall(r"`(--[a-z][a-z-]*)", page)}
+        assert flags <= known, (name, flags - known)
+
+
+def test_every_metric_is_explained_and_no_other():
+    episode = Episode(
+        Question("q", "v", "soccer", "rules", "?", (), "a"),
+        (1,), (1,), (0.0,), (3,), (Turn("a", "answer", tokens=(0, 1)),), "answered", "a",
+    )  # fmt: skip
+    means = TokenMeans()
+    means.sums |= dict.fromkeys(means.NAMES, 1.0)
+    stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0)])
+    row = log_row(0, stats, means.over_ranks("cpu"), [Update(1.0, 1.0, 0.1, False)], 1.0)
+    page = PAGES["metrics.md"]
+    of_rl, rest = page.split("## `log.jsonl` of `train.py`")
+    explained = set(re.findall(r"^\| `(\w+)`", of_rl, flags=re.M))
+    assert explained == set(row)
+    of_eval = rest.split("## The report of `eval.py`")[1]
+    figures = set(evaluation.figures([episode], [1.0])) - set(evaluation.DIMENSIONS)
+    assert set(re.findall(r"`(\w+)`", of_eval)) == figures
+
+
+def test_the_table_is_made_of_the_committed_figures():
+    reports = [
+        json.loads(path.read_text()) for path in sorted(ROOT.glob("results/demo/seed*.json"))
+    ]
+    assert len(reports) == 3 and seeds_table(reports) in README
