@@ -14,6 +14,7 @@ goes on from there and trusts it. A line holds
     frames_promised     what the header says of the whole file; null where it says nothing, and for
                         a part of a file
     frames              that are there and decode
+    span_outside        whether span_s ends after the video; what is there of it is used
     window_outside      whether a record's window ends after the last of them; such records are kept
     duration_s, fps, width, height, rotation (degrees counter-clockwise; null for stills), backend
     seconds             the check took
@@ -38,8 +39,9 @@ from tqdm import tqdm
 from nanosport import cli
 from nanosport.cli import Above, AtLeast
 from nanosport.files import writing
+from nanosport.image import ImageConfig, check_shape
 from nanosport.records import Clip, stream_records
-from nanosport.video import Video
+from nanosport.video import Video, load_decoders
 
 NUM_FRAMES = 8
 
@@ -65,12 +67,16 @@ def examine(path: str, span_s: tuple[float, float] | None, timeout_s: float) -> 
     """What the report says of one clip, besides its name."""
     began = time.monotonic()
     try:
-        video = Video(path, timeout_s=timeout_s, span_s=span_s)
+        video = Video(path, timeout_s=timeout_s)
+        check_shape(video, ImageConfig())
+        end_s = video.end_s
+        video = video if span_s is None else video.part(span_s)
         video.frames(video.sample(NUM_FRAMES))
         found = {
             "usable": True,
             "frames_promised": video.frames_promised if span_s is None else None,
             "frames": video.num_frames,
+            "span_outside": span_s is not None and span_s[1] > end_s + 1 / video.fps,
             "duration_s": round(float(video.times_s[-1]), 3),
             "fps": round(video.fps, 3),
             "width": video.width,
@@ -88,9 +94,9 @@ def examine(path: str, span_s: tuple[float, float] | None, timeout_s: float) -> 
 
 
 def _work(pipe: Connection, timeout_s: float) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is the parent's, which then ends its workers
+    # Ctrl-C is the parent's, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    load_decoders()
     pipe.send("ready")
     while True:
         try:
@@ -267,11 +273,12 @@ def write_report(cfg: Config, report: Path, last: dict[Clip, int]) -> None:
 def sum_up(report: Path, last: dict[Clip, int]) -> dict[Clip, int]:
     """Print what the report says of the clips of `last`; returns their frames, 0 where a clip is
     unusable."""
-    frames, reasons, short = dict.fromkeys(last, 0), Counter(), 0
+    frames, reasons, short, cut = dict.fromkeys(last, 0), Counter(), 0, []
     for clip, row in read_report(report):
         if clip in last and row["usable"]:
             frames[clip] = row["frames"]
             short += row["frames"] < (row["frames_promised"] or 0)
+            cut += [str(clip)] if row.get("span_outside") else []
         elif clip in last:
             reasons[re.sub(r"(?<= )\d[\d.x]*", "…", row["reason"])] += 1
     unusable = reasons.total()
@@ -281,6 +288,9 @@ def sum_up(report: Path, last: dict[Clip, int]) -> dict[Clip, int]:
     )
     for reason, count in reasons.most_common(20):
         print(f"{count:8}  {reason}")
+    if cut:
+        named = ", ".join(cut[:3]) + (", …" if cut[3:] else "")
+        print(f"{len(cut)} clips end after their video, and are shorter than they say: {named}")
     return frames
 
 

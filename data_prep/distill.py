@@ -104,24 +104,24 @@ def play(question: Question, endpoint: Endpoint, limits: Limits, cfg: Config) ->
                 break
             text = close_tag(reply.text)
             turn = env.step(text, cut=None if reply.finished else cfg.max_new_tokens)
-            messages += answer_messages(text, turn, video)
+            messages += answer_messages(text, turn, env)
         yield env.episode()
 
 
 def opening(env: Env) -> list[dict]:
     """The messages before the first turn."""
     video = env.video
-    asked = prompt.question_text(env.question, video.num_frames, video.fps)
-    content = [*pictures(video, env.overview), {"type": "text", "text": asked}]
+    asked = prompt.question_text(env.question, video.num_frames, env.fps)
+    content = [*pictures(env, env.overview), {"type": "text", "text": asked}]
     return [
         {"role": "system", "content": prompt.SYSTEM},
         {"role": "user", "content": content},
     ]
 
 
-def answer_messages(text: str, turn: Turn, video: Video) -> list[dict]:
+def answer_messages(text: str, turn: Turn, env: Env) -> list[dict]:
     """A turn as a message, and what comes back for it as the next."""
-    shown = pictures(video, turn.frames) or [{"type": "text", "text": f"error: {turn.error}\n"}]
+    shown = pictures(env, turn.frames) or [{"type": "text", "text": f"error: {turn.error}\n"}]
     start, end = (
         {"type": "text", "text": tag} for tag in ("<tool_response>\n", "</tool_response>")
     )
@@ -129,12 +129,12 @@ def answer_messages(text: str, turn: Turn, video: Video) -> list[dict]:
     return [said, {"role": "user", "content": [start, *shown, end]}]
 
 
-def pictures(video: Video, indices: Sequence[int]) -> list[dict]:
+def pictures(env: Env, indices: Sequence[int]) -> list[dict]:
     """Each frame after its label, as parts of a message: a JPEG in a data URL."""
     parts = []
-    for index, frame_CHW in zip(indices, video.frames(indices)):
+    for index, frame_CHW in zip(indices, env.video.frames(indices)):
         url = "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(frame_CHW)).decode()
-        parts.append({"type": "text", "text": f"frame {index}:"})
+        parts.append({"type": "text", "text": prompt.label(index, env.times_s)})
         parts.append({"type": "image_url", "image_url": {"url": url}})
     return parts
 

@@ -153,7 +153,7 @@ def time_line(
 def conversation(env: Env, messages: Sequence[str]) -> str:
     """The turns as HTML, with what the environment says to them: `replay` without a model."""
     question, video = env.question, env.video
-    asked = question_text(question, video.num_frames, video.fps)
+    asked = question_text(question, video.num_frames, env.fps)
     parts = [f"<pre>{escape(asked)}</pre>"]
     for message in messages:
         if env.status is not None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanosport.video import VideoError
+from nanosport.video import Video, VideoError
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,25 @@ class ImageConfig:
         )
 
 
+MAX_RATIO = 200
+"""Qwen2-VL's rule: a frame's long side is at most so many times the short one."""
+
+
+def check_shape(video: Video, cfg: ImageConfig) -> None:
+    """Raise VideoError where the frames' shape cannot become patches: the doctor and every run ask
+    here."""
+    try:
+        smart_resize(video.height, video.width, cfg)
+    except VideoError as error:
+        raise VideoError(f"{video.path}: {error}") from None
+
+
 def smart_resize(height: int, width: int, cfg: ImageConfig) -> tuple[int, int]:
     """(height, width) in multiples of a merged patch's side, within the pixel bounds: Qwen2-VL's
     published rule."""
-    if max(height, width) > 200 * min(height, width):
-        raise VideoError(
-            f"frames of {width}x{height}: the sides' ratio must be at most 200; crop the video"
-        )
+    if max(height, width) > MAX_RATIO * min(height, width):
+        rule = f"the sides' ratio must be at most {MAX_RATIO}; crop the video"
+        raise VideoError(f"frames of {width}x{height}: {rule}")
     factor = cfg.patch_size * cfg.merge_size
     h, w = round(height / factor) * factor, round(width / factor) * factor
     if h * w > cfg.max_pixels:

@@ -6,13 +6,14 @@
 
 PyAV (which brings its own FFmpeg) scans every file once for presentation times and key frames,
 without decoding. Frame i is then reached by a seek to the key frame before it. torchcodec, where it
-loads, decodes the plain case from that same index; all else stays with PyAV, so that both give the
-same frames bit for bit.
+loads, decodes the plain case from that same index, in the containers that keep each frame's time;
+all else stays with PyAV, so that both give the same frames bit for bit.
 
 Shape letters: F frames, C channels, H height, W width.
 """
 
 import bisect
+import copy
 import io
 import json
 import math
@@ -33,7 +34,10 @@ MAX_PIXELS = 1920 * 1088
 """Larger frames are scaled down while decoding: 8 frames of 8K would take 850 MB, these 50 MB."""
 MAX_CODED_PIXELS = 2**26
 """A larger frame (8K is 2**25) is refused: a few kB of file can ask for gigabytes."""
-IMAGES = (".jpg", ".jpeg", ".png")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+"""Containers that keep the time of each frame; in others torchcodec finds other frames."""
+PLAYLISTS = (b"ffconcat", b"#extm3u")
 
 
 class VideoError(ValueError):
@@ -61,16 +65,17 @@ class Video:
     come as a player shows them: rotated, with square pixels, all of the first one's size, at most
     MAX_PIXELS.
 
-    path: a video file; a folder of .jpg, .jpeg or .png frames in natural order (frame_2 before
-    frame_10); or one such image, a video of one frame. timeout_s: the limit for each call, opening
+    path: a video file; a folder of frames (IMAGES) in natural order (frame_2 before frame_10); or
+    one such image, a video of one frame. timeout_s: the limit for each call, opening
     included. backend: "torchcodec", "pyav", or None for the best that loads; damaged, resized and
     >8-bit videos are PyAV's in any case. fps: the rate of a folder of frames, which carries none.
-    span_s: only the frames from the first time to the second, in seconds; frame 0 is then the first
-    of these.
+    span_s: only the frames on screen from the first time to the second, in seconds as a player
+    counts them; frame 0 is then the first of these.
 
     Attributes: num_frames (that do decode), height, width, fps (average), times_s (float64, 0 at
-    the first), backend (which reads: "torchcodec", "pyav" or "folder"); of a file also rotation
-    (degrees counter-clockwise) and frames_promised (by its header), None where it says nothing.
+    the first), start_s (when a player shows the first), backend (which reads: "torchcodec", "pyav"
+    or "folder"); of a file also rotation (degrees counter-clockwise) and frames_promised (by its
+    header), None where it says nothing.
     """
 
     def __init__(
@@ -85,7 +90,7 @@ class Video:
             raise ValueError(f"backend {backend!r}: must be None, 'torchcodec' or 'pyav'")
         if not 0 < fps < math.inf:
             raise ValueError(f"fps {fps}: must be positive and finite")
-        self.path, self.timeout_s, self._offset = Path(path), timeout_s, 0
+        self.path, self.timeout_s, self._offset, self.start_s = Path(path), timeout_s, 0, 0.0
         self.rotation = self.frames_promised = None
         if self.path.is_dir() or self.path.suffix.lower() in IMAGES:
             self._index_images(fps)
@@ -142,13 +147,35 @@ class Video:
             rgb = self._read_file(wanted, deadline)
         return torch.stack([rgb[i] for i in indices])
 
+    def part(self, span_s: tuple[float, float]) -> "Video":
+        """The frames on screen between two times, read through the same index."""
+        part = copy.copy(self)
+        part._keep_span(*span_s)
+        return part
+
+    @property
+    def end_s(self) -> float:
+        """When a player has shown the last frame."""
+        return float(self.start_s + self.times_s[-1] + 1 / self.fps)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether each frame's time follows from its index and the rate."""
+        expected_s = np.arange(self.num_frames) / self.fps
+        return bool(np.abs(self.times_s - expected_s).max() < 1 / self.fps)
+
     def _keep_span(self, start_s: float, end_s: float) -> None:
-        inside = np.flatnonzero((self.times_s >= start_s) & (self.times_s <= end_s))
-        if not len(inside):
-            span, last = f"{start_s:g} s and {end_s:g} s", self.times_s[-1]
-            raise VideoError(f"{self.path}: no frame between {span}; its last is at {last:.2f} s")
-        self._offset, self.num_frames = int(inside[0]), len(inside)
-        self.times_s = self.times_s[inside] - self.times_s[inside[0]]
+        at_s = self.times_s + self.start_s
+        if end_s < at_s[0] or start_s >= self.end_s:
+            span = f"{start_s:g} s and {end_s:g} s"
+            has = f"it shows frames from {at_s[0]:.2f} s to {self.end_s:.2f} s"
+            raise VideoError(f"{self.path}: no frame between {span}; {has}")
+        ends = np.searchsorted(at_s, (start_s + 1e-6, end_s + 1e-6), side="right")
+        first = max(0, int(ends[0]) - 1)  # the frame that is on screen when the span begins
+        last = max(first + 1, int(ends[1]))
+        self._offset, self.num_frames = self._offset + first, last - first
+        self.start_s = float(at_s[first])
+        self.times_s = self.times_s[first:last] - self.times_s[first]
 
     def _deadline(self) -> float:
         return time.monotonic() + self.timeout_s
@@ -160,9 +187,10 @@ class Video:
                 "raise timeout_s or cut the video shorter"
             )
 
-    def _set_size(self, frame, pixel_ratio) -> None:
+    def _set_size(self, frame, pixel_ratio, orientation: tuple[int, bool]) -> None:
         """Set the size that every frame is shown in, from the first one."""
-        width, height, self._turns = frame.width, frame.height, round(frame.rotation / 90) % 4
+        width, height = frame.width, frame.height
+        self._turns, self._mirrored = orientation
         # Square pixels: the short side grows. Not under a rotation: players disagree on which axis
         # is then meant.
         if pixel_ratio and 1 / 4 < pixel_ratio < 4 and not self._turns:
@@ -180,6 +208,7 @@ class Video:
         """An av frame as it is shown: (3, H, W) uint8."""
         width, height = self._size
         rgb_HWC = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height))
+        rgb_HWC = rgb_HWC.flip(1) if self._mirrored else rgb_HWC
         return rgb_HWC.rot90(self._turns).permute(2, 0, 1)
 
     # A folder of frames: they are known by their names.
@@ -188,7 +217,7 @@ class Video:
         self._images = _image_paths(self.path)
         self.backend, self.num_frames, self.fps = "folder", len(self._images), float(fps)
         self.times_s = np.arange(self.num_frames) / self.fps
-        self._set_size(_image(self._images[0]), None)
+        self._set_size(_image(self._images[0]), None, _exif_orientation(self._images[0]))
 
     def _read_images(self, wanted: list[int], deadline: float) -> dict[int, torch.Tensor]:
         rgb = {}
@@ -201,11 +230,13 @@ class Video:
     # where that is None. What holds of its packets decides what is trusted, and that who decodes:
     #
     #   what holds                                              is trusted    else
-    #   all shown have times of their own, there are key        key frames    decode from the start
-    #     frames, none is corrupt
+    #   all shown have times of their own and not their         key frames    decode from the start
+    #     decoder's order, there are key frames, none is
+    #     corrupt
     #   and the first decodes at its time; the header counts    times         decode all, and count
     #     as many, or the last ones decode
-    #   and none is hidden, and the pixels need no conversion   torchcodec    PyAV decodes
+    #   and none is hidden, the container is TIMED, and the     torchcodec    PyAV decodes
+    #     pixels need no conversion and no mirror
 
     def _index_file(self, has_torchcodec: bool, deadline: float) -> None:
         with _open(self.path, self.timeout_s) as (container, stream):
@@ -216,7 +247,11 @@ class Video:
             ]
             rate, time_base = float(stream.average_rate or 25), stream.time_base
             num_promised, pixel_ratio = stream.frames, stream.sample_aspect_ratio
-            self._stream = stream.index
+            self._stream, container_s = stream.index, (container.start_time or 0) / 1e6
+            is_timed = container.format.name in TIMED
+            # what AVI has no times for, its reader counts in the order of decoding
+            lags = {p.pts - p.dts for p in packets if None not in (p.pts, p.dts)}
+            is_guessed = stream.codec_context.has_b_frames and len(lags) == 1 and not is_timed
         timed = [p for p in packets if p.pts is not None]
         shown = sorted((p for p in timed if not p.is_hidden), key=lambda p: p.pts)
         keys = sorted((p.pts, p.pts if p.dts is None else p.dts) for p in timed if p.is_key)
@@ -224,6 +259,7 @@ class Video:
         # key frames
         own_times = len({p.pts for p in shown}) == sum(not p.is_hidden for p in packets)
         trusted = bool(own_times and keys and shown) and not any(p.is_corrupt for p in packets)
+        trusted = trusted and not is_guessed
         self._keys, self._pts, self.backend = (
             keys if trusted else [],
             [p.pts for p in shown],
@@ -233,29 +269,35 @@ class Video:
         if first is None:
             what = "no frame can be decoded (encrypted, damaged or empty)"
             raise VideoError(f"{self.path}: {what}; download or convert it anew")
-        self._set_size(first, pixel_ratio)
-        self.rotation, self.frames_promised = round(first.rotation) % 360, num_promised or None
+        self._set_size(first, pixel_ratio, _orientation(first))
+        self.rotation, self.frames_promised = 90 * self._turns, num_promised or None
 
         # times: few formats have a count; to decode all is slow, and the only truth about damage
         trusted = trusted and first.pts == self._pts[0]
         trusted = trusted and (num_promised == len(packets) or self._last_decode(deadline))
         if not trusted:
-            self._pts = [frame.pts for frame in self._decode(None, deadline)]
-        self._set_times(rate, time_base)
+            frames = self._decode(None, deadline)
+            self._pts = [None if is_guessed else frame.pts for frame in frames]
+        self._set_times(rate, time_base, container_s)
 
-        # torchcodec resizes, and converts more than 8 bits, with other pixels than PyAV
-        same_pixels = self._size == (first.width, first.height)
+        # torchcodec resizes, mirrors, and converts more than 8 bits, with other pixels than PyAV
+        same_pixels = self._size == (first.width, first.height) and not self._mirrored
+        same_pixels = same_pixels and round(first.rotation) % 360 == self.rotation
         same_pixels = same_pixels and all(c.bits == 8 for c in first.format.components)
-        if has_torchcodec and trusted and len(shown) == len(packets) and same_pixels:
+        is_plain = trusted and is_timed and len(shown) == len(packets) and same_pixels
+        if has_torchcodec and is_plain:
             index = [{"pts": p.pts, "duration": p.duration, "key_frame": +p.is_key} for p in shown]
             self.backend, self._mapping = "torchcodec", json.dumps({"frames": index})
+            self._time_base = float(time_base)
 
-    def _set_times(self, rate: float, time_base) -> None:
+    def _set_times(self, rate: float, time_base, container_s: float) -> None:
+        """Set the frames' times; container_s: the time at which a player starts its clock."""
         self.num_frames, self.fps = len(self._pts), rate
         if None in self._pts or self._pts != sorted(set(self._pts)):  # none, or they run backwards
             self._pts, self.times_s = None, np.arange(self.num_frames) / rate
             return
         self.times_s = np.array([float((pts - self._pts[0]) * time_base) for pts in self._pts])
+        self.start_s = max(0.0, float(self._pts[0] * time_base) - container_s)
         if self.num_frames > 1:
             self.fps = float((self.num_frames - 1) / self.times_s[-1])
 
@@ -344,7 +386,11 @@ class Video:
         for start in range(0, len(wanted), 8):  # small bites: it cannot be interrupted
             self._check(deadline)
             part = wanted[start : start + 8]
-            rgb.update(zip(part, decoder.get_frames_at(part).data, strict=True))
+            frames = decoder.get_frames_at(part)
+            expected_s = torch.tensor([self._pts[i] * self._time_base for i in part])
+            if (frames.pts_seconds - expected_s).abs().max() > 1e-3:
+                raise RuntimeError("these are not the frames that were asked for")
+            rgb.update(zip(part, frames.data, strict=True))
         return rgb
 
 
@@ -357,6 +403,11 @@ def usable(questions: Sequence, open: Callable) -> tuple[list, list[str]]:
         except VideoError as error:
             broken[clip] = str(error)
     return [q for q in questions if q.clip not in broken], list(broken.values())
+
+
+def load_decoders() -> None:
+    """Import what decodes, which takes a second or two."""
+    _av(), _torchcodec()
 
 
 @cache
@@ -410,12 +461,51 @@ def _check_size(path: Path, codec) -> None:
         raise VideoError(f"{path}: {what}; scale it down")
 
 
+def _orientation(frame) -> tuple[int, bool]:
+    """How a player shows an av frame, by its display matrix: (quarter turns counter-clockwise,
+    whether it is mirrored left to right before that)."""
+    with suppress(ValueError):  # PyAV does not know all kinds of side data
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).astype(float)
+            if a * d == b * c:  # all zeros, say: no picture could be shown so
+                return 0, False
+            is_mirrored = a * d < b * c
+            sign = -1 if is_mirrored else 1
+            return round(-math.degrees(math.atan2(sign * b, sign * a)) / 90) % 4, is_mirrored
+    return 0, False
+
+
+def _exif_orientation(path: Path) -> tuple[int, bool]:
+    """As `_orientation`, of a still, by its EXIF tag."""
+    with path.open("rb") as file:
+        found = re.search(rb"(?:Exif\0\0|eXIf|EXIF.{4})(II\*\0|MM\0\*)", file.read(2**16), re.S)
+        if found is None:
+            return 0, False
+        file.seek(found.start(1))
+        tiff = file.read(2**12)
+    order = "little" if tiff[:2] == b"II" else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    num_tags = int.from_bytes(tiff[start : start + 2], order)
+    for at in range(start + 2, min(start + 2 + 12 * num_tags, len(tiff)), 12):
+        if int.from_bytes(tiff[at : at + 2], order) == 0x112:
+            number = int.from_bytes(tiff[at + 8 : at + 10], order)
+            return EXIF.get(number, (0, False))
+    return 0, False
+
+
+EXIF = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True)}
+EXIF |= {6: (3, False), 7: (3, True), 8: (1, False)}
+"""EXIF's orientations but the first, which is none."""
+
+
 def _image_paths(path: Path) -> list[Path]:
     """The image that `path` is, or the images of that folder in natural order."""
     if not path.is_dir():
         return [path]
     try:
         names = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
+        names = [p for p in names if p.is_file()]
     except OSError as error:
         why = f"cannot be read ({error.strerror}); check its permissions"
         raise VideoError(f"{path}: {why}") from error
@@ -454,7 +544,11 @@ def _head(path: Path) -> bytes:
         raise VideoError(f"{path}: an empty file (0 bytes); download it again")
     if head.startswith(b"version https://git-lfs"):
         raise VideoError(f"{path}: a Git LFS pointer, not the video itself; run `git lfs pull`")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if start.startswith(PLAYLISTS) or b"<mpd" in start:
+        what = "a playlist, which names other files"
+        raise VideoError(f"{path}: {what}; give the video itself")
+    if start.startswith((b"<!doctype", b"<html")):
         what = "an HTML page saved under a video's name"
         raise VideoError(f"{path}: {what}; check the link and download it again")
     return head
@@ -470,4 +564,5 @@ def _diagnosis(head: bytes) -> str:
 def _natural(path: Path) -> list:
     """Sorts frame_2 before frame_10."""
     parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+    numbers = [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+    return [*numbers, (0, path.name)]  # 1.png and 01.png: always in the same order

@@ -14,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,7 +280,7 @@ def test_frames_travel_as_jpeg():
         def frames(self, indices):
             return frame[None]
 
-    label, part = distill.pictures(OneFrame(), [7])
+    label, part = distill.pictures(SimpleNamespace(video=OneFrame(), times_s=None), [7])
     url = part["image_url"]["url"]
     assert label == {"type": "text", "text": "frame 7:"}
     assert url.startswith("data:image/jpeg;base64,/9j/") and len(url) < 20_000

@@ -6,19 +6,22 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from nanosport import image as image_module
 from nanosport import video as V
-from nanosport.image import ImageConfig, preprocess, smart_resize
+from nanosport.image import ImageConfig, encode_jpeg, encode_png, preprocess, smart_resize
 from nanosport.video import Video, VideoError
-from tests.helpers.clips import image, write
+from tests.helpers.clips import image, number_in, numbered, write
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REJECTED = "audio_only audio_with_cover_art encrypted_cenc git_lfs_pointer html_404_page random_bytes truncated_no_moov"
@@ -379,3 +382,162 @@ def test_image_config(tmp_path):
 def test_image_config_of_the_published_models():
     assert ImageConfig.from_folder(SHARED / "qwen" / "Qwen2.5-VL-7B-Instruct") == ImageConfig()
     assert ImageConfig.from_folder(SHARED / "qwen" / "Qwen3-VL-8B-Instruct").max_pixels == 16777216
+
+
+# Frames that are not the ones asked for.
+
+B_FRAMES, NO_B_FRAMES = {"bf": "2", "g": "12"}, {"bf": "0", "g": "12"}
+OPEN_GOPS = B_FRAMES | {"x264-params": "open-gop=1"}
+VARIABLE = np.cumsum(np.random.default_rng(0).integers(5, 30, 75)).tolist()
+NUMBERED = {
+    **{f"plain.{suffix}": NO_B_FRAMES for suffix in ("mp4", "mkv", "mov", "avi", "ts", "flv")},
+    **{f"b.{suffix}": B_FRAMES for suffix in ("mp4", "mkv", "mov", "avi", "ts", "m2ts", "flv")},
+    **{f"open.{suffix}": OPEN_GOPS for suffix in ("mp4", "mkv", "avi", "ts")},
+    "vp9.webm": {"codec": "libvpx-vp9", "g": "12"},
+    "mpeg2.mpg": {"codec": "mpeg2video", **B_FRAMES},
+    "mpeg2.vob": {"codec": "mpeg2video", **B_FRAMES},
+    "mpeg4.avi": {"codec": "mpeg4", **B_FRAMES},
+    "variable.mp4": {"times": VARIABLE, "tick": 10, **B_FRAMES},
+    "variable.mkv": {"times": VARIABLE, "tick": 10, **B_FRAMES},
+    "variable.ts": {"times": VARIABLE, "tick": 10, **B_FRAMES},
+    "late.mp4": {"first": 50, "sound": True, **B_FRAMES},
+    "late.mkv": {"first": 50, "sound": True, **B_FRAMES},
+    "late.ts": {"first": 50, "sound": True, **B_FRAMES},
+}
+
+
+@pytest.mark.parametrize("name", NUMBERED)
+@pytest.mark.parametrize("backend", ["pyav", "torchcodec"])
+def test_the_frame_that_is_asked_for_comes(name, backend, tmp_path):
+    """Whatever the container and the codec: alone, all together, and after a seek."""
+    if backend == "torchcodec" and V._torchcodec() is None:
+        pytest.skip("torchcodec does not load here")
+    path = numbered(tmp_path / name, **NUMBERED[name])
+    video = Video(path, backend=backend)
+    assert video.num_frames == 75
+    assert [number_in(frame) for frame in video.frames(range(75))] == [*range(75)]
+    for index in (0, 1, 11, 12, 13, 40, 73, 74, 24, 2):
+        assert number_in(video.frames([index])[0]) == index
+
+    # and is on screen when a player shows it
+    with av.open(str(path)) as container:
+        start_s = (container.start_time or 0) / 1e6
+        at_s = [frame.time for frame in container.decode(video=0)]
+    if None not in at_s and at_s == sorted(at_s) and "avi" not in name:
+        shown_s = video.times_s + video.start_s
+        assert shown_s == pytest.approx(np.array(at_s) - start_s, abs=0.002)
+    assert video.is_steady == ("variable" not in name)
+
+
+def test_a_decoder_that_gives_other_frames_is_left(tmp_path, monkeypatch):
+    """A stand-in for a torchcodec whose frames come late: PyAV's are taken."""
+
+    class Late:
+        def __init__(self, *_, **__):
+            pass
+
+        def get_frames_at(self, indices):
+            data = torch.zeros(len(indices), 3, 64, 160, dtype=torch.uint8)
+            return SimpleNamespace(data=data, pts_seconds=torch.tensor(indices) / 25 + 0.4)
+
+    path = numbered(tmp_path / "a.mp4", **B_FRAMES)
+    monkeypatch.setattr(V, "_torchcodec", lambda: Late)
+    video = Video(path)
+    assert video.backend == "torchcodec"
+    assert number_in(video.frames([5])[0]) == 5 and video.backend == "pyav"
+
+
+def test_a_span_is_what_a_player_shows_between_its_times(tmp_path):
+    late = numbered(tmp_path / "late.mkv", first=50, sound=True, **B_FRAMES)  # pictures from 2 s on
+    assert Video(late).start_s == pytest.approx(2.0, abs=0.03)
+    part = Video(late, span_s=(3.0, 4.0))
+    assert number_in(part.frames([0])[0]) in (24, 25) and 25 <= part.num_frames <= 26
+    assert number_in(Video(late, span_s=(0.0, 2.5)).frames([0])[0]) == 0
+    for outside in ((0.0, 1.5), (5.2, 9.0)):
+        with pytest.raises(VideoError, match="no frame between .* it shows frames from 2.0"):
+            Video(late, span_s=outside)
+
+    clip = numbered(tmp_path / "clip.mp4", **B_FRAMES)
+    whole = Video(clip)
+    for start_s, end_s, first, last in (
+        (1.0, 2.0, 25, 50),
+        (1.03, 2.03, 25, 50),  # the frame on screen at the start
+        (1.041, 1.045, 26, 26),  # shorter than a frame
+        (2.9, 30.0, 72, 74),  # as much as there is
+        (2.99, 3.5, 74, 74),
+    ):
+        part = whole.part((start_s, end_s))
+        shown = [number_in(frame) for frame in part.frames(range(part.num_frames))]
+        assert shown == [*range(first, last + 1)], (start_s, end_s)
+        assert part.part((part.start_s, end_s)).num_frames == part.num_frames
+    assert whole.num_frames == 75 and whole.end_s == pytest.approx(3.0)
+
+
+def with_matrix(path: Path, out: Path, *matrix: int) -> Path:
+    """The MP4 with another display matrix (a, b, c, d) in its track header."""
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 4 + 4 + 20 + 16
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    out.write_bytes(data)
+    return out
+
+
+SHOWN_AS = {  # display matrix, EXIF's number: how numpy does it
+    (1, 0, 0, 1, 1): lambda x: x,
+    (-1, 0, 0, 1, 2): lambda x: x[:, ::-1],
+    (-1, 0, 0, -1, 3): lambda x: x[::-1, ::-1],
+    (1, 0, 0, -1, 4): lambda x: x[::-1],
+    (0, 1, 1, 0, 5): lambda x: x.transpose(1, 0, 2),
+    (0, 1, -1, 0, 6): lambda x: np.rot90(x, -1),
+    (0, -1, -1, 0, 7): lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+    (0, -1, 1, 0, 8): lambda x: np.rot90(x),
+    (0, 0, 0, 0, 0): lambda x: x,
+}
+
+
+@pytest.mark.parametrize("key", SHOWN_AS, ids=str)
+def test_mirrored_and_turned_pictures_are_shown_as_players_do(key, tmp_path):
+    *matrix, exif = key
+    plain = write(tmp_path / "a.mp4", num=3)
+    as_stored = Video(plain).frames([1])[0].permute(1, 2, 0).numpy()
+    turned = with_matrix(plain, tmp_path / "b.mp4", *matrix)
+    for backend in ("pyav", None):
+        shown = Video(turned, backend=backend).frames([1])[0].permute(1, 2, 0).numpy()
+        assert (shown == SHOWN_AS[key](as_stored)).all()
+
+    still = tmp_path / "c.jpg"
+    still.write_bytes(encode_jpeg(Video(plain).frames([1])[0]))
+    as_stored = Video(still).frames([0])[0].permute(1, 2, 0).numpy()
+    tag = b"MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x112, 3, 1, exif, 0, 0)
+    segment = b"Exif\0\0" + tag
+    jpeg = still.read_bytes()
+    header = b"\xff\xe1" + struct.pack(">H", len(segment) + 2)
+    still.write_bytes(jpeg[:2] + header + segment + jpeg[2:])
+    shown = Video(still).frames([0])[0].permute(1, 2, 0).numpy()
+    assert (shown == SHOWN_AS[key](as_stored)).all()
+
+
+def test_a_folder_holds_more_than_frames(tmp_path):
+    """A folder under a picture's name is none, every kind of picture counts, and the order of equal
+    numbers is not the file system's."""
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "x.png").mkdir()
+    for k, name in enumerate(("1.png", "2.bmp", "01.png", "3.png")):
+        bars = np.full((32, 32, 3), 40 * k, np.uint8)
+        data = encode_png(bars)
+        if name.endswith("bmp"):
+            data = image_module._encode(bars, "image2pipe", "bmp", "bgr24", {})
+        (tmp_path / name).write_bytes(data)
+    video = Video(tmp_path)
+    assert [int(frame[0, 0, 0]) for frame in video.frames(range(4))] == [80, 0, 40, 120]
+
+
+@pytest.mark.parametrize(
+    "text", ["ffconcat version 1.0\nfile b.mp4\n", "\ufeff#EXTM3U\nb.ts\n", "<?xml?><MPD>b</MPD>"]
+)
+def test_a_playlist_in_disguise_opens_nothing(text, tmp_path):
+    numbered(tmp_path / "b.mp4", num=10)
+    (tmp_path / "c.mp4").write_text(text)
+    with pytest.raises(VideoError, match="c.mp4: a playlist, which names other files"):
+        Video(tmp_path / "c.mp4")

@@ -43,6 +43,10 @@ class Env:
     def __init__(self, question: Question, video: Video, limits: Limits):
         self.question, self.video, self.limits = question, video, limits
         self.overview = video.sample(limits.num_frames)
+        is_timed = question.kind == "span" and not video.is_steady
+        self.times_s = video.times_s if is_timed else None
+        """Stand beside the frames where an answer is in seconds and no one rate gives them."""
+        self.fps = None if is_timed else video.fps
         self.turns: list[Turn] = []
         self.answer: str | None = None
         self.status: str | None = None

@@ -35,10 +35,19 @@ HOW = {
 """What is asked for with each kind of question."""
 
 
-def frame_text(indices: Sequence[int], tokens_per_frame: Sequence[int]) -> str:
+def label(index: int, times_s: Sequence[float] | None = None) -> str:
+    """What stands before a frame. times_s: of all frames, where they do not follow from a rate."""
+    return f"frame {index}:" if times_s is None else f"frame {index} at {times_s[index]:.2f} s:"
+
+
+def frame_text(
+    indices: Sequence[int],
+    tokens_per_frame: Sequence[int],
+    times_s: Sequence[float] | None = None,
+) -> str:
     """Labelled frames, each as many image placeholders as the vision tower gives tokens."""
     return "".join(
-        f"frame {index}:{VISION_START}{IMAGE_PAD * count}{VISION_END}\n"
+        f"{label(index, times_s)}{VISION_START}{IMAGE_PAD * count}{VISION_END}\n"
         for index, count in zip(indices, tokens_per_frame, strict=True)
     )
 
@@ -65,10 +74,12 @@ def opening(
     num_frames: int,
     use_tool: bool = True,
     fps: float | None = None,
+    times_s: Sequence[float] | None = None,
 ) -> str:
     """Everything before the first assistant token."""
     system = SYSTEM if use_tool else SYSTEM_NO_TOOL
-    user = frame_text(indices, tokens_per_frame) + question_text(question, num_frames, fps)
+    user = frame_text(indices, tokens_per_frame, times_s)
+    user += question_text(question, num_frames, fps)
     start = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
     return f"{start}{user}<|im_end|>\n<|im_start|>assistant\n"
 

@@ -39,7 +39,13 @@ class Conversation:
         overview = self.env.overview
         sizes = [self.transcript.tokens_per_frame] * len(overview)
         text = prompt.opening(
-            question, overview, sizes, video.num_frames, limits.use_tool, video.fps
+            question,
+            overview,
+            sizes,
+            video.num_frames,
+            limits.use_tool,
+            self.env.fps,
+            self.env.times_s,
         )
         self.prompt = self.transcript.observe(text, overview)
 
@@ -52,7 +58,9 @@ class Conversation:
             return None
 
         sizes = [transcript.tokens_per_frame] * len(turn.frames)
-        shown = prompt.frame_text(turn.frames, sizes) if turn.frames else f"error: {turn.error}"
+        shown = f"error: {turn.error}"
+        if turn.frames:
+            shown = prompt.frame_text(turn.frames, sizes, env.times_s)
         piece = transcript.observe(prompt.tool_result(shown), turn.frames)
         if len(transcript.ids) >= env.limits.max_tokens:
             env.end("out_of_tokens")

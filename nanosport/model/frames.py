@@ -10,13 +10,15 @@ from itertools import groupby
 
 import torch
 
-from nanosport.image import ImageConfig, preprocess, smart_resize
+from nanosport.image import ImageConfig, check_shape, preprocess, smart_resize
 from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import Clip
 from nanosport.video import Video
 
 CHUNK = 64
 """Frames go through the tower so many at a time."""
+INDEXED_FRAMES = 5_000_000
+"""Files stay indexed up to so many frames, about 200 bytes each: 55 hours at 25 a second."""
 CACHE_BYTES = 8 << 30
 """Features are kept up to this size, on the device: 4,000 frames of 640×360 for a 7B model."""
 
@@ -33,27 +35,34 @@ class FrameEncoder:
         image: ImageConfig,
         frozen: bool = True,
         cache_bytes: int = CACHE_BYTES,
-        max_videos: int = 1024,
+        indexed_frames: int = INDEXED_FRAMES,
     ):
         """frozen: the tower is not trained, so its features are kept, at most `cache_bytes` of
         them; else they carry gradients."""
         self.model, self.image, self.frozen = model, image, frozen
-        self.cache_bytes, self.max_videos, self.cached_bytes = cache_bytes, max_videos, 0
+        self.cache_bytes, self.indexed_frames, self.cached_bytes = cache_bytes, indexed_frames, 0
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
-        self.videos: OrderedDict[Clip, Video] = OrderedDict()
+        self.videos: OrderedDict[str, Video] = OrderedDict()
         self.num_decoded = 0
 
     def open(self, clip: Clip) -> Video:
-        """Return the clip's video; its index of frames is kept while it is among the last used.
+        """Return the clip's video. A file is indexed once for all its clips, and the indices of the
+        files used last are kept.
 
         Raises VideoError where the video cannot be used.
         """
-        if clip not in self.videos:
-            self.videos[clip] = Video(clip.video, span_s=clip.span_s)
-            if len(self.videos) > self.max_videos:
+        if clip.video not in self.videos:
+            video = Video(clip.video)
+            check_shape(video, self.image)
+            self.videos[clip.video] = video
+            while len(self.videos) > 1 and self._num_indexed() > self.indexed_frames:
                 self.videos.popitem(last=False)
-        self.videos.move_to_end(clip)
-        return self.videos[clip]
+        self.videos.move_to_end(clip.video)
+        video = self.videos[clip.video]
+        return video if clip.span_s is None else video.part(clip.span_s)
+
+    def _num_indexed(self) -> int:
+        return sum(video.num_frames for video in self.videos.values())
 
     def grid(self, clip: Clip) -> tuple[int, int, int]:
         """Return (1, height, width) in patches, which every frame of a clip has."""

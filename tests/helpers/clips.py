@@ -41,3 +41,42 @@ def write(
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return path
+
+
+BITS = 10
+
+
+def numbered(
+    path: Path, num=75, codec="libx264", times=None, tick=1, first=0, sound=False, **flags
+):
+    """A clip in which each frame shows its own number, as black and white bars.
+
+    times, first: in ticks of 1 / (25 · tick) s. sound: a second stream, which starts at 0 s.
+    """
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25, options=flags)
+        stream.width, stream.height, stream.pix_fmt = 160, 64, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 25 * tick)
+        if sound:
+            hum = out.add_stream("aac", rate=16_000)
+            silence = np.zeros((1, 1024), np.float32)
+            for k in range(16 * num // 25):
+                wave = av.AudioFrame.from_ndarray(silence, format="fltp", layout="mono")
+                wave.sample_rate, wave.pts, wave.time_base = 16_000, 1024 * k, Fraction(1, 16_000)
+                out.mux(hum.encode(wave))
+            out.mux(hum.encode())
+        for k in range(num):
+            bars = np.repeat([255 * (k >> bit & 1) for bit in range(BITS)], 160 // BITS)
+            picture = np.broadcast_to(bars[None, :, None], (64, 160, 3)).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.time_base = Fraction(1, 25 * tick)
+            frame.pts = first + (k * tick if times is None else times[k])
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return path
+
+
+def number_in(frame_CHW) -> int:
+    """The number that a frame shows."""
+    bars = frame_CHW.float().mean((0, 1)).view(BITS, -1).mean(1)
+    return sum(1 << bit for bit in range(BITS) if bars[bit] > 127)
