@@ -22,6 +22,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from fractions import Fraction
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -56,6 +57,22 @@ class Packet(NamedTuple):
     is_hidden: bool
     """Decoded but not shown, by an edit list."""
     is_corrupt: bool
+
+
+class Header(NamedTuple):
+    """What a file says of its frames as a whole."""
+
+    rate: float
+    time_base: Fraction
+    num_frames: int
+    """0 where it does not say."""
+    pixel_ratio: Fraction | None
+    start_s: float
+    """The time at which a player starts its clock."""
+    is_timed: bool
+    """Whether the container is TIMED."""
+    is_guessed: bool
+    """Whether the reader has made the times up, in the order of decoding, as it does for AVI."""
 
 
 class Video:
@@ -239,19 +256,8 @@ class Video:
     #     pixels need no conversion and no mirror
 
     def _index_file(self, has_torchcodec: bool, deadline: float) -> None:
-        with _open(self.path, self.timeout_s) as (container, stream):
-            packets = [
-                Packet(p.pts, p.dts, p.duration or 1, p.is_keyframe, p.is_discard, p.is_corrupt)
-                for p in self._packets(container, stream, deadline)
-                if p.size
-            ]
-            rate, time_base = float(stream.average_rate or 25), stream.time_base
-            num_promised, pixel_ratio = stream.frames, stream.sample_aspect_ratio
-            self._stream, container_s = stream.index, (container.start_time or 0) / 1e6
-            is_timed = container.format.name in TIMED
-            # what AVI has no times for, its reader counts in the order of decoding
-            lags = {p.pts - p.dts for p in packets if None not in (p.pts, p.dts)}
-            is_guessed = stream.codec_context.has_b_frames and len(lags) == 1 and not is_timed
+        packets, header = self._scan(deadline)
+        is_guessed = header.is_guessed
         timed = [p for p in packets if p.pts is not None]
         shown = sorted((p for p in timed if not p.is_hidden), key=lambda p: p.pts)
         keys = sorted((p.pts, p.pts if p.dts is None else p.dts) for p in timed if p.is_key)
@@ -260,44 +266,63 @@ class Video:
         own_times = len({p.pts for p in shown}) == sum(not p.is_hidden for p in packets)
         trusted = bool(own_times and keys and shown) and not any(p.is_corrupt for p in packets)
         trusted = trusted and not is_guessed
-        self._keys, self._pts, self.backend = (
-            keys if trusted else [],
-            [p.pts for p in shown],
-            "pyav",
-        )
+        self._keys, self._pts = keys if trusted else [], [p.pts for p in shown]
+        self.backend = "pyav"
         first = next(self._decode(None, deadline), None)
         if first is None:
             what = "no frame can be decoded (encrypted, damaged or empty)"
             raise VideoError(f"{self.path}: {what}; download or convert it anew")
-        self._set_size(first, pixel_ratio, _orientation(first))
-        self.rotation, self.frames_promised = 90 * self._turns, num_promised or None
+        self._set_size(first, header.pixel_ratio, _orientation(first))
+        self.rotation, self.frames_promised = 90 * self._turns, header.num_frames or None
 
         # times: few formats have a count; to decode all is slow, and the only truth about damage
         trusted = trusted and first.pts == self._pts[0]
-        trusted = trusted and (num_promised == len(packets) or self._last_decode(deadline))
+        is_counted = header.num_frames == len(packets)
+        trusted = trusted and (is_counted or self._last_decode(deadline))
         if not trusted:
             frames = self._decode(None, deadline)
             self._pts = [None if is_guessed else frame.pts for frame in frames]
-        self._set_times(rate, time_base, container_s)
+        self._set_times(header)
 
         # torchcodec resizes, mirrors, and converts more than 8 bits, with other pixels than PyAV
         same_pixels = self._size == (first.width, first.height) and not self._mirrored
         same_pixels = same_pixels and round(first.rotation) % 360 == self.rotation
         same_pixels = same_pixels and all(c.bits == 8 for c in first.format.components)
-        is_plain = trusted and is_timed and len(shown) == len(packets) and same_pixels
+        is_plain = trusted and header.is_timed and len(shown) == len(packets) and same_pixels
         if has_torchcodec and is_plain:
             index = [{"pts": p.pts, "duration": p.duration, "key_frame": +p.is_key} for p in shown]
             self.backend, self._mapping = "torchcodec", json.dumps({"frames": index})
-            self._time_base = float(time_base)
+            self._time_base = float(header.time_base)
 
-    def _set_times(self, rate: float, time_base, container_s: float) -> None:
-        """Set the frames' times; container_s: the time at which a player starts its clock."""
-        self.num_frames, self.fps = len(self._pts), rate
+    def _scan(self, deadline: float) -> tuple[list[Packet], Header]:
+        """Read what a file says of its frames, without decoding."""
+        with _open(self.path, self.timeout_s) as (container, stream):
+            packets = [
+                Packet(p.pts, p.dts, p.duration or 1, p.is_keyframe, p.is_discard, p.is_corrupt)
+                for p in self._packets(container, stream, deadline)
+                if p.size
+            ]
+            self._stream, is_timed = stream.index, container.format.name in TIMED
+            lags = {p.pts - p.dts for p in packets if None not in (p.pts, p.dts)}
+            is_guessed = stream.codec_context.has_b_frames and len(lags) == 1 and not is_timed
+            return packets, Header(
+                float(stream.average_rate or 25),
+                stream.time_base,
+                stream.frames,
+                stream.sample_aspect_ratio,
+                (container.start_time or 0) / 1e6,
+                is_timed,
+                bool(is_guessed),
+            )
+
+    def _set_times(self, header: Header) -> None:
+        time_base = header.time_base
+        self.num_frames, self.fps = len(self._pts), header.rate
         if None in self._pts or self._pts != sorted(set(self._pts)):  # none, or they run backwards
-            self._pts, self.times_s = None, np.arange(self.num_frames) / rate
+            self._pts, self.times_s = None, np.arange(self.num_frames) / self.fps
             return
         self.times_s = np.array([float((pts - self._pts[0]) * time_base) for pts in self._pts])
-        self.start_s = max(0.0, float(self._pts[0] * time_base) - container_s)
+        self.start_s = max(0.0, float(self._pts[0] * time_base) - header.start_s)
         if self.num_frames > 1:
             self.fps = float((self.num_frames - 1) / self.times_s[-1])
 
