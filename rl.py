@@ -360,8 +360,8 @@ def main(cfg: Config) -> None:
     training.load()
     actors = Actors(training, judge)
     records = Records(cfg.data, rows, actors.encoder)
-    asked = (actors.sampler.tokenizer, [actors.limits], cfg.max_unusable, training.rank)
-    records.check_prompts(*asked)
+    how = (cfg.max_unusable, training.rank, training.stage)
+    records.check_prompts(actors.sampler.tokenizer, [actors.limits], *how)
 
     for step in training.steps():
         rollouts = collect(training, actors, records, step)

@@ -86,7 +86,7 @@ def main(cfg: Config) -> None:
     records = Records(cfg.data, rows, training.encoder)
     tokenizer = load_tokenizer(training.source)
     trajectories = Trajectories(records, tokenizer, cfg.episode_tokens)
-    records.check(trajectories.__getitem__, cfg.max_unusable, training.rank)
+    records.check(trajectories.__getitem__, cfg.max_unusable, training.rank, training.stage)
 
     for step in training.steps():
         episodes, homes, replaced = collect(training, trajectories, step)

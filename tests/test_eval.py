@@ -200,6 +200,14 @@ def test_a_judge_that_fails_does_not_lose_what_was_played(arena_folder, tmp_path
     assert not kept.exists()
 
 
+def test_no_input_is_written_over(data, tmp_path):
+    with pytest.raises(ValueError, match="--out .*: is the file that is read"):
+        evaluation.main(evaluation.Config(MODEL, data, data))
+    clip = write(tmp_path / "clip.mp4")
+    with pytest.raises(ValueError, match="--page .*clip.mp4: is the video"):
+        infer.main(infer.Config(clip, "Who?", page=tmp_path / "." / "clip.mp4"))
+
+
 # What broke the format.
 
 

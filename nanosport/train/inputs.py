@@ -8,8 +8,7 @@ records.take(numbers, use)                      # a video that is lost in mid-ru
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import partial
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -83,22 +82,30 @@ class Records:
         """Those of the usable records."""
         return [self.rows[number][0] for number in self.kept]
 
-    def check_prompts(
-        self, tokenizer, limits: Sequence[Limits], most: float, rank: int
-    ) -> list[str]:
+    def check_prompts(self, tokenizer, limits: Sequence[Limits], *how) -> list[str]:
         """`check` whether each question's video can be used, and its prompt is short enough."""
-        looks = {"encoder": self.encoder, "tokenizer": tokenizer, "limits": limits}
-        trial = partial(check_prompt, **looks)
-        return self.check(lambda number: trial(self.rows[number][0]), most, rank)
 
-    def check(self, trial: Callable[[int], object], most: float, rank: int) -> list[str]:
+        def trial(number: int) -> None:
+            check_prompt(self.rows[number][0], self.encoder, tokenizer, limits)
+
+        return self.check(trial, *how)
+
+    def check(
+        self, trial: Callable[[int], object], most: float, rank: int, stage: Callable = nullcontext
+    ) -> list[str]:
         """Index every video, call `trial` with each record's number, and keep the records for which
         it raises no ValueError; returns a line for each reason why others are left out.
 
         All ranks share the work, and come to the same. Raises ValueError where more than the share
-        `most` of the records cannot be used.
+        `most` of the records cannot be used. stage: what times a run's stages, so that no long
+        check is taken for one that hangs.
         """
-        mine = self._try(trial, dist.share(range(len(self.rows)), rank), hidden=rank > 0)
+
+        def timed(number: int) -> None:
+            with stage("check"):
+                trial(number)
+
+        mine = self._try(timed, dist.share(range(len(self.rows)), rank), hidden=rank > 0)
         faults, _ = dist.gather_items(mine)
         unusable = {fault.number for fault in faults}
         self.kept = [number for number in self.kept if number not in unusable]
