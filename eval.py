@@ -4,6 +4,7 @@ without it.
     python eval.py                                # the shipped model on the arena's held-out clips
     python eval.py --model out/rl/model --data my/test.jsonl --out results/mine.json
     python eval.py --modes no-tool --num-frames 16
+    torchrun --nproc-per-node 8 eval.py --model out/rl/model    # the ranks share the questions
 
 Mode `tool` is the paper's loop from eight overview frames; mode `no-tool` gives the *same* model 16
 uniform frames and no tool.
@@ -279,10 +280,10 @@ def main(cfg: Config) -> None:
         config = {k: str(v) for k, v in asdict(cfg).items()}
         report = {"rows": rows, "left_out": left_out, "config": config, **provenance()}
         write_atomically(cfg.out, json.dumps(report, indent=1) + "\n")
+    dist.barrier()
     played.remove()
     if rank == 0:
         show(rows)
-    dist.barrier()
     if cli.num_processes() > 1:  # gloo's threads now and then abort a process that tears them down
         sys.stdout.flush()
         os._exit(0)
