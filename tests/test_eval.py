@@ -17,6 +17,10 @@ import pytest
 import eval as evaluation
 import infer
 from nanosport.cli import Preempted
+from nanosport.engine.own import load_sampler
+from nanosport.engine.sampler import Sampling
+from nanosport.env.played import Played
+from nanosport.env.tools import STOPS
 from nanosport.records import Question, Turn, read_questions
 from nanosport.report import episode_page
 from tests.helpers.chat_server import ChatServer
@@ -139,46 +143,21 @@ def test_a_video_that_is_lost_in_mid_run_costs_its_questions_alone(whole, tmp_pa
     copy.write_bytes(Path(rows[1]["video"]).read_bytes())
     rows[1]["video"] = str(copy)
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = replace(cfg, data=tmp_path / "q.jsonl", out=tmp_path / "r.json", modes=("tool",))
-
-    def lose() -> None:  # the first batch is on disk when the report of its loss is
-        copy.unlink()
-
-    with Losing(copy, lose):
-        evaluation.main(cfg)
-    (row,), (before, _) = rows_of(cfg.out).values(), wanted.values()
+    asked = [q for q in read_questions(tmp_path / "q.jsonl") if q.id != "lost"]
+    sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
+    encoder, sampler = load_sampler(Path(MODEL), sampling)
+    for question in asked:
+        encoder.open(question.clip)
+    copy.unlink()
+    played = Played(tmp_path / "r.json", {}, asked, 0)
+    row = evaluation.run_mode(cfg, "tool", (encoder, sampler), played, 0, None)
+    before = next(iter(wanted.values()))
     assert row["lost"] == [rows[1]["id"]] and row["questions"] == 7
-    assert row["episodes"] == [one for one in before["episodes"] if one["id"] != rows[1]["id"]]
-
-
-class Losing(threading.Thread):
-    """Acts as soon as the process no longer has the file open, once it has been seen open."""
-
-    def __init__(self, path: Path, act):
-        super().__init__(daemon=True)
-        self.path, self.act = str(path), act
-
-    def __enter__(self):
-        self.start()
-
-    def __exit__(self, *_):
-        self.join(10)
-
-    def _is_open(self) -> bool:
-        links = []
-        for fd in os.listdir("/proc/self/fd"):
-            try:
-                links.append(os.readlink(f"/proc/self/fd/{fd}"))
-            except OSError:
-                continue
-        return self.path in links
-
-    def run(self) -> None:
-        while not self._is_open():
-            pass
-        while self._is_open():
-            pass
-        self.act()
+    assert json.loads(json.dumps(row["episodes"])) == [
+        one for one in before["episodes"] if one["id"] != rows[1]["id"]
+    ]
+    again = Played(tmp_path / "r.json", {}, asked, 0)
+    assert len(again.episodes) == 8 and again.episodes["tool", 1] is None
 
 
 def test_a_judge_that_fails_does_not_lose_what_was_played(arena_folder, tmp_path, monkeypatch):
