@@ -4,15 +4,20 @@ without it.
     python eval.py                                # the shipped model on the arena's held-out clips
     python eval.py --model out/rl/model --data my/test.jsonl --out results/mine.json
     python eval.py --modes no-tool --num-frames 16
+    torchrun --nproc-per-node 8 eval.py --model out/rl/model    # the ranks share the questions
 
 Mode `tool` is the paper's loop from eight overview frames; mode `no-tool` gives the *same* model 16
 uniform frames and no tool.
 """
 
 import json
+import os
+import signal
+import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,21 +26,27 @@ from tqdm import tqdm
 
 from data_prep import arena
 from nanosport import cli
-from nanosport.cli import AtLeast
+from nanosport.cli import Above, AtLeast, Preempted
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampler, Sampling
+from nanosport.env.endpoint import EndpointError
 from nanosport.env.env import Limits
 from nanosport.env.judge import Judge, agreement, judge_of
+from nanosport.env.played import Played
 from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.files import provenance, write_atomically
-from nanosport.model.folder import resolve
+from nanosport.model.folder import resolve, version
 from nanosport.model.frames import FrameEncoder
-from nanosport.records import DIMENSIONS, Episode, Question, read_questions
-from nanosport.report import table
-from nanosport.video import usable
+from nanosport.records import DIMENSIONS, Episode, Question, read_records
+from nanosport.report import printable, table
+from nanosport.train import dist
+from nanosport.train.inputs import MAX_UNUSABLE, Records
+from nanosport.video import VideoError
+
+Players = tuple[FrameEncoder, Sampler]
 
 
 @dataclass(frozen=True)
@@ -51,13 +62,19 @@ class Config:
     """Name of the row; the model's by default."""
     num_frames: Annotated[int, AtLeast(1)] = 16
     """Uniform frames in mode no-tool."""
-    temperature: float = 0.6
+    temperature: Annotated[float, AtLeast(0)] = 0.6
     """0.6 and top-p 0.9 are the settings of FrameThinker, the paper's nearest ancestor; 0 is
     greedy."""
-    top_p: float = 0.9
-    max_new_tokens: int = 160
+    top_p: Annotated[float, Above(0)] = 0.9
+    max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """One assistant turn is cut after so many tokens."""
-    limit: int | None = None
+    max_pixels: Annotated[int | None, AtLeast(1)] = None
+    """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
+    episode_tokens: Annotated[int, AtLeast(1)] = 16_384
+    """A whole episode, frames included, is ended when it reaches so many tokens."""
+    max_unusable: Annotated[float, AtLeast(0)] = MAX_UNUSABLE
+    """Questions that cannot be used are left out, up to this share of them."""
+    limit: Annotated[int | None, AtLeast(1)] = None
     """Only the first so many questions are asked."""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """So many questions are played at a time."""
@@ -67,7 +84,7 @@ class Config:
     judge: str = ""
     """The judge's name there. The key is read from JUDGE_API_KEY; verdicts are kept in
     out/answers."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
 
 
 def contained(episode: Episode) -> bool:
@@ -113,7 +130,8 @@ def figures(episodes: list[Episode], scores: list[float]) -> dict:
 
 
 def outcome(episode: Episode, score: float) -> dict:
-    """What the report keeps of an episode."""
+    """What the report keeps of an episode, with the first turn that broke the format."""
+    broken = next((turn for turn in episode.turns if turn.error), None)
     return {
         "id": episode.question.id,
         "answer": episode.answer,
@@ -121,58 +139,154 @@ def outcome(episode: Episode, score: float) -> dict:
         "accuracy": round(score, 3),
         "windows": [turn.window for turn in episode.turns if turn.window],
         "status": episode.status,
+        **({"error": broken.error, "text": broken.text} if broken else {}),
     }
 
 
+def limits_of(cfg: Config, mode: str) -> Limits:
+    """What an episode of a mode is given."""
+    if mode == "tool":
+        return Limits(max_tokens=cfg.episode_tokens)
+    return Limits(cfg.num_frames, max_tokens=cfg.episode_tokens, use_tool=False)
+
+
+def play(
+    cfg: Config, mode: str, players: Players, questions: Sequence[Question], first: int
+) -> list[Episode | None]:
+    """The episodes of neighbouring questions, the first of which has this number; None where the
+    video is lost meanwhile."""
+    encoder, sampler = players
+    try:
+        limits = limits_of(cfg, mode)
+        return rollout(sampler, encoder, questions, limits, seed=(cfg.seed,), first=first)
+    except VideoError:  # the others are played as if it had not happened
+        if len(questions) == 1:
+            return [None]
+        one_by_one = (play(cfg, mode, players, [q], first + k) for k, q in enumerate(questions))
+        return [episode for (episode,) in one_by_one]
+
+
 def run_mode(
-    cfg: Config,
-    mode: str,
-    players: tuple[FrameEncoder, Sampler],
-    questions: list[Question],
-    judge: Judge | None = None,
+    cfg: Config, mode: str, players: Players, played: Played, rank: int, judge: Judge | None
 ) -> dict:
-    """Figures of one mode, with every episode's outcome."""
-    began, (encoder, sampler) = time.time(), players
-    limits = Limits() if mode == "tool" else Limits(num_frames=cfg.num_frames, use_tool=False)
-    episodes = []
-    for start in tqdm(range(0, len(questions), cfg.batch_size), desc=f"eval {mode}", unit="batch"):
-        batch = questions[start : start + cfg.batch_size]
-        episodes += rollout(sampler, encoder, batch, limits, seed=(cfg.seed,), first=start)
-    scores, judged = [accuracy(e.answer, e.question) for e in episodes], {}
+    """Figures of one mode, with every episode's outcome. The ranks share the questions."""
+    began, mine = time.time(), dist.share(range(len(played.questions)), rank)
+    starts = range(0, len(mine), cfg.batch_size)
+    for start in tqdm(starts, desc=f"eval {mode}", unit="batch", disable=rank > 0):
+        numbers = mine[start : start + cfg.batch_size]
+        if (mode, numbers[0]) not in played.episodes:
+            batch = [played.questions[number] for number in numbers]
+            played.add(mode, numbers[0], play(cfg, mode, players, batch, numbers[0]))
+    episodes = [played.episodes[mode, number] for number in mine]
+    lost = [played.questions[k].id for k, e in zip(mine, episodes) if e is None]
+    episodes = [episode for episode in episodes if episode is not None]
+
+    scores = by_rule = [accuracy(e.answer, e.question) for e in episodes]
     if judge is not None:
-        by_rule, asked = scores, [e.question for e in episodes]
-        scores = judge.answers([e.answer for e in episodes], asked)
-        judged = {"judge_and_rule": agreement(by_rule, scores)}
-    seconds = round(time.time() - began, 1)
+        scores = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
+    scored, _ = dist.gather_items(list(zip(episodes, scores, by_rule)))
+    lost, _ = dist.gather_items(lost)
+    if not scored:
+        raise ValueError(f"{cfg.data}: every video is lost; is the disk there?")
+    episodes, scores, by_rule = map(list, zip(*scored))
+    more = {"judge_and_rule": agreement(by_rule, scores)} if judge else {}
+    more |= {"lost": lost} if lost else {}
     outcomes = [outcome(episode, score) for episode, score in zip(episodes, scores)]
-    return {**figures(episodes, scores), **judged, "seconds": seconds, "episodes": outcomes}
+    seconds = round(time.time() - began, 1)
+    return {**figures(episodes, scores), **more, "seconds": seconds, "episodes": outcomes}
+
+
+@contextmanager
+def keeping(played: Played):
+    """Say where what was played lies, if an evaluation does not come to its end."""
+    kept = f"what was played is kept in {played.path}, and the same command goes on from there"
+    signals = []
+
+    def stop(number, _) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt  # which no `except Exception` takes
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if signals:
+            raise Preempted(f"stopped by SIGTERM; {kept}") from None
+        print(f"\n{kept}", file=sys.stderr)
+        raise
+    except EndpointError as error:
+        raise ValueError(f"{error}; {kept}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def open_played(cfg: Config, source: Path, questions: list[Question], rank: int) -> Played:
+    """What an evaluation of the same model, questions and flags has played before it was
+    stopped."""
+    others = ("out", "name", "judge_url", "judge", "max_unusable")  # these change no episode
+    made_by = {k: str(v) for k, v in asdict(cfg).items() if k not in others}
+    made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
+    made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
+    made_by["processes"] = cli.num_processes()
+    played = Played(cfg.out or Path("out/eval.json"), made_by, questions, rank)
+    if played.episodes and rank == 0:
+        print(f"{len(played.episodes)} episodes are played already: going on from {played.path}")
+    return played
+
+
+def show(rows: dict[str, dict], examples: int = 3) -> None:
+    """Print the table, and some turns that broke the format."""
+    print(printable(table(rows)))
+    for label, row in rows.items():
+        for one in [one for one in row["episodes"] if "error" in one][:examples]:
+            said = " ".join(one["text"].split())[:300]
+            print(printable(f"{label}: {one['id']}: {one['error']}: {said}"))
+
+
+def make_default_data() -> None:
+    """Render the arena, where it is missing."""
+    if not Config.data.exists():
+        arena.main(arena.Config())
 
 
 def main(cfg: Config) -> None:
     cli.check(cfg)
     if not cfg.modes:
         raise ValueError("--modes: name at least one of tool, no-tool")
+    if cfg.out is not None:
+        cli.not_the_input(cfg.out, cfg.data)
+    rank = dist.start()[0] if cli.num_processes() > 1 else 0
     judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"))
-    if cfg.data == Config.data and not cfg.data.exists():
-        arena.main(arena.Config())
+    if cfg.data == Config.data:
+        dist.once(make_default_data)
+    rows = read_records(cfg.data)[: cfg.limit]
     source = resolve(cfg.model)
-    players = load_sampler(source, Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS))
-    questions, broken = usable(read_questions(cfg.data)[: cfg.limit], players[0].open)
-    for line in broken:
-        print(f"left out: {line}")
-    if not questions:
-        raise ValueError(f"{cfg.data}: none of its videos can be used")
+    sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
+    encoder, sampler = players = load_sampler(source, sampling, cfg.max_pixels)
+    records = Records(cfg.data, rows, encoder)
+    limits = [limits_of(cfg, mode) for mode in cfg.modes]
+    left_out = records.check_prompts(sampler.tokenizer, limits, cfg.max_unusable, rank)
 
     name, rows = cfg.name or source.name, {}
-    for mode in cfg.modes:
-        label = name if mode == "tool" else f"{name}, {cfg.num_frames} frames, no tool"
-        rows[label] = run_mode(cfg, mode, players, questions, judge)
-    print(table(rows))
-    if cfg.out is not None:
+    played = open_played(cfg, source, records.questions, rank)
+    with keeping(played):
+        for mode in cfg.modes:
+            label = name if mode == "tool" else f"{name}, {cfg.num_frames} frames, no tool"
+            rows[label] = run_mode(cfg, mode, players, played, rank, judge)
+
+    # written first: a terminal may be gone
+    if cfg.out is not None and rank == 0:
         cfg.out.parent.mkdir(parents=True, exist_ok=True)
         config = {k: str(v) for k, v in asdict(cfg).items()}
-        report = {"rows": rows, "left_out": broken, "config": config, **provenance()}
+        report = {"rows": rows, "left_out": left_out, "config": config, **provenance()}
         write_atomically(cfg.out, json.dumps(report, indent=1) + "\n")
+    dist.barrier()
+    played.remove()
+    if rank == 0:
+        show(rows)
+    if cli.num_processes() > 1:  # gloo's threads now and then abort a process that tears them down
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import tyro
 
 from data_prep import arena, draw
 from nanosport import cli
-from nanosport.cli import AtLeast
+from nanosport.cli import Above, AtLeast
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
@@ -25,7 +25,8 @@ from nanosport.env.tools import STOPS, split_think
 from nanosport.files import write_atomically
 from nanosport.model.folder import resolve
 from nanosport.records import LETTERS, Episode, Question, Turn, check_text
-from nanosport.report import episode_page
+from nanosport.report import episode_page, printable
+from nanosport.train.inputs import check_prompt
 from nanosport.video import Video
 
 ASSETS = Path(__file__).parent / "assets"
@@ -46,15 +47,19 @@ class Config:
     """A model folder, or a Hugging Face hub id. The default knows the arena and nothing else."""
     tool: bool = True
     """Whether the model may ask for more frames."""
-    num_frames: int | None = None
+    num_frames: Annotated[int | None, AtLeast(1)] = None
     """Overview frames: 8 with the tool, 16 without, unless given."""
     max_turns: Annotated[int, AtLeast(1)] = 5
-    temperature: float = 0.0
+    temperature: Annotated[float, AtLeast(0)] = 0.0
     """0 takes the most likely token; FrameThinker samples with 0.6 and top-p 0.9."""
-    top_p: float = 1.0
-    max_new_tokens: int = 160
+    top_p: Annotated[float, Above(0)] = 1.0
+    max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """One turn is cut after so many tokens."""
-    seed: int = 0
+    max_pixels: Annotated[int | None, AtLeast(1)] = None
+    """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
+    episode_tokens: Annotated[int, AtLeast(1)] = 16_384
+    """A whole episode, frames included, is ended when it reaches so many tokens."""
+    seed: Annotated[int, AtLeast(0)] = 0
     json: bool = False
     """Print one JSON object and nothing else."""
     page: Path | None = None
@@ -68,6 +73,8 @@ class Config:
             raise ValueError(f"--options: {len(self.options)} given; {rule}")
         if not self.question.strip():
             raise ValueError("the question is empty")
+        if self.page and self.page.resolve() == self.video.resolve():
+            raise ValueError(f"--page {self.page}: is the video; choose another name")
         for text in (self.question, *self.options):
             check_text(text)
 
@@ -82,18 +89,21 @@ def is_lost(model: Path, video: Video) -> bool:
 def show(turn: Turn) -> None:
     """Print one turn, for people."""
     think, _ = split_think(turn.text)
-    print(f"think   {think}")
+    if turn.error:
+        print(f"said    {printable(turn.text.strip())}")
+    else:
+        print(f"think   {printable(think)}")
     if turn.action == "tool":
         frames = ", ".join(map(str, turn.frames)) or "no turn left"
         print(f"look    frames {turn.window[0]} to {turn.window[1]} → {frames}")
     elif turn.error:
-        print(f"refused {turn.error}")
+        print(f"refused {printable(turn.error)}")
     sys.stdout.flush()
 
 
 def as_json(episode: Episode, seconds: float) -> dict:
     """The episode, for machines."""
-    fields = ("action", "window", "frames", "error")
+    fields = ("text", "action", "window", "frames", "error")
     turns = [
         {"think": split_think(turn.text)[0]} | {name: getattr(turn, name) for name in fields}
         for turn in episode.turns
@@ -115,18 +125,19 @@ def answer_line(episode: Episode, options: tuple[str, ...]) -> str:
         return f"no answer ({episode.status.replace('_', ' ')})"
     letters = LETTERS[: len(options)]
     option = f"  {options[letters.index(episode.answer)]}" if episode.answer in [*letters] else ""
-    return f"answer  {episode.answer}{option}"
+    return printable(f"answer  {episode.answer}{option}")
 
 
 def main(cfg: Config) -> None:
     cfg.check()
     began, folder = time.time(), resolve(cfg.model)
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
-    encoder, sampler = load_sampler(folder, sampling)
+    encoder, sampler = load_sampler(folder, sampling, cfg.max_pixels)
     asked = cfg.question.strip()
     question = Question("infer", str(cfg.video), "", "recognition", asked, cfg.options, "")
     num_frames = (8 if cfg.tool else 16) if cfg.num_frames is None else cfg.num_frames
-    limits = Limits(num_frames=num_frames, max_turns=cfg.max_turns, use_tool=cfg.tool)
+    limits = Limits(num_frames, 8, cfg.max_turns, cfg.episode_tokens, cfg.tool)
+    check_prompt(question, encoder, sampler.tokenizer, [limits])
     video = encoder.open(question.clip)
     if is_lost(folder, video):
         print(f"note    {ARENA_ONLY}", file=sys.stderr if cfg.json else sys.stdout)

@@ -11,6 +11,7 @@ length shaping, filtering of groups.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,11 +37,18 @@ from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.records import Episode, Question, read_questions
+from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist, presets
 from nanosport.train.config import TrainingConfig
 from nanosport.train.deal import data_order
-from nanosport.train.metrics import TokenMeans, check_gap, log_row, rollout_stats
+from nanosport.train.inputs import MAX_UNUSABLE, Records
+from nanosport.train.metrics import (
+    TokenMeans,
+    check_gap,
+    check_rollouts,
+    log_row,
+    rollout_stats,
+)
 from nanosport.train.pack import Batch
 from nanosport.train.training import Training
 from nanosport.train.variants import VARIANTS, group_advantages, token_scale
@@ -101,8 +109,10 @@ class Config(TrainingConfig):
     max_new_tokens: int = 160
     """One assistant turn is cut after so many tokens."""
     max_turns: int = 5
-    episode_tokens: int = 16_384
+    episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A whole episode, frames included, is ended when it reaches so many tokens."""
+    max_unusable: Annotated[float, AtLeast(0), MAY_CHANGE] = MAX_UNUSABLE
+    """Questions that cannot be used are left out, up to this share of them."""
     min_format_rate: Annotated[float, MAY_CHANGE] = 0.8
     """RL does not start below this share of valid episodes in its first rollouts: a half-done SFT
     loses the tool."""
@@ -172,6 +182,12 @@ class Actors:
             if not self.training.cfg.frozen:
                 self.encoder.forget()
 
+    def play(self, records: Records, drawn: tuple, numbers: list[int]) -> list[Episode]:
+        """Sample the episodes of some questions. drawn: group size, seed and first place, as
+        `rollout` takes them."""
+        questions = [records.rows[number][0] for number in numbers]
+        return rollout(self.sampler, self.encoder, questions, self.limits, *drawn)
+
 
 @dataclass(frozen=True)
 class Rollouts:
@@ -182,24 +198,24 @@ class Rollouts:
     rewards: list[Reward]
     homes: list[int]
     """The rank that has sampled each episode."""
+    replaced: int = 0
+    """So many questions stand in for one whose video is lost."""
 
 
-def collect(training: Training, actors: Actors, questions: list[Question], step: int) -> Rollouts:
+def collect(training: Training, actors: Actors, records: Records, step: int) -> Rollouts:
     """Sample and score this rank's episodes of a step, and gather every rank's.
 
     Raises Preempted after SIGTERM.
     """
     cfg, rank = training.cfg, training.rank
     with training.stage("rollout"):
-        picked = data_order(len(questions), cfg.seed, step, cfg.num_prompts)
+        picked = data_order(len(records), cfg.seed, step, cfg.num_prompts)
         mine, first = dist.share(picked, rank), dist.share(range(cfg.num_prompts), rank)[0]
         size, episodes = max(1, cfg.rollout_batch // cfg.group_size), []
         for start in range(0, len(mine), size):
-            batch = [questions[number] for number in mine[start : start + size]]
-            seed, place = (cfg.seed, step), first + start
-            episodes += rollout(
-                actors.sampler, actors.encoder, batch, actors.limits, cfg.group_size, seed, place
-            )
+            drawn = (cfg.group_size, (cfg.seed, step), first + start)
+            play = partial(actors.play, records, drawn)
+            episodes += records.take(mine[start : start + size], play)
 
     with training.stage("judge"):
         answers, asked = [e.answer for e in episodes], [e.question for e in episodes]
@@ -215,27 +231,9 @@ def collect(training: Training, actors: Actors, questions: list[Question], step:
         preempted = training.preempted()
     if preempted:
         training.stop_inside(step)
-    return Rollouts(*map(list, zip(*pairs)), homes)
-
-
-def check_rollouts(training: Training, stats: dict[str, float], step: int) -> None:
-    """Raise ValueError for a run that is lost: one whose model does not hold the format yet when it
-    starts, or has stopped calling the tool."""
-    cfg = training.cfg
-    if step == 0 and stats["format_rate"] < cfg.min_format_rate:
-        raise ValueError(
-            f"{cfg.model}: only {stats['format_rate']:.0%} of its sampled episodes have a valid "
-            f"format, --min-format-rate asks for {cfg.min_format_rate:.0%}: train SFT longer first "
-            "(train.py --steps)"
-        )
-    starved = training.state["starved"] + 1 if stats["tool_rate"] < cfg.min_tool_rate else 0
-    training.state["starved"] = starved
-    if starved == 5:
-        raise ValueError(
-            f"step {step}: the tool was called in less than {cfg.min_tool_rate:.0%} of the "
-            "episodes for five steps; lower --lr, raise --kl, or train SFT longer "
-            "(--min-tool-rate 0 goes on)"
-        )
+    episodes, rewards = map(list, zip(*pairs))
+    replaced = records.num_replaced(picked, episodes[:: cfg.group_size])
+    return Rollouts(episodes, rewards, homes, replaced)
 
 
 @dataclass(frozen=True)
@@ -326,17 +324,16 @@ def policy_loss(
     return fused_linear_policy_loss(hidden_MD, head_VD, micro.tokens, objective, banned)
 
 
-def read_data(cfg: Config) -> list[Question]:
-    """The questions to train on. Raises ValueError where --reward v2 finds one without pass
-    rate."""
-    questions = read_questions(cfg.data)
-    unmeasured = next((q for q in questions if q.pass_rate is None), None)
+def read_data(cfg: Config) -> list[tuple[Question, list[str]]]:
+    """The records to train on. Raises ValueError where --reward v2 finds one without pass rate."""
+    rows = read_records(cfg.data)
+    unmeasured = next((q for q, _ in rows if q.pass_rate is None), None)
     if cfg.reward == "v2" and unmeasured:
         raise ValueError(
             f"{cfg.data}: {unmeasured.id} has no pass_rate, which --reward v2 needs: "
             f"python -m data_prep.difficulty {cfg.data}"
         )
-    return questions
+    return rows
 
 
 def make_default_data() -> None:
@@ -358,13 +355,16 @@ def main(cfg: Config) -> None:
         )
     if cfg.data == Config.data:
         dist.once(make_default_data)
-    questions = read_data(cfg)
+    rows = read_data(cfg)
     training.state["starved"] = 0
     training.load()
     actors = Actors(training, judge)
+    records = Records(cfg.data, rows, actors.encoder)
+    how = (cfg.max_unusable, training.rank, training.stage)
+    records.check_prompts(actors.sampler.tokenizer, [actors.limits], *how)
 
     for step in training.steps():
-        rollouts = collect(training, actors, questions, step)
+        rollouts = collect(training, actors, records, step)
         stats = rollout_stats(rollouts.episodes, rollouts.rewards)
         check_rollouts(training, stats, step)
         rewards = [reward.total for reward in rollouts.rewards]
@@ -388,7 +388,8 @@ def main(cfg: Config) -> None:
         actors.publish()
 
         balance = sum(part.balance for part in parts) / len(parts)
-        row = log_row(step, stats, means.over_ranks(training.device), updates, balance)
+        totals = means.over_ranks(training.device)
+        row = log_row(step, stats, totals, updates, balance, rollouts.replaced)
         check_gap(row, cfg.max_logprob_gap)
         training.log(row, shown=("reward", "accuracy", "tool_rate", "format_rate"))
 

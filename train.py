@@ -18,14 +18,13 @@ import torch
 from data_prep import arena, teacher
 from kernels.policy_loss import fused_linear_cross_entropy
 from nanosport import cli
-from nanosport.cli import AtLeast
-from nanosport.env.env import Limits
-from nanosport.env.rollout import replay
+from nanosport.cli import MAY_CHANGE, AtLeast
 from nanosport.model.folder import load_tokenizer
-from nanosport.records import Episode, Question, read_records
+from nanosport.records import Episode, read_records
 from nanosport.train import dist, presets
 from nanosport.train.config import TrainingConfig
 from nanosport.train.deal import data_order
+from nanosport.train.inputs import MAX_UNUSABLE, Records, Trajectories
 from nanosport.train.training import Training
 
 
@@ -42,34 +41,24 @@ class Config(TrainingConfig):
     save_every: int = 100
     batch_size: Annotated[int, AtLeast(1)] = 24
     """Trajectories of a step, over all ranks; the data is gone through as often as that takes."""
-
-
-class Trajectories:
-    """The teacher's trajectories as episodes: made when first needed, then kept."""
-
-    def __init__(self, training: Training, records: list[tuple[Question, list[str]]]):
-        self.encoder, self.records = training.encoder, records
-        self.tokenizer = load_tokenizer(training.source)
-        self.episodes: dict[int, Episode] = {}
-
-    def __getitem__(self, number: int) -> Episode:
-        """The episode of a record. Raises ValueError where its turns are no valid trajectory."""
-        if number not in self.episodes:
-            question, messages = self.records[number]
-            episode = replay(question, messages, self.encoder, self.tokenizer, Limits())
-            self.episodes[number] = episode
-        return self.episodes[number]
+    episode_tokens: Annotated[int, AtLeast(1)] = 16_384
+    """A longer trajectory, frames included, is left out."""
+    max_unusable: Annotated[float, AtLeast(0), MAY_CHANGE] = MAX_UNUSABLE
+    """Records that cannot be used are left out, up to this share of them."""
 
 
 def collect(
     training: Training, trajectories: Trajectories, step: int
-) -> tuple[list[Episode], list[int]]:
-    """(the step's episodes of every rank, the rank that each comes from)."""
-    cfg = training.cfg
+) -> tuple[list[Episode], list[int], int]:
+    """(the step's episodes of every rank, the rank that each comes from, how many of them stand in
+    for one whose video is lost)."""
+    cfg, records = training.cfg, trajectories.records
     with training.stage("data"):
-        order = data_order(len(trajectories.records), cfg.seed, step, cfg.batch_size)
-        mine = [trajectories[number] for number in dist.share(order, training.rank)]
-        return dist.gather_items(mine)
+        order = data_order(len(records), cfg.seed, step, cfg.batch_size)
+        mine = dist.share(order, training.rank)
+        mine = records.take(mine, lambda numbers: [trajectories[k] for k in numbers])
+        episodes, homes = dist.gather_items(mine)
+        return episodes, homes, records.num_replaced(order, episodes)
 
 
 def sft_loss(training: Training, episodes: list[Episode], scale: float) -> torch.Tensor:
@@ -92,12 +81,15 @@ def main(cfg: Config) -> None:
     training = Training(cfg, "SFT")
     if cfg.data == Config.data:
         dist.once(make_default_data)
-    records = read_records(cfg.data)  # before a model is downloaded for nothing
+    rows = read_records(cfg.data)  # before a model is downloaded for nothing
     training.load()
-    trajectories = Trajectories(training, records)
+    records = Records(cfg.data, rows, training.encoder)
+    tokenizer = load_tokenizer(training.source)
+    trajectories = Trajectories(records, tokenizer, cfg.episode_tokens)
+    records.check(trajectories.__getitem__, cfg.max_unusable, training.rank, training.stage)
 
     for step in training.steps():
-        episodes, homes = collect(training, trajectories, step)
+        episodes, homes, replaced = collect(training, trajectories, step)
         micro_batches, balance = training.deal(episodes, 1, homes)
         num_tokens = sum(sum(episode.mask) for episode in episodes)
         loss_sum = 0.0
@@ -111,6 +103,7 @@ def main(cfg: Config) -> None:
 
         row = {"step": step, "loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
         row |= {"tokens": num_tokens, "skipped": int(update.skipped), "balance": balance}
+        row["replaced"] = replaced
         training.log(row, shown=("loss",))
 
 

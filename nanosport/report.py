@@ -18,6 +18,11 @@ text-align:center}figure img{width:168px;display:block}.event img{outline:3px so
 pre{background:#f5f6f7;padding:.7em;white-space:pre-wrap}h2{margin-top:1.6em}"""
 
 
+def printable(text: str) -> str:
+    """Text from outside for a terminal: an escape sequence stands there as it is written."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def page(title: str, body: str) -> str:
     """A web page that needs nothing else."""
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'

@@ -220,6 +220,7 @@ def test_every_flag_is_compared_unless_it_is_marked():
     may_change = {
         "out", "lr", "save_every", "max_grad_norm", "micro_tokens", "share_prefix",
         "recompute_every", "offload_adam", "keep", "stuck_after_s", "resume", "overwrite",
+        "max_unusable",
     }  # fmt: skip
     more = {"rollout_batch", "judge_url", "min_format_rate", "min_tool_rate", "max_logprob_gap"}
     for config, unmarked in ((train.Config, may_change), (rl.Config, may_change | more)):

@@ -72,8 +72,8 @@ def test_infer_prints_turns_and_the_chosen_option(clip):
         (("CLIP", "Who?", "--model", "no/such/folder"), "no such folder"),
         (("CLIP", "Who?", "--model", "tests"), "config.json"),
         (("CLIP", "Who?", "--temperature", "-1"), "temperature"),
-        (("CLIP", "Who?", "--top-p", "0"), "top_p"),
-        (("CLIP", "Who?", "--num-frames", "0"), "num_frames"),
+        (("CLIP", "Who?", "--top-p", "0"), "--top-p"),
+        (("CLIP", "Who?", "--num-frames", "0"), "--num-frames"),
     ],
 )
 def test_infer_wrong_use_gives_one_clear_line(arguments, words, clip):

@@ -247,11 +247,14 @@ class OwnSampler:
         return any(stop in tail for stop in self.sampling.stops)
 
 
-def load_sampler(folder: Path, sampling: Sampling) -> tuple[FrameEncoder, OwnSampler]:
-    """Load what plays episodes from a model folder: on a GPU, in bfloat16, if there is one."""
+def load_sampler(
+    folder: Path, sampling: Sampling, max_pixels: int | None = None
+) -> tuple[FrameEncoder, OwnSampler]:
+    """Load what plays episodes from a model folder: on a GPU, in bfloat16, if there is one.
+    max_pixels: a frame's bound, where it is not the folder's."""
     on_gpu = torch.cuda.is_available()
     model = load_model(folder, *(("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)))
-    encoder = FrameEncoder(model, ImageConfig.from_folder(folder))
+    encoder = FrameEncoder(model, ImageConfig.from_folder(folder, max_pixels))
     return encoder, OwnSampler(model, load_tokenizer(folder), sampling)
 
 

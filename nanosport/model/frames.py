@@ -4,6 +4,8 @@ The eight rollouts of a question look at the same overview and often at the same
 trainer looks at them again: all of them are served from one bounded cache.
 """
 
+import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,7 +15,7 @@ import torch
 from nanosport.image import ImageConfig, check_shape, preprocess, smart_resize
 from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import Clip
-from nanosport.video import Video
+from nanosport.video import Video, VideoError
 
 CHUNK = 64
 """Frames go through the tower so many at a time."""
@@ -43,26 +45,50 @@ class FrameEncoder:
         self.cache_bytes, self.indexed_frames, self.cached_bytes = cache_bytes, indexed_frames, 0
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
         self.videos: OrderedDict[str, Video] = OrderedDict()
+        self.num_indexed, self.lock = 0, threading.Lock()
+        self.unusable: dict[str, VideoError] = {}
+        """Files that cannot be used, or not any more, and why."""
         self.num_decoded = 0
 
     def open(self, clip: Clip) -> Video:
         """Return the clip's video. A file is indexed once for all its clips, and the indices of the
-        files used last are kept.
+        files used last are kept. Threads may share this.
 
         Raises VideoError where the video cannot be used.
         """
-        if clip.video not in self.videos:
-            video = Video(clip.video)
-            check_shape(video, self.image)
-            self.videos[clip.video] = video
-            while len(self.videos) > 1 and self._num_indexed() > self.indexed_frames:
-                self.videos.popitem(last=False)
-        self.videos.move_to_end(clip.video)
-        video = self.videos[clip.video]
+        if (error := self.unusable.get(clip.video)) is not None:
+            raise error
+        with self.lock:
+            if clip.video in self.videos:
+                self.videos.move_to_end(clip.video)
+            video = self.videos.get(clip.video)
+        video = self._index(clip.video) if video is None else video
         return video if clip.span_s is None else video.part(clip.span_s)
 
-    def _num_indexed(self) -> int:
-        return sum(video.num_frames for video in self.videos.values())
+    def _index(self, path: str) -> Video:
+        try:
+            video = Video(path)
+            check_shape(video, self.image)
+        except Exception as error:
+            raise self._lose(path, error) from error
+        with self.lock:
+            self.videos[path] = video
+            self.num_indexed += video.num_frames
+            while len(self.videos) > 1 and self.num_indexed > self.indexed_frames:
+                self.num_indexed -= self.videos.popitem(last=False)[1].num_frames
+        return video
+
+    def look_for(self, clip: Clip) -> None:
+        """Raise VideoError where a clip's file has gone since it was indexed."""
+        if not os.path.exists(clip.video):
+            raise self._lose(clip.video, VideoError(f"{clip.video}: no such file any more"))
+
+    def _lose(self, path: str, error: Exception) -> VideoError:
+        """Remember that a file cannot be used, whatever it has brought about."""
+        if not isinstance(error, VideoError):
+            error = VideoError(f"{path}: {error!r}; convert it, or leave it out")
+        self.unusable[path] = error
+        return error
 
     def grid(self, clip: Clip) -> tuple[int, int, int]:
         """Return (1, height, width) in patches, which every frame of a clip has."""
@@ -107,7 +133,11 @@ class FrameEncoder:
         patches, grids = [], []
         for clip, run in groupby(names, key=lambda name: name[0]):
             indices = [index for _, index in run]
-            patches_PC, its_grids = preprocess(self.open(clip).frames(indices), self.image)
+            try:
+                frames_FCHW = self.open(clip).frames(indices)
+            except Exception as error:
+                raise self._lose(clip.video, error) from error
+            patches_PC, its_grids = preprocess(frames_FCHW, self.image)
             self.num_decoded += len(indices)
             patches.append(patches_PC)
             grids += its_grids

@@ -9,7 +9,7 @@ from nanosport.env.reward import Reward
 from nanosport.records import Episode
 from nanosport.train import dist
 from nanosport.train.pack import Batch
-from nanosport.train.training import Update
+from nanosport.train.training import Training, Update
 
 
 def rollout_stats(episodes: Sequence[Episode], rewards: Sequence[Reward]) -> dict[str, float]:
@@ -64,9 +64,15 @@ class TokenMeans:
 
 
 def log_row(
-    step: int, stats: dict, means: dict, updates: Sequence[Update], balance: float
+    step: int,
+    stats: dict,
+    means: dict,
+    updates: Sequence[Update],
+    balance: float,
+    replaced: int = 0,
 ) -> dict[str, float]:
-    """A step's line of the log. balance: the share of the time in which the ranks do not wait."""
+    """A step's line of the log. balance: the share of the time in which the ranks do not wait.
+    replaced: how many questions stand in for one whose video is lost."""
     learnt = sum(update.loss for update in updates if not update.skipped)
     return {
         "step": step,
@@ -77,6 +83,7 @@ def log_row(
         "skipped": sum(update.skipped for update in updates),
         "lr": updates[-1].lr,
         "balance": balance,
+        "replaced": replaced,
     }
 
 
@@ -87,4 +94,24 @@ def check_gap(row: dict[str, float], most: float) -> None:
         raise ValueError(
             f"step {row['step']}: rollout and trainer log-probs differ by {text:.3f} (text) and "
             f"{after_image:.3f} (after images) on average, above --max-logprob-gap {most}"
+        )
+
+
+def check_rollouts(training: Training, stats: dict[str, float], step: int) -> None:
+    """Raise ValueError for a run that is lost: one whose model does not hold the format yet when it
+    starts, or has stopped calling the tool."""
+    cfg = training.cfg
+    if step == 0 and stats["format_rate"] < cfg.min_format_rate:
+        raise ValueError(
+            f"{cfg.model}: only {stats['format_rate']:.0%} of its sampled episodes have a valid "
+            f"format, --min-format-rate asks for {cfg.min_format_rate:.0%}: train SFT longer first "
+            "(train.py --steps)"
+        )
+    starved = training.state["starved"] + 1 if stats["tool_rate"] < cfg.min_tool_rate else 0
+    training.state["starved"] = starved
+    if starved == 5:
+        raise ValueError(
+            f"step {step}: the tool was called in less than {cfg.min_tool_rate:.0%} of the "
+            "episodes for five steps; lower --lr, raise --kl, or train SFT longer "
+            "(--min-tool-rate 0 goes on)"
         )

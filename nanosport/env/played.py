@@ -1,0 +1,60 @@
+"""Episodes on disk as they are played: an evaluation that is stopped goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from nanosport.files import write_atomically
+from nanosport.records import Episode, Question, Turn
+
+
+class Played:
+    """What is played of one evaluation, by mode and the number of the question, without tokens.
+
+    The file is one of this model, data, flags and code: their fingerprint is part of its name.
+    """
+
+    def __init__(self, beside: Path, made_by: dict, questions: Sequence[Question], rank: int):
+        """beside: the report's path; the file lies there too. rank: each has its own file."""
+        key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:10]
+        share = f".{rank}" if rank else ""
+        self.path = beside.with_name(f"{beside.stem}.{key}{share}.played.jsonl")
+        self.questions = questions
+        self.episodes: dict[tuple[str, int], Episode | None] = {}
+        """None where the question's video was lost."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut
+        for row in map(json.loads, whole):
+            self.episodes[row["mode"], row["number"]] = self._episode(row)
+        if len(whole) < len(lines):
+            write_atomically(self.path, "".join(whole))
+
+    def _episode(self, row: dict) -> Episode | None:
+        if row["status"] is None:
+            return None
+        turns = tuple(
+            Turn(**{k: tuple(v) if isinstance(v, list) else v for k, v in turn.items()})
+            for turn in row["turns"]
+        )
+        question, frames = self.questions[row["number"]], tuple(row["frames"])
+        return Episode(question, (), (), (), frames, turns, row["status"], row["answer"])
+
+    def add(self, mode: str, first: int, episodes: Sequence[Episode | None]) -> None:
+        """Keep the episodes of neighbouring questions, all of a batch or none."""
+        lines = []
+        for number, episode in enumerate(episodes, first):
+            kept = dict.fromkeys(("status", "answer", "frames", "turns"))
+            if episode is not None:
+                kept |= {name: getattr(episode, name) for name in kept}
+                kept["turns"] = [asdict(turn) for turn in episode.turns]
+            lines.append(json.dumps({"mode": mode, "number": number, **kept}) + "\n")
+            self.episodes[mode, number] = episode
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write("".join(lines))
+
+    def remove(self) -> None:
+        """Drop the file: the report has been written."""
+        self.path.unlink(missing_ok=True)

@@ -1,0 +1,230 @@
+"""An evaluation keeps what it has played, shares its questions, and shows what broke the format."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import infer
+from nanosport.cli import Preempted
+from nanosport.engine.own import load_sampler
+from nanosport.engine.sampler import Sampling
+from nanosport.env.played import Played
+from nanosport.env.tools import STOPS
+from nanosport.records import Question, Turn, read_questions
+from nanosport.report import episode_page
+from tests.helpers.chat_server import ChatServer
+from tests.helpers.clips import write
+
+ROOT = Path(__file__).parent.parent
+MODEL = str(ROOT / "assets" / "nano-sft")
+
+
+@pytest.fixture(scope="module")
+def data(arena_folder, tmp_path_factory) -> Path:
+    """Eight questions about two arena clips, and one whose video is gone."""
+    asked = read_questions(arena_folder / "test.jsonl")[:8]
+    rows = [vars(q) | {"video": str(Path(q.video).absolute())} for q in asked]
+    rows.insert(3, rows[0] | {"id": "lost", "video": "gone.mp4"})
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> tuple[evaluation.Config, dict]:
+    """An evaluation from beginning to end, and its rows."""
+    out = tmp_path_factory.mktemp("whole") / "report.json"
+    cfg = evaluation.Config(MODEL, data, out, batch_size=2, max_new_tokens=60)
+    evaluation.main(cfg)
+    assert [path.name for path in out.parent.iterdir()] == ["report.json"]
+    return cfg, rows_of(out)
+
+
+def rows_of(report: Path) -> dict:
+    """A report's rows, without what a clock measured."""
+    rows = json.loads(report.read_text())["rows"]
+    return {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in rows.items()}
+
+
+def played_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.played.jsonl"))
+
+
+def interrupted(cfg: evaluation.Config, number: int, after: int) -> str:
+    """Evaluate, and send this process a signal when so many episodes are on disk; returns what the
+    command says on its way out."""
+
+    def watch() -> None:
+        while True:
+            files = played_in(cfg.out.parent)
+            if files and len(files[0].read_text().splitlines()) >= after:
+                return os.kill(os.getpid(), number)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    with pytest.raises((KeyboardInterrupt, Preempted)) as stop:
+        evaluation.main(cfg)
+    watcher.join()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return str(stop.value)
+
+
+@pytest.mark.parametrize("number, after", [(signal.SIGINT, 2), (signal.SIGTERM, 10)])
+def test_a_stopped_evaluation_goes_on_where_it_was(number, after, whole, tmp_path, capsys):
+    cfg, wanted = replace(whole[0], out=tmp_path / "r.json"), whole[1]
+    said = interrupted(cfg, number, after) + capsys.readouterr().err
+    (kept,) = played_in(tmp_path)
+    assert f"what was played is kept in {kept}, and the same command goes on from there" in said
+    assert not cfg.out.exists() and len(kept.read_text().splitlines()) < 16
+    with open(kept, "a") as file:  # a kill may cut the last line
+        file.write('{"mode": "tool", "num')
+    before = len(kept.read_text().splitlines()) - 1
+    evaluation.main(cfg)
+    assert f"{before} episodes are played already: going on from {kept}" in capsys.readouterr().out
+    assert rows_of(cfg.out) == wanted and not played_in(tmp_path)
+
+
+def test_other_flags_begin_anew(whole, tmp_path, capsys):
+    cfg = replace(whole[0], out=tmp_path / "r.json")
+    interrupted(cfg, signal.SIGTERM, 2)
+    for other in (replace(cfg, seed=1), replace(cfg, limit=5), replace(cfg, model="out/none")):
+        capsys.readouterr()
+        if other.model == cfg.model:
+            evaluation.main(other)
+            assert "played already" not in capsys.readouterr().out
+    assert len(played_in(tmp_path)) == 1, "what the first has played stays"
+
+
+@pytest.mark.parametrize(
+    "terminal", [lambda: io.TextIOWrapper(io.BytesIO(), "ascii"), lambda: Gone()]
+)
+def test_the_report_is_written_before_anything_is_printed(terminal, whole, tmp_path):
+    cfg = replace(whole[0], out=tmp_path / "r.json", name="größer", limit=2, modes=("tool",))
+    with redirect_stdout(terminal()), pytest.raises((OSError, UnicodeEncodeError)):
+        evaluation.main(cfg)
+    assert rows_of(cfg.out)["größer"]["questions"] == 2
+
+
+class Gone(io.StringIO):
+    """A pipe that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_ranks_share_the_questions_and_come_to_the_same(whole, tmp_path):
+    cfg, wanted = whole
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "3", "eval.py", "--model", MODEL, "--data", str(cfg.data)]
+    command += ["--out", str(tmp_path / "r.json"), "--batch-size", "2", "--max-new-tokens", "60"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("| nano-sft |") == 1 and done.stdout.count("left out: ") == 1
+    assert rows_of(tmp_path / "r.json") == wanted and not played_in(tmp_path)
+
+
+def test_a_video_that_is_lost_in_mid_run_costs_its_questions_alone(whole, tmp_path):
+    cfg, wanted = whole
+    rows = [json.loads(line) for line in cfg.data.read_text().splitlines()]
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(Path(rows[1]["video"]).read_bytes())
+    rows[1]["video"] = str(copy)
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [q for q in read_questions(tmp_path / "q.jsonl") if q.id != "lost"]
+    sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
+    encoder, sampler = load_sampler(Path(MODEL), sampling)
+    for question in asked:
+        encoder.open(question.clip)
+    copy.unlink()
+    played = Played(tmp_path / "r.json", {}, asked, 0)
+    row = evaluation.run_mode(cfg, "tool", (encoder, sampler), played, 0, None)
+    before = next(iter(wanted.values()))
+    assert row["lost"] == [rows[1]["id"]] and row["questions"] == 7
+    assert json.loads(json.dumps(row["episodes"])) == [
+        one for one in before["episodes"] if one["id"] != rows[1]["id"]
+    ]
+    again = Played(tmp_path / "r.json", {}, asked, 0)
+    assert len(again.episodes) == 8 and again.episodes["tool", 1] is None
+
+
+def test_a_judge_that_fails_does_not_lose_what_was_played(arena_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = [q for q in read_questions(arena_folder / "test.jsonl") if q.kind == "open"][:2]
+    rows = [vars(q) | {"video": str(Path(q.video).absolute()), "answer": "a zebra"} for q in asked]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with ChatServer(MODEL) as server:
+        server.trouble = [401] * 20
+        cfg = evaluation.Config(MODEL, tmp_path / "q.jsonl", modes=("tool",))
+        judged = replace(cfg, judge_url=server.url, judge="nano")
+        with pytest.raises(ValueError, match="what was played is kept in .*played.jsonl"):
+            evaluation.main(judged)
+    (kept,) = played_in(tmp_path / "out")
+    said = io.StringIO()
+    with redirect_stdout(said):
+        evaluation.main(cfg)  # by rule
+    assert f"2 episodes are played already: going on from out/{kept.name}" in said.getvalue()
+    assert not kept.exists()
+
+
+def test_no_input_is_written_over(data, tmp_path):
+    with pytest.raises(ValueError, match="--out .*: is the file that is read"):
+        evaluation.main(evaluation.Config(MODEL, data, data))
+    clip = write(tmp_path / "clip.mp4")
+    with pytest.raises(ValueError, match="--page .*clip.mp4: is the video"):
+        infer.main(infer.Config(clip, "Who?", page=tmp_path / "." / "clip.mp4"))
+
+
+# What broke the format.
+
+
+def test_what_broke_the_format_is_in_the_report_and_below_the_table(whole, tmp_path, capsys):
+    cfg = replace(whole[0], out=tmp_path / "r.json", temperature=3.0, top_p=1.0, modes=("tool",))
+    evaluation.main(cfg)
+    (row,) = rows_of(cfg.out).values()
+    broken = [one for one in row["episodes"] if "text" in one]
+    assert broken and all(one["error"] and one["text"] for one in broken)
+    assert len(broken) >= sum(n for how, n in row["status"].items() if how != "answered")
+    said = capsys.readouterr().out.split("\n|")[-1].splitlines()[1:]
+    assert len(said) == 3 and broken[0]["error"] in said[0] and broken[0]["id"] in said[0]
+    assert " ".join(broken[0]["text"].split())[:20] in said[0]
+
+
+def test_infer_shows_what_broke_the_format(tmp_path, capsys):
+    clip, page = write(tmp_path / "clip.mp4"), tmp_path / "page.html"
+    hot = {"question": "Who?", "model": MODEL, "temperature": 3.0, "max_new_tokens": 8}
+    infer.main(infer.Config(clip, **hot, page=page))
+    said = capsys.readouterr().out
+    infer.main(infer.Config(clip, **hot, json=True))
+    (turn,) = json.loads(capsys.readouterr().out)["turns"]
+    assert turn["error"] == "no action within 8 tokens" and turn["text"]
+    assert f"refused {turn['error']}" in said and turn["text"].strip()[:10] in said
+    assert turn["error"] in page.read_text()
+
+
+@pytest.mark.parametrize("action", ["invalid", "bad_call"])
+def test_no_turn_reaches_the_terminal_raw(action, capsys):
+    infer.show(Turn("\x1b[31mred <think>", action, error="the tool call \x07 is not valid JSON"))
+    said = capsys.readouterr().out
+    assert "said    \\x1b[31mred <think>" in said and "\x07" not in said
+
+
+def test_the_page_shows_a_turn_that_broke_the_format(tmp_path):
+    clip = write(tmp_path / "clip.mp4")
+    question = Question("q", str(clip), "soccer", "rules", "Who?", (), "")
+    turn = Turn("<b>no</b> tags", "invalid", error="a turn is <think>…")
+    episode = evaluation.Episode(question, (), (), (), (0, 39), (turn,), "format_error")
+    shown = episode_page(episode)
+    assert "&lt;b&gt;no&lt;/b&gt; tags" in shown and "refused: a turn is &lt;think&gt;…" in shown
