@@ -384,3 +384,32 @@ def test_a_trained_tower_sees_every_frame_where_a_frozen_one_looks_it_up(runs, t
     )
     main(free)
     assert log(free.out)[0]["loss"] == pytest.approx(straight[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "out"])
+def test_a_replaced_run_behind_a_link_leaves_no_checkpoint(linked, tmp_path):
+    disk, out = tmp_path / "disk", tmp_path / "out"
+    held = disk if linked == "checkpoints" else disk / "checkpoints"
+    (held / "step_000002").mkdir(parents=True)
+    (held / ".step_000004").mkdir()
+    if linked == "checkpoints":
+        out.mkdir()
+    (out / "checkpoints" if linked == "checkpoints" else out).symlink_to(disk)
+    Run(out, train.Config(), resume=False, overwrite=True)
+    assert not list(held.glob("*step_*"))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(broken, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    good = tmp_path / "checkpoints" / "step_000001"
+    good.mkdir(parents=True)
+    (good / "trainer.json").write_text("{}")
+    with torch.no_grad():
+        model.weight[1, 0] = broken
+    checkpoints = checkpoint.Checkpoints(tmp_path, tmp_path, 0, 1, dtype=torch.float32)
+    checkpoints.save(model, optimizer, {"step": 2})
+    with pytest.raises(ValueError, match="not finite; the last good one is .*step_000001"):
+        checkpoints.finish()
+    assert checkpoint.latest(tmp_path) == good and not (tmp_path / "model").exists()

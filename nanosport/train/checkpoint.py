@@ -126,6 +126,8 @@ class Checkpoints:
             saved()  # on rank 0 this means: every rank's shards are written
             if self.rank > 0:
                 return
+            if not all(weight.isfinite().all() for weight in weights.values()):
+                raise ValueError(f"weights are not finite; the last good one is {latest(self.run)}")
             write_atomically(unfinished / "trainer.json", json.dumps(state, indent=2) + "\n")
             for path in (*unfinished.iterdir(), unfinished):
                 sync(path)

@@ -29,9 +29,12 @@ class Run:
         self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
         self.log = self.folder / "log.jsonl"
         if not resume:
+            # else --resume would go on with the run that is replaced; a link to another disk stays
+            for old in checkpoints.glob("*step_*"):
+                shutil.rmtree(old)
+            if checkpoints.exists() and not checkpoints.is_symlink():
+                shutil.rmtree(checkpoints)
             self.log.write_text("")
-            # else --resume would go on with the run that is replaced here
-            shutil.rmtree(checkpoints, ignore_errors=True)
             self._describe()
 
     def _describe(self, **more) -> None:
