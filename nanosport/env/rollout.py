@@ -34,7 +34,6 @@ class Conversation:
     ):
         """look: encode the frames; not needed where nothing is generated."""
         video = encoder.open(question.clip)
-        self.end_id = tokenizer.convert_tokens_to_ids(prompt.END)
         self.env = Env(question, video, limits)
         self.transcript = Transcript(question.clip, encoder, tokenizer, look)
         overview = self.env.overview
@@ -62,10 +61,7 @@ class Conversation:
         shown = f"error: {turn.error}"
         if turn.frames:
             shown = prompt.frame_text(turn.frames, sizes, env.times_s)
-        text = prompt.tool_result(shown)
-        if said.ids[-1:] == (self.end_id,):  # the model has ended its turn itself
-            text = text.removeprefix(prompt.END)
-        piece = transcript.observe(text, turn.frames)
+        piece = transcript.observe(prompt.tool_result(shown), turn.frames)
         if len(transcript.ids) >= env.limits.max_tokens:
             env.end("out_of_tokens")
             return None
@@ -128,7 +124,7 @@ def rollout(
 def replay(
     question: Question, messages: Sequence[str], encoder: "FrameEncoder", tokenizer, limits: Limits
 ) -> Episode:
-    """Return the episode of given assistant turns, each with its end; no frame is decoded.
+    """Return the episode of given assistant turns; no frame is decoded.
 
     Raises ValueError where the turns are not one whole, valid trajectory.
     """
@@ -140,8 +136,8 @@ def replay(
                 f"{question.id}: the episode ends ({env.status}) before message {k} of "
                 f"{len(messages)}"
             )
-        ids = (*tokenizer.encode(message, add_special_tokens=False), conversation.end_id)
-        conversation.take(Generated(ids, (0.0,) * len(ids), stopped=True, num_end=1))
+        ids = tuple(tokenizer.encode(message, add_special_tokens=False))
+        conversation.take(Generated(ids, (0.0,) * len(ids), stopped=True))
         if (error := env.turns[-1].error) is not None:
             raise ValueError(f"{question.id}, message {k}: {error}")
     if env.status != "answered":
