@@ -11,7 +11,6 @@ uniform frames and no tool.
 """
 
 import json
-import os
 import signal
 import sys
 import time
@@ -284,9 +283,6 @@ def main(cfg: Config) -> None:
     played.remove()
     if rank == 0:
         show(rows)
-    if cli.num_processes() > 1:  # gloo's threads now and then abort a process that tears them down
-        sys.stdout.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ class Config:
             raise ValueError(f"--options: {len(self.options)} given; {rule}")
         if not self.question.strip():
             raise ValueError("the question is empty")
-        if self.page and self.page.resolve() == self.video.resolve():
-            raise ValueError(f"--page {self.page}: is the video; choose another name")
+        if self.page is not None:
+            cli.not_the_input(self.page, self.video, "--page")
         for text in (self.question, *self.options):
             check_text(text)
 
@@ -136,7 +136,9 @@ def main(cfg: Config) -> None:
     asked = cfg.question.strip()
     question = Question("infer", str(cfg.video), "", "recognition", asked, cfg.options, "")
     num_frames = (8 if cfg.tool else 16) if cfg.num_frames is None else cfg.num_frames
-    limits = Limits(num_frames, 8, cfg.max_turns, cfg.episode_tokens, cfg.tool)
+    limits = Limits(
+        num_frames, max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens, use_tool=cfg.tool
+    )
     check_prompt(question, encoder, sampler.tokenizer, [limits])
     video = encoder.open(question.clip)
     if is_lost(folder, video):

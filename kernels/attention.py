@@ -24,8 +24,8 @@ try:
 except ImportError:  # an optional package: torch carries the same kernel
     flash_attn_varlen_func = None
 
-# cuDNN's attention builds a plan for every new shape, and a cache grows by a token each step: on an
-# H100 a decode step of a 7B model took 113 ms with it and 17 without
+# cuDNN's attention builds a plan for every new shape, and a cache grows by a token each step: it
+# makes a decode step several times slower (nanosport.bench.engine)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 

@@ -65,10 +65,10 @@ def check(config) -> None:
                 raise ValueError(f"{flag(name)} {value}: must be above {mark.bound}")
 
 
-def not_the_input(out: Path, data: Path) -> None:
+def not_the_input(out: Path, data: Path, flag: str = "--out") -> None:
     """Raise ValueError where a command would write over the file that it reads."""
     if out.resolve() == data.resolve():
-        raise ValueError(f"--out {out}: is the file that is read; choose another name")
+        raise ValueError(f"{flag} {out}: is the file that is read; choose another name")
 
 
 def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = None) -> None:
@@ -105,6 +105,9 @@ def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = 
         if num_processes() == 1:
             raise
         leave(traceback.format_exc(), 1)
+    if num_processes() > 1:  # gloo's threads now and then abort a process that tears them down
+        sys.stdout.flush()
+        os._exit(0)
     leave_group()
 
 

@@ -102,11 +102,10 @@ def test_a_stopped_evaluation_goes_on_where_it_was(number, after, whole, tmp_pat
 def test_other_flags_begin_anew(whole, tmp_path, capsys):
     cfg = replace(whole[0], out=tmp_path / "r.json")
     interrupted(cfg, signal.SIGTERM, 2)
-    for other in (replace(cfg, seed=1), replace(cfg, limit=5), replace(cfg, model="out/none")):
+    for other in (replace(cfg, seed=1), replace(cfg, limit=5)):
         capsys.readouterr()
-        if other.model == cfg.model:
-            evaluation.main(other)
-            assert "played already" not in capsys.readouterr().out
+        evaluation.main(other)
+        assert "played already" not in capsys.readouterr().out
     assert len(played_in(tmp_path)) == 1, "what the first has played stays"
 
 
@@ -186,7 +185,7 @@ def test_no_input_is_written_over(data, tmp_path):
     with pytest.raises(ValueError, match="--out .*: is the file that is read"):
         evaluation.main(evaluation.Config(MODEL, data, data))
     clip = write(tmp_path / "clip.mp4")
-    with pytest.raises(ValueError, match="--page .*clip.mp4: is the video"):
+    with pytest.raises(ValueError, match="--page .*clip.mp4: is the file that is read"):
         infer.main(infer.Config(clip, "Who?", page=tmp_path / "." / "clip.mp4"))
 
 

@@ -145,3 +145,15 @@ runpy.run_module("nanosport.bench.train", run_name="__main__")
         assert row["tokens_per_s"] > 0 and row["seconds"]["step"] > 0
         if row["impl"] != "transformers, padded":
             assert row["planned_gib"] == pytest.approx(row["peak_gib"], rel=0.15)
+
+
+def test_the_engines_benchmark_runs_without_a_gpu(tmp_path):
+    command = [sys.executable, "-m", "nanosport.bench.engine", "--repeats", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "cpu.json").read_text())
+    assert (report["gpu"], report["shape"]) == (False, "nano-sft")
+    assert [row["rows"] for row in report["rows"]] == [2, 1]
+    assert all(row["ms_a_token"] > 0 and len(row["all"]) == 1 for row in report["rows"])

@@ -23,7 +23,7 @@ class Played:
         self.path = beside.with_name(f"{beside.stem}.{key}{share}.played.jsonl")
         self.questions = questions
         self.episodes: dict[tuple[str, int], Episode | None] = {}
-        """None where the question's video was lost."""
+        """An episode is None where the question's video was lost."""
         lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut
         for row in map(json.loads, whole):

@@ -127,7 +127,9 @@ class Checkpoints:
             if self.rank > 0:
                 return
             if not all(weight.isfinite().all() for weight in weights.values()):
-                raise ValueError(f"weights are not finite; the last good one is {latest(self.run)}")
+                good = latest(self.run)
+                before = f"the last good one is {good}" if good else "none was saved before"
+                raise ValueError(f"weights are not finite; {before}")
             write_atomically(unfinished / "trainer.json", json.dumps(state, indent=2) + "\n")
             for path in (*unfinished.iterdir(), unfinished):
                 sync(path)

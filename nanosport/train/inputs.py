@@ -45,15 +45,15 @@ def check_prompt(
     """Raise ValueError where a question's video cannot be used, or the prompt is too long under one
     of the limits. No frame is decoded."""
     video = encoder.open(question.clip)
-    for each in limits:
-        env = Env(question, video, each)
+    for limit in limits:
+        env = Env(question, video, limit)
         blank = [0] * len(env.overview)  # a frame's tokens are counted, not written and encoded
-        about = (video.num_frames, each.use_tool, env.fps, env.times_s)
+        about = (video.num_frames, limit.use_tool, env.fps, env.times_s)
         text = prompt.opening(question, env.overview, blank, *about)
         tokens = len(tokenizer.encode(text, add_special_tokens=False))
         tokens += len(env.overview) * encoder.tokens_per_frame(question.clip)
-        if tokens > each.max_tokens:
-            raise TooLong(tokens, each.max_tokens)
+        if tokens > limit.max_tokens:
+            raise TooLong(tokens, limit.max_tokens)
 
 
 class Fault(NamedTuple):
@@ -62,7 +62,7 @@ class Fault(NamedTuple):
     number: int
     why: str
     tokens: int
-    """Of one that is too long; else 0."""
+    """The length of a record that is too long; else 0."""
 
 
 class Records:
@@ -79,7 +79,7 @@ class Records:
 
     @property
     def questions(self) -> list[Question]:
-        """Those of the usable records."""
+        """The questions of the usable records."""
         return [self.rows[number][0] for number in self.kept]
 
     def check_prompts(self, tokenizer, limits: Sequence[Limits], *how) -> list[str]:
@@ -109,12 +109,12 @@ class Records:
         faults, _ = dist.gather_items(mine)
         unusable = {fault.number for fault in faults}
         self.kept = [number for number in self.kept if number not in unusable]
-        lines, found = self._describe(faults), f"{len(faults)} of {len(self.rows)} records"
+        lines, share = self._describe(faults), f"{len(faults)} of {len(self.rows)} records"
         if faults and rank == 0:
             print("\n".join(f"left out: {line}" for line in lines[:20]))
-            print(f"{self.path}: {found} are left out")
+            print(f"{self.path}: {share} are left out")
         if len(faults) > most * len(self.rows) or not self.kept:
-            rule = f"{found} cannot be used, --max-unusable allows {most:.1%}"
+            rule = f"{share} cannot be used, --max-unusable allows {most:.1%}"
             raise ValueError(f"{self.path}: {rule}: {lines[0]}")
         return lines
 
