@@ -60,7 +60,7 @@ def taught_folder(nano_folder, arena_folder, tmp_path_factory) -> Path:
         str(nano_folder),
         folder / "trajectories.jsonl",
         folder,
-        steps=70,
+        steps=110,
         batch_size=4,
         lr=5e-3,
         warmup=5,

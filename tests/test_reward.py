@@ -24,8 +24,37 @@ REPEAT = Turn(
 SAY = Turn("", "answer")
 
 
-def episode(answer, *turns, question=OPEN, status="answered") -> Episode:
-    return Episode(question, (), (), (), (), turns, status, answer)
+def episode(answer, *turns, question=OPEN, status="answered", overview=(0, 40, 80)) -> Episode:
+    frames = (*overview, *(index for turn in turns for index in turn.frames))
+    return Episode(question, (), (), (), frames, turns, status, answer)
+
+
+def look(*frames: int) -> Turn:
+    return Turn("", "tool", (frames[0], frames[-1]), frames)
+
+
+@pytest.mark.parametrize(
+    "looks, num_new, total",
+    [
+        ([(0, 10, 20)], 2, 1.5),
+        ([(0, 40, 80)], 0, 1.0),  # the overview once more
+        ([(1, 40, 80)], 0, 1.0),  # the overview, moved by a frame
+        ([(1, 41, 79)], 0, 1.0),
+        ([(0, 39, 79)], 0, 1.0),
+        ([(2, 41, 80)], 2, 1.5),
+        ([(0, 80)], 0, 1.0),  # a part of what was seen
+        ([(0, 40)], 0, 1.0),
+        ([(0, 10, 20), (1, 11, 21)], 2, 1.5),  # a window moved by a frame adds nothing
+        ([(0, 40, 80), (0, 10, 20)], 2, 1.5),  # but a later look may
+        ([(0, 10, 20), (10, 15, 20)], 3, 1.5),
+    ],
+)
+def test_a_look_earns_by_a_frame_not_seen_before(looks, num_new, total):
+    made = episode("red 7 volley", *(look(*frames) for frames in looks), SAY)
+    reward = gated_reward(made, acc=1.0)
+    assert (reward.new_frames, reward.total, reward.used_tool) == (num_new, total, 1.0)
+    wrong = gated_reward(made, acc=0.0)
+    assert wrong.total == (0.03 if num_new else 0.0)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +87,7 @@ def test_the_equation(acc, answer, turns, status, total):
     assert reward.accuracy == pytest.approx(acc) and reward.total == pytest.approx(total)
     assert reward.format == format_valid(made) == (total != -0.05)
     used = any(t is LOOK for t in turns)
+    assert reward.new_frames == (2 if used else 0)
     assert reward.used_tool == used and (reward.tool > 0) == used
     if reward.format:
         assert reward.total == reward.accuracy + reward.tool

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels.policy_loss import linear_logprobs
-from nanosport.engine.own import OwnSampler
+from nanosport.engine.own import Draft, OwnSampler
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.env.env import Limits
 from nanosport.env.prompt import IMAGE_PAD, SYSTEM, VISION_END, VISION_START
@@ -99,17 +99,19 @@ def test_the_mask_of_a_two_tool_episode_token_by_token(questions, encoder, token
     )
     options = "".join(f"\n({letter}) {text}" for letter, text in zip("ABCD", question.options))
     asked = f"The video has {total} frames. {question.question}{options}\nAnswer with one option."
-    between = "<|im_end|>\n<|im_start|>user\n<tool_response>\n{}</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    between = (
+        "\n<|im_start|>user\n<tool_response>\n{}</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
     expected = [
         (
             0,
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{shown_0}{asked}<|im_end|>\n<|im_start|>assistant\n",
         ),
-        (1, FIRST),
+        (1, FIRST + "<|im_end|>"),
         (0, between.format(shown_1)),
-        (1, SECOND),
+        (1, SECOND + "<|im_end|>"),
         (0, between.format(shown_2)),
-        (1, ANSWER),
+        (1, ANSWER + "<|im_end|>"),
     ]
     ids, mask = [], []
     for trained, text in expected:
@@ -121,7 +123,7 @@ def test_the_mask_of_a_two_tool_episode_token_by_token(questions, encoder, token
     assert episode.frames == (*overview, *window_1, *window_2)
     outside = {
         tokenizer.convert_tokens_to_ids(t)
-        for t in (IMAGE_PAD, VISION_START, VISION_END, "<|im_start|>", "<|im_end|>")
+        for t in (IMAGE_PAD, VISION_START, VISION_END, "<|im_start|>")
     }
     assert outside <= set(ids) and not any(
         m for i, m in zip(episode.ids, episode.mask) if i in outside
@@ -141,7 +143,8 @@ def test_rows_that_carry_loss_predict_exactly_the_masked_tokens(
     trained = [i for e in episodes for i, m in zip(e.ids, e.mask) if m]
     assert batch.targets_M.tolist() == trained
     assert batch.ids_T[batch.rows_M + 1].tolist() == trained
-    counts = [len(tokenizer.encode(t, add_special_tokens=False)) for t in (FIRST, SECOND, ANSWER)]
+    turns = [text + "<|im_end|>" for text in (FIRST, SECOND, ANSWER)]
+    counts = [len(tokenizer.encode(turn, add_special_tokens=False)) for turn in turns]
     assert (
         batch.after_image_M.tolist()
         == [False] * counts[0] + [True] * (counts[1] + counts[2]) + [False] * counts[2]
@@ -270,7 +273,7 @@ def test_cached_decode_and_positions_equal_the_whole_forward_pass(
 def sampled(model, tokenizer, encoder, questions):
     """Eight episodes of each of three questions at temperature 0.7."""
     sampler = make_sampler(model, tokenizer, temperature=0.7)
-    return sampler, rollout(sampler, encoder, questions[:3], Limits(max_turns=3), 8, seed=(0, 1))
+    return sampler, rollout(sampler, encoder, questions[:3], Limits(max_turns=3), 8, seed=(0, 3))
 
 
 def test_tokens_in_are_tokens_out(sampled, tokenizer, encoder):
@@ -289,15 +292,14 @@ def test_tokens_in_are_tokens_out(sampled, tokenizer, encoder):
         said = [[i for _, i in run] for run in runs if run[0][0]]
         given = [[i for _, i in run] for run in runs if not run[0][0]]
         assert given[0] == Conversation(episode.question, encoder, tokenizer, Limits()).prompt.ids
-        assert [tokenizer.decode(s, skip_special_tokens=False) for s in said] == [
-            t.text for t in episode.turns
-        ]
+        for ids, turn in zip(said, episode.turns, strict=True):
+            assert turn.text in (tokenizer.decode(ids[:-1]), tokenizer.decode(ids))
         for ids in given:
             assert ids == tokenizer.encode(
                 tokenizer.decode(ids, skip_special_tokens=False), add_special_tokens=False
             )
         other += sum(
-            s != tokenizer.encode(t.text, add_special_tokens=False)
+            s[:-1] != tokenizer.encode(t.text, add_special_tokens=False)
             for s, t in zip(said, episode.turns)
         )
         assert len(episode.frames) * 6 == sum(
@@ -330,13 +332,13 @@ def test_a_rollout_is_the_same_whatever_it_is_batched_with(
     sampler, together = sampled
     for k in range(3):
         alone = rollout(
-            sampler, encoder, questions[k : k + 1], Limits(max_turns=3), 8, seed=(0, 1), first=k
+            sampler, encoder, questions[k : k + 1], Limits(max_turns=3), 8, seed=(0, 3), first=k
         )
         assert [e.ids for e in alone] == [e.ids for e in together[8 * k : 8 * k + 8]]
         assert [e.turns for e in alone] == [e.turns for e in together[8 * k : 8 * k + 8]]
     smaller = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 3, seed=(0, 1))
     assert [e.ids for e in smaller] == [e.ids for e in together[:3]]
-    other = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 8, seed=(0, 2))
+    other = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 8, seed=(0, 3))
     assert [e.ids for e in other] != [e.ids for e in together[:8]]
 
 
@@ -410,11 +412,11 @@ def test_banned_are_vision_message_starts_and_ids_without_a_token(model, tokeniz
     )
 
 
-def test_generation_stops_at_an_action_or_the_end_of_turn(sampled, tokenizer):
+def test_a_turn_ends_with_its_end_or_one_token_after_an_action(sampled, tokenizer):
     _, episodes = sampled
-    stops = {
-        tokenizer.convert_tokens_to_ids(t) for t in ("</tool_call>", "</answer>", "<|im_end|>")
-    }
+    closing = {tokenizer.convert_tokens_to_ids(t) for t in STOPS}
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = []
     for episode in episodes:
         runs = [
             [i for _, i in run]
@@ -422,10 +424,51 @@ def test_generation_stops_at_an_action_or_the_end_of_turn(sampled, tokenizer):
             if m
         ]
         for ids, turn in zip(runs, episode.turns):
-            assert not set(ids[:-1]) & stops
-            assert ids[-1] in stops or (
-                len(ids) == 48 and episode.status == "out_of_tokens" and turn is episode.turns[-1]
-            )
+            assert not set(ids[:-2]) & (closing | {end}) and ids[-2] != end
+            if ids[-1] == end or ids[-2] in closing:
+                ends.append(ids[-1])
+                assert turn.text == tokenizer.decode(ids[:-1], skip_special_tokens=False)
+            elif ids[-1] not in closing:
+                assert len(ids) == 48 and turn is episode.turns[-1]
+                assert episode.status == "out_of_tokens"
+    assert ends.count(end) > len(ends) / 2  # it has been learnt
+
+
+def test_an_end_that_the_model_says_is_not_said_again(questions, encoder, tokenizer):
+    """With its own end or without one: what follows makes the same text."""
+    end, texts = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
+    for num_end, last in ((1, [end]), (0, [])):
+        conversation = Conversation(questions[0], encoder, tokenizer, Limits())
+        ids = (*tokenizer.encode(FIRST, add_special_tokens=False), *last)
+        conversation.take(Generated(ids, (-0.5,) * len(ids), True, num_end))
+        assert conversation.env.turns[0].text == FIRST
+        assert sum(conversation.transcript.mask) == len(ids)
+        texts.append(tokenizer.decode(conversation.transcript.ids))
+    assert texts[0] == texts[1] and f"{FIRST}<|im_end|>\n<|im_start|>user" in texts[0]
+
+
+def test_what_stands_where_an_end_should_is_learnt_from_but_not_read(questions, encoder, tokenizer):
+    conversation = Conversation(questions[0], encoder, tokenizer, Limits())
+    said = tokenizer.encode(ANSWER, add_special_tokens=False)
+    extra = tokenizer.encode("red", add_special_tokens=False)[:1]
+    ids = (*said, *extra)
+    assert conversation.take(Generated(ids, (-0.5,) * len(ids), True, 1)) is None
+    episode = conversation.episode()
+    assert (episode.status, episode.answer, episode.turns[0].text) == ("answered", "B", ANSWER)
+    assert episode.ids[-len(ids) :] == ids and episode.mask[-len(ids) :] == (1,) * len(ids)
+
+
+def test_an_action_that_ends_at_the_limit_counts(model, tokenizer):
+    """The last token allowed completes the stop text: there is an action, though no end."""
+    sampler = make_sampler(model, tokenizer)
+    for num_tokens in (48, 4):
+        draft = Draft()
+        for token in tokenizer.encode(f"B{STOPS[1]}", add_special_tokens=False)[:num_tokens]:
+            sampler._take(draft, token, -0.5)
+        said = draft.generated()
+        assert (said.stopped, said.num_end, said.text_ids) == (True, 0, said.ids)
+    sampler._take(draft, tokenizer.convert_tokens_to_ids("<|im_end|>"), -0.5)
+    assert draft.generated().num_end == 1
 
 
 @pytest.fixture(scope="module")
@@ -452,9 +495,8 @@ def test_stops_that_are_several_tokens(end, before, qwen_sampler):
             and len(tokenizer.encode(end)) > 1
         )
     for ids in (whole, letters):
-        ends = [sampler._ends(ids[: k + 1]) for k in range(len(ids))]
+        ends = [sampler._closes(ids[: k + 1]) for k in range(len(ids))]
         assert ends == [False] * (len(ids) - 1) + [True]
-    assert sampler._ends([*tokenizer.encode(text), tokenizer.convert_tokens_to_ids("<|im_end|>")])
 
 
 def test_top_p_and_greedy(model, tokenizer):

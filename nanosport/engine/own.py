@@ -51,7 +51,14 @@ class Draft:
     """A turn while it is being sampled."""
 
     def __init__(self):
-        self.ids, self.sampled_logp, self.stopped = [], [], False
+        self.ids, self.sampled_logp = [], []
+        self.closed = False
+        """Whether a stop text has been said: one token more, and the turn has ended."""
+        self.stopped = False
+
+    def generated(self) -> Generated:
+        ids, sampled_logp = tuple(self.ids), tuple(self.sampled_logp)
+        return Generated(ids, sampled_logp, self.closed or self.stopped, int(self.stopped))
 
 
 class OwnSampler:
@@ -182,7 +189,7 @@ class OwnSampler:
                 part, rows = part.select(running), [rows[k] for k in running]
         if part is not state:
             state.put(rows, part)
-        return [Generated(tuple(d.ids), tuple(d.sampled_logp), d.stopped) for d in drafts]
+        return [draft.generated() for draft in drafts]
 
     def _add_token(self, state: State, drafts: Sequence[Draft], draw_B: torch.Tensor) -> None:
         """Sample the next token of each draft that has not stopped, and compute it."""
@@ -191,15 +198,20 @@ class OwnSampler:
         num_new_B = torch.tensor([not draft.stopped for draft in drafts], dtype=torch.long)
         for draft, token, logp in zip(drafts, token_B.tolist(), logp_B.tolist()):
             if not draft.stopped:
-                draft.ids.append(token)
-                draft.sampled_logp.append(logp)
-                draft.stopped = self._ends(draft.ids)
+                self._take(draft, token, logp)
         positions_3B1 = state.next_start_B.expand(3, -1)[..., None].to(self.device)
         hidden_BTD = self.model.decode(
             token_B[:, None], positions_3B1, num_new_B.to(self.device), state.cache
         )
         state.next_start_B = state.next_start_B + num_new_B
         state.logits_BV = self._logits(hidden_BTD[:, 0])
+
+    def _take(self, draft: Draft, token: int, logp: float) -> None:
+        """Add a token to its turn, and see whether it ends there."""
+        draft.ids.append(token)
+        draft.sampled_logp.append(logp)
+        draft.stopped = draft.closed or token in self.end_ids
+        draft.closed = draft.closed or self._closes(draft.ids)
 
     def _logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
         return (hidden_BD @ self.model.head_weight_VD.T).float()
@@ -227,10 +239,8 @@ class OwnSampler:
         token_B = torch.searchsorted(cumulative_BV, point_B1, right=True)[:, 0]
         return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
 
-    def _ends(self, ids: list[int]) -> bool:
-        """Whether the last id ends the turn."""
-        if ids[-1] in self.end_ids:
-            return True
+    def _closes(self, ids: list[int]) -> bool:
+        """Whether the last id completes a stop text."""
         if ids[-1] not in self.closing_ids:
             return False
         tail = self.tokenizer.decode(ids[-12:], skip_special_tokens=False)

@@ -39,7 +39,8 @@ class Sampling:
     max_new_tokens: int = 160
     """A turn is cut after this many tokens."""
     stops: tuple[str, ...] = ()
-    """A turn ends with the first of these texts, as it does with the model's own end of turn."""
+    """The first of these texts leaves the model one token more, in which to end its turn; its own
+    end of turn ends the turn anywhere."""
 
     def __post_init__(self):
         if self.temperature < 0:
@@ -60,6 +61,13 @@ class Generated:
     before top-p: what the trainer computes again."""
     stopped: bool
     """False where max_new_tokens cut the turn."""
+    num_end: int = 0
+    """How many of the last ids are no text: 1 for the end of the turn, or for what the model has
+    said in its place after a stop text."""
+
+    @property
+    def text_ids(self) -> tuple[int, ...]:
+        return self.ids[: len(self.ids) - self.num_end]
 
 
 class Sampler(Protocol):

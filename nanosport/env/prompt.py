@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from nanosport.env.tools import SCHEMA
 from nanosport.records import LETTERS, Question, check_text
 
+END = "<|im_end|>"
+"""What ends a turn, of whomever."""
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 
 SYSTEM_NO_TOOL = (
@@ -80,12 +82,12 @@ def opening(
     system = SYSTEM if use_tool else SYSTEM_NO_TOOL
     user = frame_text(indices, tokens_per_frame, times_s)
     user += question_text(question, num_frames, fps)
-    start = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
-    return f"{start}{user}<|im_end|>\n<|im_start|>assistant\n"
+    start = f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n"
+    return f"{start}{user}{END}\n<|im_start|>assistant\n"
 
 
 def tool_result(content: str) -> str:
     """What follows a turn that called the tool: its end, the tool's frames or error, and the start
     of the next turn."""
     response = f"<tool_response>\n{content.rstrip()}\n</tool_response>"
-    return f"<|im_end|>\n<|im_start|>user\n{response}<|im_end|>\n<|im_start|>assistant\n"
+    return f"{END}\n<|im_start|>user\n{response}{END}\n<|im_start|>assistant\n"

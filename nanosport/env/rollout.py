@@ -34,6 +34,7 @@ class Conversation:
     ):
         """look: encode the frames; not needed where nothing is generated."""
         video = encoder.open(question.clip)
+        self.end_id = tokenizer.convert_tokens_to_ids(prompt.END)
         self.env = Env(question, video, limits)
         self.transcript = Transcript(question.clip, encoder, tokenizer, look)
         overview = self.env.overview
@@ -61,7 +62,10 @@ class Conversation:
         shown = f"error: {turn.error}"
         if turn.frames:
             shown = prompt.frame_text(turn.frames, sizes, env.times_s)
-        piece = transcript.observe(prompt.tool_result(shown), turn.frames)
+        text = prompt.tool_result(shown)
+        if said.ids[-1:] == (self.end_id,):  # the model has ended its turn itself
+            text = text.removeprefix(prompt.END)
+        piece = transcript.observe(text, turn.frames)
         if len(transcript.ids) >= env.limits.max_tokens:
             env.end("out_of_tokens")
             return None
@@ -124,7 +128,7 @@ def rollout(
 def replay(
     question: Question, messages: Sequence[str], encoder: "FrameEncoder", tokenizer, limits: Limits
 ) -> Episode:
-    """Return the episode of given assistant turns; no frame is decoded.
+    """Return the episode of given assistant turns, each with its end; no frame is decoded.
 
     Raises ValueError where the turns are not one whole, valid trajectory.
     """
@@ -136,8 +140,8 @@ def replay(
                 f"{question.id}: the episode ends ({env.status}) before message {k} of "
                 f"{len(messages)}"
             )
-        ids = tuple(tokenizer.encode(message, add_special_tokens=False))
-        conversation.take(Generated(ids, (0.0,) * len(ids), stopped=True))
+        ids = (*tokenizer.encode(message, add_special_tokens=False), conversation.end_id)
+        conversation.take(Generated(ids, (0.0,) * len(ids), stopped=True, num_end=1))
         if (error := env.turns[-1].error) is not None:
             raise ValueError(f"{question.id}, message {k}: {error}")
     if env.status != "answered":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 TOOL_NAME = "frame_extraction_tool"
 STOPS = ("</tool_call>", "</answer>")
-"""A turn ends with one of these."""
+"""What a turn says last, before its end."""
 MIN_WINDOW = 9
 """A window of 8 frames or fewer is invalid (as in FrameThinker, the nearest ancestor)."""
 

@@ -43,10 +43,10 @@ class Transcript:
         return Piece(ids, [self.grid] * len(frames), features_ND)
 
     def add_turn(self, said: Generated) -> str:
-        """Add what the model says, mask 1, and return its text."""
+        """Add what the model says, its end of turn included, mask 1, and return its text."""
         start = len(self.ids)
         self.ids += said.ids
         self.mask += [1] * len(said.ids)
         self.sampled_logp += said.sampled_logp
         self.turn_tokens.append((start, len(self.ids)))
-        return self.tokenizer.decode(said.ids, skip_special_tokens=False)
+        return self.tokenizer.decode(said.text_ids, skip_special_tokens=False)

@@ -20,6 +20,7 @@ def rollout_stats(episodes: Sequence[Episode], rewards: Sequence[Reward]) -> dic
         "accuracy": sum(r.accuracy for r in rewards),
         "tool_reward": sum(r.tool * r.format for r in rewards),
         "tool_rate": sum(r.used_tool for r in rewards),
+        "new_frames": sum(r.new_frames for r in rewards),
         "format_rate": sum(r.format for r in rewards),
         "repeat_rate": sum(repeats),
         "frames": sum(len(e.frames) for e in episodes),
