@@ -160,7 +160,8 @@ class Actors:
         self.training, self.judge = training, judge
         loaded = (source, training.device, training.dtype)
         # who samples needs whole weights: the model itself where it is not sharded, else a copy
-        player = load_model(*loaded) if dist.sharded(training.model) else training.model
+        self.own = load_model(*loaded) if dist.sharded(training.model) else None
+        player = self.own or training.model
         self.reference = None
         if cfg.kl > 0:
             frozen = load_model(*loaded).requires_grad_(False)
@@ -177,7 +178,7 @@ class Actors:
     def publish(self) -> None:
         """Give the policy's weights to the sampler. All ranks must call this."""
         with self.training.stage("weights to the sampler"):
-            if self.sampler.model is not self.training.model:
+            if self.own is not None:
                 self.sampler.load_weights(dist.trained_weights(self.training.model))
             if not self.training.cfg.frozen:
                 self.encoder.forget()

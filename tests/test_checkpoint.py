@@ -49,12 +49,12 @@ def sft(nano_folder, arena_folder, tmp_path_factory) -> train.Config:
 
 @pytest.fixture(scope="module")
 def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
-    """From the taught model, which answers and calls the tool at random: rewards differ inside a
-    group."""
+    """From the taught model, which answers and calls the tool at random. With this seed, rewards
+    differ inside a group of the first step."""
     out = tmp_path_factory.mktemp("rl")
     return rl.Config(
         str(taught_folder), arena_folder / "rl.jsonl", out / "run", steps=4, num_prompts=2, group_size=4, updates=2, kl=0.05, lr=5e-4,
-        adam_eps=1e-8, warmup=1, temperature=0.8, max_new_tokens=60, micro_tokens=1500, min_format_rate=0, min_tool_rate=0, save_every=2,
+        adam_eps=1e-8, warmup=1, temperature=0.8, max_new_tokens=60, micro_tokens=1500, min_format_rate=0, min_tool_rate=0, save_every=2, seed=1,
     )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def test_a_finished_run_resumed_changes_nothing(script, runs):
         ("train", {"batch_size": 2}),
         ("rl", {"kl": 0.0}),
         ("rl", {"group_size": 8}),
-        ("rl", {"seed": 1}),
+        ("rl", {"seed": 2}),
     ],
 )
 def test_changed_settings_are_refused(script, change, runs):

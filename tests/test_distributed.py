@@ -51,7 +51,7 @@ def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
     out = tmp_path_factory.mktemp("rl") / "one"
     return rl.Config(
         str(taught_folder), arena_folder / "rl.jsonl", out, steps=10, num_prompts=3, group_size=4, kl=0.05, lr=3e-4, adam_eps=1e-8, warmup=1,
-        temperature=0.8, max_new_tokens=60, micro_tokens=1500, recompute_every=1, min_format_rate=0, min_tool_rate=0, save_every=5, keep=9,
+        temperature=0.8, max_new_tokens=60, micro_tokens=1500, recompute_every=1, min_format_rate=0, min_tool_rate=0, save_every=5, keep=9, seed=1,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def test_every_metric_is_explained_and_no_other():
     )  # fmt: skip
     means = TokenMeans()
     means.sums |= dict.fromkeys(means.NAMES, 1.0)
-    stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0)])
+    stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)])
     row = log_row(0, stats, means.over_ranks("cpu"), [Update(1.0, 1.0, 0.1, False)], 1.0)
     page = PAGES["metrics.md"]
     of_rl, rest = page.split("## `log.jsonl` of `train.py`")

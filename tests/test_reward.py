@@ -197,3 +197,8 @@ def test_token_scales():
     assert scales["dr_grpo"] == pytest.approx([1 / 256] * 4) and sum(
         weight["dr_grpo"]
     ) == pytest.approx(64 / 256)
+
+
+def test_a_reward_of_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="'v3': must be v1 or v2"):
+        gated_reward(episode("red 7 volley", LOOK, SAY), version="v3")

@@ -336,9 +336,9 @@ def test_a_rollout_is_the_same_whatever_it_is_batched_with(
         )
         assert [e.ids for e in alone] == [e.ids for e in together[8 * k : 8 * k + 8]]
         assert [e.turns for e in alone] == [e.turns for e in together[8 * k : 8 * k + 8]]
-    smaller = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 3, seed=(0, 1))
+    smaller = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 3, seed=(0, 3))
     assert [e.ids for e in smaller] == [e.ids for e in together[:3]]
-    other = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 8, seed=(0, 3))
+    other = rollout(sampler, encoder, questions[:1], Limits(max_turns=3), 8, seed=(0, 4))
     assert [e.ids for e in other] != [e.ids for e in together[:8]]
 
 

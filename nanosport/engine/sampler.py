@@ -75,6 +75,8 @@ class Sampler(Protocol):
 
     tokenizer: object
     sampling: Sampling
+    banned: torch.Tensor
+    """Ids that it never samples: the loss leaves them out of its probabilities too."""
 
     def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
         """Open a conversation for each random stream, all with one prompt; return their numbers."""

@@ -66,6 +66,8 @@ def gated_reward(
         Where it succeeds, R_tool = 0.5·acc if the tool was *not* used and acc ≥ 0.5, else 0. Its
         constants are not published: v1's are taken.
     """
+    if version not in ("v1", "v2"):
+        raise ValueError(f"reward {version!r}: must be v1 or v2")
     acc = accuracy(episode.answer, episode.question) if acc is None else acc
     valid = format_valid(episode)
     used, num_new = used_tool(episode), new_frames(episode)
