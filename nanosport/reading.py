@@ -34,10 +34,11 @@ MINUTES = r"m(?:in(?:ute)?s?)?"
 SECONDS = r"s(?:ec(?:ond)?s?)?"
 IN_WORDS = re.compile(rf"(?<!\d)(\d+) ?{MINUTES}(?: and)? ?(\d++(?:[.,]\d+)?) ?{SECONDS}\b")
 NUMBER = re.compile(
-    r"(?:(?P<bound>\b(?:not|never|nor|than|least|most|over|under|above|below)\b|[<>≤≥]) ?)?"
+    r"(?:(?P<bound>\b(?:not|never|nor|than|least|most|over|under|above|below|up to)\b|[<>≤≥]) ?)?"
     rf"(?:(?<![\w)])(?P<sign>[-+]))?{WORD_BEFORE}(?<!\d[.,:/])"
     r"(?P<digits>(?:(?<![\w.])\.)?\d+(?:[.,:/'-]\d+)*(?:e[-+]?\d{1,3}(?!\d))?)"
     r"(?: ?(?P<unit>%|percent\b|k\b|hundred\b|thousand\b|million\b|min(?:ute)?s?\b))?"
+    r"(?P<beyond> ?\+(?! ?\d)| or (?:more|less|fewer)\b)?"
 )
 TIMES = {"k": 1e3, "hundred": 1e2, "thousand": 1e3, "million": 1e6}
 MOMENT = re.compile(
@@ -94,7 +95,7 @@ def reading(found: re.Match) -> tuple[float, ...]:
     value = seconds(digits) if CLOCK.fullmatch(digits) else decimal(over)
     value /= decimal(under or "1") or math.nan
     value *= (-1 if found["sign"] == "-" else 1) * TIMES.get(unit, 1)
-    if found["bound"] or not math.isfinite(value):
+    if found["bound"] or found["beyond"] or not math.isfinite(value):
         return ()
     if unit.startswith("min"):
         return value, 60 * value

@@ -175,6 +175,9 @@ AS_A_PERSON_SAYS = {
         ("choice", "B", SHOTS, "A is wrong, so B", 1),
         ("choice", "A", SHOTS, "B is wrong, A", 1),
         ("choice", "B", YES, "No, he did not", 1),
+        ("choice", "B", SHOTS, "Neither A nor C, so B", 1),
+        ("choice", "B", SHOTS, "It can't be B", 0),
+        ("choice", "B", SHOTS, "I don’t think it's option B", 0),
         ("choice", "B", SHOTS, "Not B", 0),
         ("choice", "B", SHOTS, "not the tap-in", 0),
         ("choice", "B", SHOTS, "It isn't B", 0),
@@ -256,7 +259,7 @@ AS_A_PERSON_SAYS = {
     "another number, or none": [
         ("number", truth, (), said, 0)
         for truth, answers in {
-            "3": "−3|-3|not 3|more than 3|less than three|at least 3|over 3|>3|≥ 3|between 3 and 4|3 or 4|"
+            "3": "−3|-3|not 3|more than 3|less than three|at least 3|over 3|>3|3+|3 or more|up to 3|≥ 3|between 3 and 4|3 or 4|"
             "3-4|3–4|3/5|x3|v3|3:2|2:3|3.5.1|none|no one|3 of 5|",
             "95": "9,5|9 5",
             "123": "1,2,3|1 23|12 3",

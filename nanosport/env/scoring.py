@@ -18,9 +18,9 @@ FILLERS = frozenset(
 DENIALS = frozenset("not no never without cannot nor neither".split())
 ENDS = " .,;:!?'\"*_()[]{}。、【】「」"
 """Signs that may stand around an answer."""
-HEDGE = re.compile(r"(?:or|或)  pick|pick\w  (?:or|或) ")
+HEDGE = re.compile(r" (?:or|或)  pick|pick\w  (?:or|或) ")
 DENIED = re.compile(  # in words two spaces apart
-    r" (?:not|nor|neither|never|than|不  是)  (?:(?:option|answer|choice)  )?pick(\w) "
+    r" (?:not|nor|neither|never|than|不  是)  (?:(?:be|think|it|is|option)  )*pick(\w) "
     r"| pick(\w)  (?:(?:is  |was  )?(?:wrong|incorrect|false)|(?:is|was)  not) "
 )
 MOMENT_S = 0.5
