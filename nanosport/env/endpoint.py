@@ -101,12 +101,8 @@ class Endpoint:
 
     def __post_init__(self):
         if "@" in self.url:
-            rule = (
-                "its address holds a name or password, which reports and shell histories would keep"
-            )
-            raise EndpointError(
-                f"{self.model}: {rule}; take it out, {self.key_name} is for secrets"
-            )
+            rule = "its address holds a name or password, which reports would keep; take it out"
+            raise EndpointError(f"{self.model}: {rule}, {self.key_name} is for secrets")
         if not self.url.startswith(("http://", "https://")):
             rule = "an endpoint is an http or https address, such as http://localhost:8000/v1"
             raise EndpointError(f"{self.url}: {rule}")
@@ -114,10 +110,9 @@ class Endpoint:
         self._closed, self._told = threading.Event(), False
         proxies = proxies_for(self.url)
         self._opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
-        proxy = proxies.get(urlsplit(self.url).scheme, "").rpartition("@")[
-            2
-        ]  # without its password
-        self._name = f"{self.url}{f' through the proxy {proxy}' if proxy else ''}, {self.model}"
+        through = proxies.get(urlsplit(self.url).scheme, "").rpartition("@")[2]  # no password
+        proxy = f" through the proxy {through}" if through else ""
+        self._name = f"{self.url}{proxy}, {self.model}"
         self._key = os.environ.get(self.key_name, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise EndpointError(f"{self.key_name}: holds what no key does; set it anew")
@@ -181,20 +176,15 @@ class Endpoint:
             if attempt >= self.retries and left_s <= 0:
                 break
             self.count(retries=1)
-            if attempt == 3 and away:
-                self._tell(f"{self._name}: {why}; waiting for it")
+            if attempt == 3 and left_s > 0 and not self._told:
+                self._told = True
+                wait = f"{why}; waiting for it, up to {self.wait_s:g} s"
+                print(f"\n{self._name}: {wait}", file=sys.stderr)
             backoff_s = 2.0 ** min(attempt, 7) * random.uniform(0.75, 1.25)
             attempt += 1
             time.sleep(min(120.0, max(pause_s, backoff_s)))
         tries = f"no answer after {attempt + 1} tries ({why})"
         raise EndpointError(f"{self._name}: {tries}; start again later, its answers are kept")
-
-    def _tell(self, line: str) -> None:
-        """Print a line once, until the service answers again."""
-        with self._lock:
-            told, self._told = self._told, True
-        if not told:
-            print(f"\n{line}", file=sys.stderr)
 
     def _post(self, body: bytes) -> dict:
         """Send a request once. Raises TryAgain where another try may help, else EndpointError."""
@@ -224,7 +214,7 @@ class Endpoint:
         return raw.replace(self._key.encode(), b"[key]") if len(self._key) >= SECRET else raw
 
     def _start(self, raw: bytes) -> str:
-        """What a reply begins with, for an error's line."""
+        """What a reply begins with, for an error's line; a key at its edge is hidden too."""
         return repr(self._hide(raw)[:300].decode(errors="replace"))
 
     def _wait_turn(self) -> None:
