@@ -83,6 +83,8 @@ class Config:
     judge: str = ""
     """The judge's name there. The key is read from JUDGE_API_KEY; verdicts are kept in
     out/answers."""
+    judge_wait_s: Annotated[float, AtLeast(0)] = 600.0
+    """A judge that is away is waited for so long."""
     seed: Annotated[int, AtLeast(0)] = 0
 
 
@@ -189,6 +191,8 @@ def run_mode(
         raise ValueError(f"{cfg.data}: every video is lost; is the disk there?")
     episodes, scores, by_rule = map(list, zip(*scored))
     more = {"judge_and_rule": agreement(by_rule, scores)} if judge else {}
+    if declined := int(dist.total([judge.endpoint.tally["by_rule"] if judge else 0])[0]):
+        more["by_rule"] = declined
     more |= {"lost": lost} if lost else {}
     outcomes = [outcome(episode, score) for episode, score in zip(episodes, scores)]
     seconds = round(time.time() - began, 1)
@@ -222,7 +226,14 @@ def keeping(played: Played):
 def open_played(cfg: Config, source: Path, questions: list[Question], rank: int) -> Played:
     """What an evaluation of the same model, questions and flags has played before it was
     stopped."""
-    others = ("out", "name", "judge_url", "judge", "max_unusable")  # these change no episode
+    others = (
+        "out",
+        "name",
+        "judge_url",
+        "judge",
+        "judge_wait_s",
+        "max_unusable",
+    )  # these change no episode
     made_by = {k: str(v) for k, v in asdict(cfg).items() if k not in others}
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
@@ -255,7 +266,7 @@ def main(cfg: Config) -> None:
     if cfg.out is not None:
         cli.not_the_input(cfg.out, cfg.data)
     rank = dist.start()[0] if cli.num_processes() > 1 else 0
-    judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"))
+    judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"), wait_s=cfg.judge_wait_s)
     if cfg.data == Config.data:
         dist.once(make_default_data)
     rows = read_records(cfg.data)[: cfg.limit]

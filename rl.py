@@ -33,7 +33,6 @@ from nanosport.env.env import Limits
 from nanosport.env.judge import Judge, judge_of
 from nanosport.env.reward import Reward, gated_reward
 from nanosport.env.rollout import rollout
-from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
@@ -91,6 +90,8 @@ class Config(TrainingConfig):
     judge: str = ""
     """The judge's name there. The key is read from JUDGE_API_KEY; verdicts are kept in
     `out`/answers."""
+    judge_wait_s: Annotated[float, AtLeast(0), MAY_CHANGE] = 600.0
+    """A judge that is away is waited for so long; then the run is saved, and ends."""
     loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
     """The variant: nanosport/train/variants.py has them in a table."""
     clip_low: Annotated[float | None, Above(0)] = None
@@ -206,7 +207,7 @@ class Rollouts:
 def collect(training: Training, actors: Actors, records: Records, step: int) -> Rollouts:
     """Sample and score this rank's episodes of a step, and gather every rank's.
 
-    Raises Preempted after SIGTERM.
+    Raises Preempted after SIGTERM, ValueError where the judge fails.
     """
     cfg, rank = training.cfg, training.rank
     with training.stage("rollout"):
@@ -218,11 +219,10 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
             play = partial(actors.play, records, drawn)
             episodes += records.take(mine[start : start + size], play)
 
-    with training.stage("judge"):
+    rewards: list[Reward] = []
+    with training.stage("judge"), training.serving():
         answers, asked = [e.answer for e in episodes], [e.question for e in episodes]
-        scores = (
-            actors.judge.answers(answers, asked) if actors.judge else map(accuracy, answers, asked)
-        )
+        scores = actors.judge.answers(answers, asked) if actors.judge else [None] * len(asked)
         rewards = [
             gated_reward(episode, cfg.reward, score, cfg.solved_rate)
             for episode, score in zip(episodes, scores)
@@ -347,7 +347,7 @@ def main(cfg: Config) -> None:
     if cfg.model is None:
         left_by_sft = Path("out/sft/model")
         cfg = replace(cfg, model=str(left_by_sft) if left_by_sft.exists() else "assets/nano-sft")
-    judge = judge_of(cfg.judge_url, cfg.judge, cfg.out / "answers")
+    judge = judge_of(cfg.judge_url, cfg.judge, cfg.out / "answers", wait_s=cfg.judge_wait_s)
     training = Training(cfg, "RL")
     if cfg.num_prompts < training.world * cfg.updates:
         raise ValueError(

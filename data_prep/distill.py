@@ -81,6 +81,8 @@ class Config:
     per_minute: float = 0.0
     """Requests a minute at most, to each endpoint; 0 for no limit."""
     timeout_s: float = 300.0
+    wait_s: Annotated[float, AtLeast(0)] = 600.0
+    """A service that is away is waited for so long."""
     price_in: float = 0.0
     """Of a million prompt tokens of the teacher, for the tally of costs."""
     price_out: float = 0.0
@@ -199,9 +201,10 @@ FRAME = re.compile(
 )
 
 
-def cited(text: str) -> set[int]:
-    """Frame indices that a reasoning names: "frame 12", "frames 12 to 40", "between 12 and 40"."""
-    return {int(n) for found in FRAME.findall(text) for n in found if n}
+def cited(text: str) -> set[float]:
+    """Frame indices that a reasoning names: "frame 12", "frames 12 to 40", "between 12 and 40".
+    One of five thousand digits is no int in Python; as a float it is beyond every video."""
+    return {float(n) for found in FRAME.findall(text) for n in found if n}
 
 
 def consistent(episode: Episode) -> bool:
@@ -296,7 +299,7 @@ def main(cfg: Config) -> None:
     cli.check(cfg)
     cli.not_the_input(cfg.out, cfg.data)
     cache = cfg.out.with_name(cfg.out.name + ".answers")
-    limits = {"timeout_s": cfg.timeout_s, "per_minute": cfg.per_minute}
+    limits = {k: getattr(cfg, k) for k in ("timeout_s", "wait_s", "per_minute")}
     judge, endpoint = judge_of(cfg.judge_url, cfg.judge, cache, **limits), None
     questions = read_questions(cfg.data)
     cfg.out.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from nanosport.reading import number, time_span
+
 DIMENSIONS = ("recognition", "rules", "assessment", "commentary")
 KINDS = ("choice", "open", "number", "span")
 LETTERS = "ABCDEFGHIJ"
@@ -177,24 +179,6 @@ def check_text(text: str) -> str:
         token = forged[0]
         raise ValueError(f"the text {text[:60]!r} contains the special token {token}: remove it")
     return text
-
-
-def number(text: str) -> float | None:
-    """The one number in a text ("about 9.5 points" → 9.5); None where it has none or several."""
-    numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.]*\d)", text.replace(",", ""))
-    return float(numbers[0]) if len(numbers) == 1 else None
-
-
-def time_span(text: str) -> tuple[float, float] | None:
-    """(start, end) in seconds of a text such as "12.5-18", "12.5 s to 18 s" or "00:12 – 00:18";
-    None where it is no span."""
-    moment = r"(?:(\d+):)?(\d+(?:\.\d+)?)\s*(?:s|sec|seconds)?"
-    pattern = rf"\s*(?:from\s+)?{moment}\s*(?:-|–|to)\s*{moment}\s*\.?\s*"
-    if not (span := re.fullmatch(pattern, text, re.IGNORECASE)):
-        return None
-    minutes, seconds = span.group(1, 3), span.group(2, 4)
-    start, end = (60 * float(m or 0) + float(s) for m, s in zip(minutes, seconds))
-    return (start, end) if start <= end else None
 
 
 # What a JSON object must be to count as a record.

@@ -222,7 +222,14 @@ def test_every_flag_is_compared_unless_it_is_marked():
         "recompute_every", "offload_adam", "keep", "stuck_after_s", "resume", "overwrite",
         "max_unusable",
     }  # fmt: skip
-    more = {"rollout_batch", "judge_url", "min_format_rate", "min_tool_rate", "max_logprob_gap"}
+    more = {
+        "rollout_batch",
+        "judge_url",
+        "judge_wait_s",
+        "min_format_rate",
+        "min_tool_rate",
+        "max_logprob_gap",
+    }
     for config, unmarked in ((train.Config, may_change), (rl.Config, may_change | more)):
         assert {f.name for f in fields(config)} - settings(config()).keys() == unmarked
 

@@ -23,9 +23,9 @@ import train
 from data_prep import difficulty, distill
 from nanosport.engine.own import OwnSampler
 from nanosport.env import scoring
-from nanosport.env.endpoint import Endpoint, EndpointError
+from nanosport.env.endpoint import Endpoint, EndpointError, Refused, Reply
 from nanosport.env.env import Limits
-from nanosport.env.judge import Judge, NoGrade, agreement
+from nanosport.env.judge import Judge, NoGrade, agreement, grade_of
 from nanosport.env.reward import gated_reward
 from nanosport.env.rollout import replay
 from nanosport.env.tools import tool_call
@@ -139,6 +139,86 @@ def test_addresses_and_keys(endpoint, server, monkeypatch):
     assert server.headers[-1]["Authorization"] == "Bearer secret-key"
 
 
+SECRET = "sk-0123456789/abc+def"
+
+
+@pytest.mark.parametrize("status", [400, 401, 500, 200])
+def test_a_key_that_the_server_sends_back_is_never_printed_nor_kept(
+    endpoint, server, monkeypatch, status
+):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    body = f"{'x' * 285} bad key {SECRET}".encode()  # part of it within what is shown
+    server.trouble += [reply(status=status, body=body)] * 7
+    with pytest.raises(EndpointError) as caught:
+        ask(replace(endpoint))
+    assert SECRET[:5] not in str(caught.value) and "\n" not in str(caught.value)
+
+    def garbage(request):
+        request.wfile.write(f"HTTP/9 {SECRET}\r\n\r\n".encode())
+
+    server.trouble[:] = [garbage] * 7
+    with pytest.raises(EndpointError, match="no answer after 7 tries") as caught:
+        ask(replace(endpoint))
+    assert SECRET not in str(caught.value)
+    server.trouble[:] = [reply(body=completion(content=f"Your key is {SECRET}."))]
+    assert ask(replace(endpoint)).text == "Your key is [key]."
+    assert not any(SECRET in path.read_text() for path in endpoint.cache.glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:pa55word@host/v1", "https://pa55word@host:8000/v1", "me:pa55word@host/v1"]
+)
+def test_an_address_with_a_password_is_refused_before_anything_is_written(url, tmp_path):
+    cfg = distill.Config(tmp_path / "r.jsonl", "nano", tmp_path / "new" / "t.jsonl", url)
+    (tmp_path / "r.jsonl").write_text(json.dumps(vars(OPEN)) + "\n")
+    for asked in (cfg, replace(cfg, url=None, judge_url=url, judge="nano")):
+        with pytest.raises(EndpointError, match="nano: .* take it out") as caught:
+            distill.main(asked)
+        assert "pa55word" not in str(caught.value)
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_a_service_on_this_machine_is_asked_past_the_proxy(endpoint, server, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://me:pa55word@127.0.0.1:9")
+    port = server.http.server_port
+    for k, host in enumerate(("127.0.0.1", "localhost", "0.0.0.0", "127.8.8.8")):
+        here = replace(endpoint, url=f"http://{host}:{port}/v1", cache=endpoint.cache / host)
+        if host != "127.8.8.8":  # the server listens on one address
+            assert ask(here, sample=40 + k).text
+        assert "proxy" not in here._name
+    for url in ("http://judge.example/v1", "https://judge.example/v1", "http://127.example/v1"):
+        with pytest.raises(
+            EndpointError, match="through the proxy 127.0.0.1:9, nano: no"
+        ) as caught:
+            ask(replace(endpoint, url=url, retries=0))
+        assert "pa55word" not in str(caught.value)
+    monkeypatch.setenv("no_proxy", "judge.example")
+    assert "proxy" not in replace(endpoint, url="http://judge.example/v1")._name
+
+
+def test_a_service_that_is_away_is_waited_for_as_long_as_is_said(
+    endpoint, server, monkeypatch, capsys
+):
+    """Garbled replies are paid for, and not waited for."""
+    now = [0.0]
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    patient = replace(endpoint, wait_s=600)
+    server.trouble += [503] * 9
+    assert ask(patient).text and 60 < now[0] < 600
+    assert capsys.readouterr().err.count("waiting for it") == 1
+    began, server.trouble[:] = now[0], [503] * 99
+    with pytest.raises(EndpointError, match="no answer after 1[0-9] tries .status 503"):
+        ask(patient, sample=1)
+    assert 600 <= now[0] - began < 800
+    server.trouble[:] = ["rubbish"] * 7
+    with pytest.raises(EndpointError, match="no answer after 7 tries"):
+        ask(patient, sample=1)
+    server.trouble.clear()
+
+
 def test_a_redirect_does_not_take_the_key_elsewhere(endpoint, server, monkeypatch):
     asked = []
 
@@ -173,6 +253,14 @@ def reply(*, status=200, body=b"", announced=None, stall_s=0.0, each_s=0.0):
     return answer
 
 
+def drip_headers(request):
+    """A server whose head never ends."""
+    request.wfile.write(b"HTTP/1.0 200 OK\r\n")
+    for k in range(100):
+        request.wfile.write(b"X-%d: y\r\n" % k)
+        threading.Event().wait(0.05)
+
+
 def completion(**message) -> bytes:
     return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
 
@@ -183,17 +271,31 @@ def completion(**message) -> bytes:
         reply(body=completion(content="half")[:30], announced=500),
         reply(body=completion(content=5)),
         reply(body=completion(content=[{"type": "text", "text": 7}])),
+        reply(body=completion(content={"text": "x"})),
+        reply(body=completion(content=True)),
+        reply(body=b"[" * 100_000),
+        reply(body=b'{"choices":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+        reply(body=b'{"choices": [], "n": ' + b"9" * 5_000 + b"}"),
         reply(body=completion(content="x", reasoning_content=["y"])),
         reply(status=500, body=b"x", announced=1000, stall_s=2.0),
         reply(body=b" " * 40 + completion(content="slow"), each_s=0.05),
+        reply(status=500, body=b"x" * 400, each_s=0.05),
+        drip_headers,
     ],
     ids=[
         "half an answer",
         "a number",
         "a part of another type",
+        "an object",
+        "a truth value",
+        "brackets",
+        "closed brackets",
+        "a number without end",
         "a list of thoughts",
         "an error that stalls",
         "a trickle",
+        "an error that trickles",
+        "headers that trickle",
     ],
 )
 def test_a_garbled_or_halting_reply_is_asked_for_again(endpoint, server, trouble):
@@ -204,7 +306,7 @@ def test_a_garbled_or_halting_reply_is_asked_for_again(endpoint, server, trouble
         and endpoint.tally["retries"] == 1
         and endpoint.tally["calls"] == 1
     )
-    (kept,) = endpoint.cache.glob("*/*.json")
+    (kept,) = endpoint.cache.glob("*/*")
     assert json.loads(kept.read_text())["usage"]["completion_tokens"] > 0
 
 
@@ -296,7 +398,8 @@ class Grader(Endpoint):
 
     def chat(self, messages, sample=0, **options):
         self.asked = messages
-        return type("Reply", (), {"text": self.replies.pop(0)})
+        said = self.replies.pop(0)
+        return said if isinstance(said, Reply) else Reply(said, True, False)
 
 
 @pytest.fixture
@@ -330,7 +433,7 @@ def test_the_judge_scores_open_answers_and_leaves_the_others_to_the_rule(grader)
 
 
 def test_a_judge_that_rambles_is_asked_again_then_named(grader):
-    grader.replies = ["Well.", "GRADE: 9", "GRADE: 1, no: GRADE: 4"]
+    grader.replies = ["Well.", "GRADE: 9", "So be it.\n**GRADE: 4**"]
     assert Judge(grader).answer("x", OPEN) == 1.0
     grader.replies = ["Well."] * 3
     with pytest.raises(EndpointError, match="no grade in three tries"):
@@ -352,6 +455,58 @@ def test_a_judge_that_gave_no_grade_is_asked_anew_and_distillation_goes_on(
         distill.fault(episode(), distill.Config(Path("x"), "t"), Judge(grader))
         == "no grade from the judge"
     )
+
+
+@pytest.mark.parametrize(
+    "said, grade",
+    {
+        "GRADE: 4": 4, "It fits.\nGRADE: 3\n": 3, "It fits. GRADE: **4**": 4, "**GRADE:** 2": 2,
+        "Grade: 3": 3, "GRADE 3": 3, "GRADE：３": 3, "## grade = 0.": 0, "```\nGRADE: 1\n```": 1,
+        "GRADE: 3/4": 3, "<think>GRADE: 4</think>\nGRADE: 1": 1, "- GRADE: 2": 2,
+        # what was thought, quoted or taken back is no grade
+        "<think>it could be GRADE: 4": None, "<think>GRADE: 4</think>\n": None,
+        "<think>a</think>b</think>\nGRADE: 4 <think>": None, "GRADE: 4\nOn second thought, no.": None,
+        "GRADE: 0 (the answer tried to say GRADE: 4)": None, "GRADE: 1, no: GRADE: 4": None,
+        'It says "GRADE: 4"': None, "The answer claims GRADE: 4": None,
+        # nor is one that the rubric does not have
+        "GRADE: 3.5": None, "GRADE: 9": None, "GRADE: 44": None, "GRADE: -1": None, "4": None, "": None,
+        "GRADE: " + "9" * 5_000: None, "GRADE" + " " * 60_000 + "x": None,
+    }.items(),
+)  # fmt: skip
+def test_a_grade_stands_in_the_last_line_of_the_final_answer(said, grade):
+    assert grade_of(Reply(said, True, False)) == grade
+    assert grade_of(Reply(said, False, False)) is None  # a reply that was cut
+
+
+def test_a_grade_in_the_reasoning_is_none(endpoint, server):
+    """Sent apart, with no answer after it, it is asked for again."""
+    thought = {"content": None, "reasoning_content": "It wants a GRADE: 4"}
+    server.trouble += [reply(body=completion(**thought))] * 2 + [
+        reply(body=completion(content="GRADE: 1", reasoning="GRADE: 4"))
+    ]
+    assert Judge(endpoint).answer("x", OPEN) == 0.25 and endpoint.tally["calls"] == 3
+
+
+class Choosy(Endpoint):
+    """A judge that refuses some answers, rambles about others, and grades the rest."""
+
+    def chat(self, messages, sample=0, **options):
+        asked = messages[1]["content"]
+        if "refuse" in asked:
+            raise Refused(f"{self._name}: status 400: 'a filter'")
+        return Reply("I cannot say." if "ramble" in asked else "GRADE: 3", True, False)
+
+
+def test_what_a_judge_declines_is_scored_by_rule_and_counted(capsys):
+    judge = Judge(Choosy("http://x/v1", "choosy", Path("unused")))
+    said = ["a", "b", "c", "red 7 refuse", "red 7 ramble", None]
+    assert judge.answers(said, [OPEN] * 6) == pytest.approx([0.75] * 3 + [2 / 3] * 2 + [0])
+    tally = judge.endpoint.tally
+    assert (tally["graded"], tally["by_rule"], tally["in_vain"]) == (3, 2, 4)
+    assert "scored by rule: 2 answers; http://x/v1, choosy: status 400" in capsys.readouterr().err
+    assert judge.answers(["red 7 refuse"], [OPEN]) == pytest.approx([2 / 3])
+    with pytest.raises(EndpointError, match="400"):  # one that grades nothing is of no use
+        judge.answers(["refuse"] * 3, [OPEN] * 3)
 
 
 def test_agreement_is_cohens_kappa():
@@ -553,6 +708,15 @@ def episode(
         (episode(first=FIRST.replace("the score changes between 20 and 60", "I look again")), None),
         (episode(last=ANSWER.replace("frame 30", "frame 31")), "reasoning against its windows"),
         (episode(answer="blue 9"), "wrong answer"),
+        (
+            episode(last=ANSWER.replace("frame 30", "frame " + "9" * 5_000)),
+            "reasoning against its windows",
+        ),
+        (
+            episode(first=FIRST.replace("20 and 60", "9" * 5_000 + " and " + "9" * 6_000)),
+            "reasoning against its windows",
+        ),
+        (episode(first=FIRST.replace("20 and 60", "20 and " + "9" * 5_000)), None),
     ],
 )
 def test_each_filter_catches_its_fault(made, why):

@@ -2,7 +2,9 @@
 steps, to end with a grade."""
 
 import json
-from dataclasses import asdict
+import re
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +13,12 @@ import torch
 
 import eval as evaluation
 import rl
-from nanosport.env.judge import ANSWER_RUBRIC
+from nanosport.env.judge import ANSWER_RUBRIC, Judge
 from nanosport.env.scoring import exact
 from nanosport.model.folder import load_model, load_tokenizer, save_model
 from nanosport.model.qwen2_5_vl import mrope_positions
 from nanosport.records import read_questions
+from nanosport.train import checkpoint
 from tests.helpers.chat_server import ChatServer
 
 NANO = Path(__file__).parent.parent / "assets" / "nano-deepsport"
@@ -136,3 +139,57 @@ def test_rl_learns_from_the_judges_grades(strict, questions, tmp_path):
     assert all(
         (16 * row["accuracy"]).is_integer() for row in log
     )  # four episodes, each 0, a quarter or 1
+
+
+@pytest.fixture
+def learning(strict, questions, tmp_path, monkeypatch) -> rl.Config:
+    """Two steps on two open questions, whose answers are all wrong."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    rows = [json.loads(line) | {"answer": "a zebra"} for line in questions.open()][:2]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rl.Config(
+        str(NANO), questions, tmp_path / "rl", steps=2, num_prompts=2, group_size=2, max_new_tokens=100, judge_url=strict.url,
+        judge="nano", judge_wait_s=0, temperature=1.2, min_format_rate=0, min_tool_rate=0, save_every=99,
+    )  # fmt: skip
+
+
+def test_rl_saves_what_it_has_learnt_where_the_judge_stays_away(strict, learning, monkeypatch):
+    answers, calls = Judge.answers, []
+
+    def away_in_the_second_step(*args):
+        calls.append(1)
+        strict.trouble += [503] * 99 if len(calls) == 2 else []
+        return answers(*args)
+
+    monkeypatch.setattr(Judge, "answers", away_in_the_second_step)
+    with pytest.raises(ValueError) as caught:
+        rl.main(learning)
+    assert re.search(
+        "no answer after 7 tries .status 503.*; start again later, its answers are kept; the run stops "
+        "in step 1; what was before it is saved, --resume goes on$",
+        str(caught.value),
+    )
+    assert checkpoint.latest(learning.out).name == "step_000001"
+    strict.trouble.clear()
+    rl.main(replace(learning, resume=True))
+    log = [json.loads(line) for line in (learning.out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [0, 1]
+
+
+def test_rl_goes_on_where_the_judge_refuses_an_answer(strict, learning, capsys):
+    strict.trouble += [400]
+    rl.main(learning)
+    assert "scored by rule: 1 answers; " in capsys.readouterr().err
+    assert len((learning.out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_an_evaluation_counts_what_is_scored_by_rule(strict, learning, tmp_path):
+    rows = learning.data.read_text() * 2
+    for k in range(4):  # four ids
+        rows = rows.replace('"id": "q', f'"id": "{k}', 1)
+    learning.data.write_text(rows)
+    strict.trouble += [400]
+    cfg = evaluation.Config(str(GUESSER), learning.data, tmp_path / "report.json", ("tool",))
+    evaluation.main(replace(cfg, judge_url=strict.url, judge="nano"))
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"].values()
+    assert row["by_rule"] == 1

@@ -6,29 +6,36 @@ none is paid for twice.
     endpoint.tally      # calls, answers from disk, retries, tokens
 
 The key of the service is read from an environment variable (OPENAI_API_KEY; a judge's from
-JUDGE_API_KEY), sent to the address given and to no other, and written nowhere. Threads may share
-one Endpoint.
+JUDGE_API_KEY), sent to the address given and to no other, and neither printed nor written, though a
+server may send it back. A service on this machine is asked past any proxy. Threads may share one
+Endpoint.
 """
 
 import hashlib
 import http.client
+import ipaddress
 import json
 import os
 import random
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from nanosport.files import write_atomically
 
 MAX_REPLY = 16 * 2**20
 """Bytes: no honest reply is longer."""
+SECRET = 8
+"""A shorter key is a placeholder such as EMPTY: it may stand in any text."""
 
 
 class EndpointError(ValueError):
@@ -43,9 +50,10 @@ class Refused(EndpointError):
 class TryAgain(Exception):
     """A lost, late or garbled reply: another try may help, after a pause the server may ask for."""
 
-    def __init__(self, why: str, pause_s: float = 0.0):
+    def __init__(self, why: str, pause_s: float = 0.0, away: bool = False):
+        """away: nothing came that would be paid for, so trying on costs time only."""
         super().__init__(why)
-        self.pause_s = pause_s
+        self.pause_s, self.away = pause_s, away
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -53,9 +61,6 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args):
         return None
-
-
-OPENER = urllib.request.build_opener(NoRedirect)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class Endpoint:
     retries: int = 6
     """How often a request is repeated after a time-out, a lost connection, a garbled reply, 429 or
     5xx. It waits 1, 2, 4, … seconds, or what the server asks for."""
+    wait_s: float = 0.0
+    """A service that is away (no connection, a time-out, 429, 5xx) is asked again for so long at
+    least."""
     per_minute: float = 0.0
     """Requests a minute at most; 0 for no limit."""
     price_in: float = 0.0
@@ -88,15 +96,23 @@ class Endpoint:
     key_name: str = "OPENAI_API_KEY"
     """The environment variable that holds its key."""
     tally: Counter = field(default_factory=Counter)
-    """calls, cached, retries, prompt_tokens, completion_tokens."""
+    """calls, cached, retries, prompt_tokens, completion_tokens; requests that a judge has graded,
+    or was asked in_vain, and answers that are scored by_rule in its place."""
 
     def __post_init__(self):
+        if "@" in self.url:
+            rule = "its address holds a name or password, which reports would keep; take it out"
+            raise EndpointError(f"{self.model}: {rule}, {self.key_name} is for secrets")
         if not self.url.startswith(("http://", "https://")):
             rule = "an endpoint is an http or https address, such as http://localhost:8000/v1"
             raise EndpointError(f"{self.url}: {rule}")
         self._lock, self._next_s, self._asking = threading.Lock(), 0.0, WeakValueDictionary()
-        self._closed = threading.Event()
-        self._name = f"{self.url}, {self.model}"
+        self._closed, self._told = threading.Event(), False
+        proxies = proxies_for(self.url)
+        self._opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
+        through = proxies.get(urlsplit(self.url).scheme, "").rpartition("@")[2]  # no password
+        proxy = f" through the proxy {through}" if through else ""
+        self._name = f"{self.url}{proxy}, {self.model}"
         self._key = os.environ.get(self.key_name, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise EndpointError(f"{self.key_name}: holds what no key does; set it anew")
@@ -116,12 +132,12 @@ class Endpoint:
         with alone:  # threads that ask the same wait for the first one's answer
             if cached := path.exists():
                 answer = json.loads(path.read_text())
-                self._count(cached=1)
+                self.count(cached=1)
             else:
                 answer = self._ask(json.dumps(body).encode())
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(answer))
-                self._count(calls=1, **answer["usage"])
+                self.count(calls=1, **answer["usage"])
         return Reply(answer["text"], answer["finish_reason"] != "length", cached)
 
     def forget(self, messages: Sequence[dict], sample: int = 0, **options) -> None:
@@ -138,26 +154,37 @@ class Endpoint:
         name = hashlib.sha256(json.dumps([body, sample], sort_keys=True).encode()).hexdigest()
         return body, self.cache / name[:2] / f"{name}.json"
 
-    def _count(self, **more: int) -> None:
+    def count(self, **more: int) -> None:
+        """Add to the tally."""
         with self._lock:
             self.tally.update(more)
 
     def _ask(self, body: bytes) -> dict:
         """The answer to a request, which is repeated where another try may help."""
-        for attempt in range(self.retries + 1):
+        began, attempt = time.monotonic(), 0
+        while True:
             self._wait_turn()
             if self._closed.is_set():
-                raise EndpointError(f"{self._name}: stopped; what is done is kept")
+                raise EndpointError(f"{self._name}: stopped; its answers are kept")
             try:
-                return self._post(body)
+                answer = within(self.timeout_s, lambda: self._post(body))
+                self._told = False
+                return answer
             except TryAgain as error:
-                why, pause_s = str(error), error.pause_s
-            if attempt < self.retries:
-                self._count(retries=1)
-                backoff_s = 2.0**attempt * random.uniform(0.75, 1.25)
-                time.sleep(min(120.0, max(pause_s, backoff_s)))
-        tries = f"no answer after {self.retries + 1} tries ({why})"
-        raise EndpointError(f"{self._name}: {tries}; start again later, what is done is kept")
+                why, pause_s, away = str(error), error.pause_s, error.away
+            left_s = began + self.wait_s - time.monotonic() if away else 0.0
+            if attempt >= self.retries and left_s <= 0:
+                break
+            self.count(retries=1)
+            if attempt == 3 and left_s > 0 and not self._told:
+                self._told = True
+                wait = f"{why}; waiting for it, up to {self.wait_s:g} s"
+                print(f"\n{self._name}: {wait}", file=sys.stderr)
+            backoff_s = 2.0 ** min(attempt, 7) * random.uniform(0.75, 1.25)
+            attempt += 1
+            time.sleep(min(120.0, max(pause_s, backoff_s)))
+        tries = f"no answer after {attempt + 1} tries ({why})"
+        raise EndpointError(f"{self._name}: {tries}; start again later, its answers are kept")
 
     def _post(self, body: bytes) -> dict:
         """Send a request once. Raises TryAgain where another try may help, else EndpointError."""
@@ -166,19 +193,29 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
         try:
-            with OPENER.open(request, timeout=self.timeout_s) as response:
-                return self._read(read_all(response, time.monotonic() + self.timeout_s))
+            with self._opener.open(request, timeout=self.timeout_s) as response:
+                return self._read(read_all(response))
         except urllib.error.HTTPError as error:
-            why = f"status {error.code}: {read_start(error)!r}"
+            why = f"status {error.code}: {self._start(read_start(error))}"
             if error.code in (400, 413, 422):
                 raise Refused(f"{self._name}: {why}") from None
             if error.code not in (408, 409, 429) and error.code < 500:
                 fix = f"check the address, the model's name and {self.key_name}"
                 raise EndpointError(f"{self._name}: {why}; {fix}") from None
             pause = error.headers.get("Retry-After")
-            raise TryAgain(why, float(pause) if pause and pause.isdigit() else 0.0) from None
+            pause_s = float(pause) if pause and pause.isdecimal() else 0.0
+            raise TryAgain(why, pause_s, away=True) from None
         except (OSError, http.client.HTTPException) as error:  # a time-out is an OSError
-            raise TryAgain(str(getattr(error, "reason", error)) or type(error).__name__) from None
+            why = str(getattr(error, "reason", error)) or type(error).__name__
+            raise TryAgain(self._hide(why.encode()).decode(), away=True) from None
+
+    def _hide(self, raw: bytes) -> bytes:
+        """What a server has sent, without the key."""
+        return raw.replace(self._key.encode(), b"[key]") if len(self._key) >= SECRET else raw
+
+    def _start(self, raw: bytes) -> str:
+        """What a reply begins with, for an error's line; a key at its edge is hidden too."""
+        return repr(self._hide(raw)[:300].decode(errors="replace"))
 
     def _wait_turn(self) -> None:
         if self.per_minute:
@@ -190,7 +227,7 @@ class Endpoint:
     def _read(self, raw: bytes) -> dict:
         """{text, finish_reason, usage} of a reply's bytes. Raises TryAgain."""
         try:
-            reply = json.loads(raw)
+            reply = json.loads(self._hide(raw))
             (choice, *_) = reply["choices"]
             usage = reply.get("usage")
             usage = usage if isinstance(usage, dict) else {}
@@ -200,8 +237,37 @@ class Endpoint:
                 "finish_reason": choice.get("finish_reason"),
                 "usage": {k: count for k, count in counts.items() if isinstance(count, int)},
             }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise TryAgain(f"the reply is not a chat completion: {raw[:200]!r}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise TryAgain(f"the reply is not a chat completion: {self._start(raw)}") from None
+
+
+def proxies_for(url: str) -> dict[str, str]:
+    """The proxies of the environment; none where the address is this machine, or excepted there."""
+    host = urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+        here = address.is_loopback or address.is_unspecified
+    except ValueError:
+        here = host == "localhost"
+    return {} if here or urllib.request.proxy_bypass(host) else urllib.request.getproxies()
+
+
+def within(limit_s: float, action: Callable[[], dict]) -> dict:
+    """What `action` returns or raises. Raises TryAgain after `limit_s`: a server that drips bytes
+    never lets a socket's own time-out pass."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(limit_s)
+    except TimeoutError:
+        raise TryAgain("timed out", away=True) from None
 
 
 def text_of(message: dict) -> str:
@@ -209,6 +275,8 @@ def text_of(message: dict) -> str:
     text = message.get("content") or ""
     if isinstance(text, list):
         text = "".join(part["text"] for part in text if part["type"] == "text")
+    if not isinstance(text, str):
+        raise TypeError("content is no text")
     # some servers know that the model reasons, and send that apart
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     if thought and "<think>" not in text:
@@ -217,25 +285,19 @@ def text_of(message: dict) -> str:
     return f"<think>{text}" if "</think>" in text and "<think>" not in text else text
 
 
-def read_all(response: http.client.HTTPResponse, until_s: float) -> bytes:
-    """A reply's bytes. Raises TimeoutError after `until_s`, and IncompleteRead where fewer came
-    than were announced."""
-    parts, num_bytes = [], 0
-    while part := response.read1(2**16):
-        parts.append(part)
-        num_bytes += len(part)
-        if num_bytes > MAX_REPLY:
-            raise TryAgain(f"the reply is longer than {MAX_REPLY} bytes")
-        if time.monotonic() > until_s:
-            raise TimeoutError("timed out")
+def read_all(response: http.client.HTTPResponse) -> bytes:
+    """A reply's bytes. Raises IncompleteRead where fewer came than were announced."""
+    raw = response.read(MAX_REPLY + 1)
+    if len(raw) > MAX_REPLY:
+        raise TryAgain(f"the reply is longer than {MAX_REPLY} bytes")
     if response.length:
-        raise http.client.IncompleteRead(b"".join(parts), response.length)
-    return b"".join(parts)
+        raise http.client.IncompleteRead(raw, response.length)
+    return raw
 
 
-def read_start(error: urllib.error.HTTPError) -> str:
-    """What an error's page begins with."""
+def read_start(error: urllib.error.HTTPError) -> bytes:
+    """What an error's page begins with, and the whole of a key that begins there."""
     try:
-        return error.read(300).decode(errors="replace")
+        return error.read(10_000)
     except (OSError, http.client.HTTPException):
-        return ""
+        return b""

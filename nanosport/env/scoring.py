@@ -1,57 +1,137 @@
-"""Scores an answer in [0, 1] by rule. Reward, evaluation and distillation all score here."""
+"""Scores an answer in [0, 1] by rule, as a person would who reads it. Reward, evaluation and
+distillation all score here."""
 
 import re
-import string
-from collections import Counter
+from collections.abc import Sequence
 
-from nanosport.records import LETTERS, Question, number, time_span
+from nanosport.reading import CJK, WORD_BEFORE, numerals, plain, readings, time_span
+from nanosport.records import LETTERS, Question
+
+TOKEN = re.compile(  # a number with its sign, a score such as 2-1, a word
+    rf"(?:[<>≤≥]|(?<![\w)])-(?=\d))?\d+(?:[./-]\d+)*[^\W\d_{CJK}]*|(?!\W)[{CJK}]|[^\W_{CJK}]+"
+)
+COMPOUND = re.compile(r"(?<![^\W\d_])[^\W\d_]++-[^\W\d_]+")
+ARTICLES = frozenset("a an the".split())
+FILLERS = frozenset(
+    "it its is was were are be by with of and this that he she they his her".split()
+)
+DENIALS = frozenset("not no never without cannot nor neither".split())
+ENDS = " .,;:!?'\"*_()[]{}。、【】「」"
+"""Signs that may stand around an answer."""
+HEDGE = re.compile(r" (?:or|或)  pick|pick\w  (?:or|或) ")
+DENIED = re.compile(  # in words two spaces apart
+    r" (?:not|nor|neither|never|than|不  是)  (?:(?:be|think|it|is|option)  )*pick(\w) "
+    r"| pick(\w)  (?:(?:is  |was  )?(?:wrong|incorrect|false)|(?:is|was)  not) "
+)
+MOMENT_S = 0.5
+"""A time may be off by this much where one moment is asked for."""
 
 
 def accuracy(answer: str | None, question: Question) -> float:
     """acc(τ) ∈ [0, 1].
 
-    choice: 1 for the option's letter or its text. number: 1 within the question's tolerance. span:
-    temporal IoU. open: F1 of the words, which is 1 where they are the same.
+    choice: 1 for the option's letter or its text, and no other option's. number: 1 within the
+    question's tolerance. span: temporal IoU. open: F1 of the words in their order.
     """
     if answer is None:
         return 0.0
     if question.kind == "choice":
         return choice(answer, question.answer, question.options)
     if question.kind == "number":
-        said, true = number(answer), number(question.answer)
-        return float(said is not None and abs(said - true) <= question.tolerance + 1e-9)
+        return number(answer, question.answer, question.tolerance)
     if question.kind == "span":
-        said, true = time_span(answer), time_span(question.answer)
-        return temporal_iou(said, true) if said else 0.0
-    return token_f1(answer, question.answer)
+        return span(answer, question.answer, question.tolerance)
+    return in_words(answer, question.answer, question.question)
 
 
 def normalise(text: str) -> list[str]:
-    """Words without case, punctuation and articles (as SQuAD scores)."""
-    table = str.maketrans({c: " " for c in string.punctuation})
-    return [w for w in text.lower().translate(table).split() if w not in ("a", "an", "the")]
-
-
-def choice(answer: str, letter: str, options: tuple[str, ...]) -> float:
-    """Whether the answer names option `letter`, by letter or by text."""
-    said = re.match(r"\(?([A-J])\)?(?:[.:,)]|\s|$)", answer.strip())
-    words, texts = normalise(answer), [normalise(option) for option in options]
-    # "A dig" is an option's text, not the letter A; a bare letter is a letter, whatever they say
-    if words in texts and not (said and said.end() == len(answer.strip())):
-        return float(words == texts[LETTERS.index(letter)])
-    return float(said is not None and said[1] == letter)
+    """Words and numbers, without case, punctuation and articles: "Two to one!" is 2-1."""
+    text = numerals(plain(text).casefold()).replace("n't", " not").replace("'s ", " ")
+    text = re.sub(r"(\d)(?::| ?- ?| to )(?=\d)", r"\1-", text)
+    text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", text)  # 1,200
+    text = re.sub(r"(\d),(?=\d)", r"\1.", text)  # 9,5
+    return [word for word in TOKEN.findall(text) if word not in ARTICLES]
 
 
 def exact(answer: str, truth: str) -> float:
-    """Whether both are the same words."""
-    return float(normalise(answer) == normalise(truth))
+    """Whether both are the same words in the same order."""
+    return float((normalise(answer) or plain(answer)) == (normalise(truth) or plain(truth)))
 
 
-def token_f1(answer: str, truth: str) -> float:
-    """2·P·R / (P + R) of the words, each counted as often as it comes."""
-    said, true = Counter(normalise(answer)), Counter(normalise(truth))
-    common = (said & true).total()
-    return 2 * common / (said.total() + true.total()) if common else 0.0
+# Choice.
+
+
+def choice(answer: str, letter: str, options: Sequence[str]) -> float:
+    """Whether the answer names option `letter`, by letter or by text, and no other."""
+    return float(named(answer, options) == {letter})
+
+
+def named(answer: str, options: Sequence[str]) -> set[str]:
+    """The letters of the options that an answer names and does not deny."""
+    letters = LETTERS[: len(options)]
+    said = plain(answer).strip(ENDS)
+    # alone: a capital letter, a letter with its own text, a text as it is written, a text by its
+    # words; the last two find several where options are alike
+    if said in tuple(letters):
+        return {said}
+    head = re.match(rf"([{letters}])\W+(?=\w)", said, re.IGNORECASE)
+    for same in (same_text, same_words):
+        if head and same(said[head.end() :], options[letters.index(head[1].upper())]):
+            return {head[1].upper()}
+        if alike := {each for each, text in zip(letters, options) if same(said, text)}:
+            return alike
+
+    # inside a sentence: each mention becomes a word of its own, the longest texts first
+    words = marked(said, letters)
+    texts = [marked(text, letters) for text in options]
+    for text, each in sorted(zip(texts, letters), key=lambda pair: -len(pair[0])):
+        if texts.count(text) == 1 and not re.fullmatch(r" (?:pick\w )?", text):
+            words = words.replace(text, f" pick{each} ")
+    if HEDGE.search(words):
+        return set()
+    kept = DENIED.sub("  ", words)
+    return set(re.findall(r"pick(\w)", kept)) - {a or b for a, b in DENIED.findall(words)}
+
+
+def same_text(one: str, other: str) -> bool:
+    return plain(one).strip(ENDS).casefold() == plain(other).strip(ENDS).casefold() != ""
+
+
+def same_words(one: str, other: str) -> bool:
+    """Whether both have the same letters in their words, so that "dropshot" is "drop shot"."""
+    return "".join(normalise(one)) == "".join(normalise(other)) != ""
+
+
+def marked(text: str, letters: str) -> str:
+    """Words with two spaces between, and `pickB` for an option's letter. "A player" and "I think"
+    begin with a word, not with a letter."""
+    word = r"[AI] (?!(?:is|was|and|or|nor|but|because|since)\b)\w"
+    lone = rf"{WORD_BEFORE}(?<!\w')(?!{word})([{letters}])(?!'?[^\W{CJK}])"
+    found = re.sub(lone, r" pick\1 ", plain(text), flags=re.IGNORECASE)
+    words = (f"pick{w[4].upper()}" if re.fullmatch("pick[a-j]", w) else w for w in normalise(found))
+    return f" {'  '.join(words)} "
+
+
+# Numbers and times.
+
+
+def number(answer: str, truth: str, tolerance: float) -> float:
+    """Whether what the answer's one number may mean is within `tolerance` of the truth."""
+    (true, *_) = readings(truth)
+    return float(any(abs(said - true) <= tolerance + 1e-9 for said in readings(answer)))
+
+
+def span(answer: str, truth: str, tolerance: float) -> float:
+    """Temporal IoU of two spans of seconds. Where the truth is one moment: whether the answer lies
+    within the tolerance, or MOMENT_S, around it."""
+    moment = readings(answer)[-1:] * 2
+    start, end = true = time_span(truth)
+    if not (said := time_span(answer) or moment):
+        return 0.0
+    if start == end:
+        near = max(tolerance, MOMENT_S) + 1e-9
+        return float(start - near <= said[0] <= said[1] <= end + near)
+    return temporal_iou(said, true)
 
 
 def temporal_iou(said: tuple[float, float], true: tuple[float, float]) -> float:
@@ -59,3 +139,41 @@ def temporal_iou(said: tuple[float, float], true: tuple[float, float]) -> float:
     overlap = min(said[1], true[1]) - max(said[0], true[0])
     union = max(said[1], true[1]) - min(said[0], true[0])
     return float(said == true) if union == 0 else max(0.0, overlap) / union
+
+
+# Words.
+
+
+def in_words(answer: str, truth: str, question: str) -> float:
+    """2·LCS / (said + true words), where LCS is the longest common subsequence: order counts.
+
+    A longer answer than the reference is worth less in proportion, so that listing does not pay;
+    a wrong compound, such as "tap-in", is one word more. Fillers are free, and so are the
+    question's words unless the reference has one: "the yellow card" is "yellow" where a card is
+    asked for. Denying what the reference does not, or the other way round, is worth half.
+    """
+    if exact(answer, truth):
+        return 1.0
+    asked = set(normalise(question))
+    said, true = ([w for w in normalise(t) if w not in FILLERS] for t in (answer, truth))
+    if asked.isdisjoint(true):
+        said = [word for word in said if word not in asked]
+    if not said or not true:
+        return 0.0
+    f1 = 2 * common_subsequence(said, true) / (len(said) + len(true))
+    compounds = map(normalise, COMPOUND.findall(answer))
+    length = len(said) - sum(len(parts) - 1 for parts in compounds if {*parts}.isdisjoint(true))
+    agree = DENIALS.isdisjoint(said) == DENIALS.isdisjoint(true)
+    return f1 * min(1.0, len(true) / max(1, length)) * (1.0 if agree else 0.5)
+
+
+def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+    """The length of the longest common subsequence: Hyyrö's bits, a row of the table at a time."""
+    places: dict[str, int] = {}
+    for k, word in enumerate(other):
+        places[word] = places.get(word, 0) | 1 << k
+    row = full = (1 << len(other)) - 1
+    for word in one:
+        hits = row & places.get(word, 0)
+        row = (row + hits | row - hits) & full
+    return len(other) - row.bit_count()

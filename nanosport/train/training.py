@@ -9,12 +9,14 @@ for step in training.steps():          # saves after a step if it is time to, en
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from nanosport.cli import Preempted
+from nanosport.env.endpoint import EndpointError
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, resolve
 from nanosport.model.frames import FrameEncoder
@@ -66,6 +68,7 @@ class Training:
         dist.check_shared(cfg.out / "run.json")
         self.stage = Stages(self.rank, cfg.stuck_after_s)
         self.preemption, self.skips = Preemption(), Skips(cfg.out, self.rank)
+        self.failure = ""
         self.build(load_model(self.source, self.device))
         if cfg.resume:
             self._resume()
@@ -170,11 +173,23 @@ class Training:
             state = {**self.state, "settings": settings(self.cfg)}
             self.checkpoints.save(self.model, self.optimizer, state)
 
+    @contextmanager
+    def serving(self):
+        """A block in which a service that fails stops the run, as SIGTERM does."""
+        try:
+            yield
+        except EndpointError as error:
+            self.failure, self.preemption.asked = str(error), True
+
     def stop_inside(self, step: int) -> None:
         """End the run in a step whose update has not begun: an update takes long, and without it
-        the step can be done again. Raises Preempted."""
+        the step can be done again. Raises Preempted, or ValueError where a service has failed."""
         self.save(step)
-        self._stop(f"in step {step}; what was before it is saved")
+        where = f"in step {step}; what was before it is saved"
+        if failure := next(filter(None, dist.gather(self.failure)), ""):
+            self.checkpoints.finish()
+            raise ValueError(f"{failure}; the run stops {where}, --resume goes on")
+        self._stop(where)
 
     def _stop(self, where: str) -> None:
         self.checkpoints.finish()
