@@ -79,7 +79,7 @@ def test_turns_end_where_only_the_end_of_turn_ends_them(arena_folder):
         conversation = Conversation(question, encoder, tokenizer, Limits(), look=False)
         frames_FCHW = encoder.open(question.clip).frames(conversation.env.overview)
         patches_PC, grids = preprocess(frames_FCHW, encoder.image)
-        ids_1T = torch.tensor([conversation.prompt.ids])
+        ids_1T = torch.tensor([conversation.open().ids])
         out_BT = theirs.generate(
             input_ids=ids_1T,
             attention_mask=torch.ones_like(ids_1T),

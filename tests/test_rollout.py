@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kernels.policy_loss import linear_logprobs
+from nanosport.engine import own
 from nanosport.engine.own import Draft, OwnSampler
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.env.env import Limits
@@ -20,7 +21,7 @@ from nanosport.env.tools import STOPS, tool_call
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import mrope_positions
+from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_positions
 from nanosport.records import Episode, read_questions
 from nanosport.train.pack import pack
 
@@ -62,7 +63,7 @@ def play(
     """A conversation that takes these turns, as if a model had written them, and what came back for
     the last."""
     conversation = Conversation(question, encoder, tokenizer, limits or Limits())
-    piece = conversation.prompt
+    piece = conversation.open()
     for text in texts:
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         piece = conversation.take(Generated(ids, (-0.5,) * len(ids), stopped))
@@ -239,7 +240,7 @@ def test_cached_decode_and_positions_equal_the_whole_forward_pass(
 ):
     """Over two tool calls: the conversation fed piece by piece, and all at once."""
     conversation = Conversation(questions[0], encoder, tokenizer, Limits())
-    prompt, transcript = conversation.prompt, conversation.transcript
+    prompt, transcript = conversation.open(), conversation.transcript
     sampler = make_sampler(model, tokenizer)
     state = sampler.prefill([prompt] * 2)
     positions, start = mrope_positions(prompt.ids, prompt.grids, model.cfg)
@@ -291,7 +292,7 @@ def test_tokens_in_are_tokens_out(sampled, tokenizer, encoder):
         ]
         said = [[i for _, i in run] for run in runs if run[0][0]]
         given = [[i for _, i in run] for run in runs if not run[0][0]]
-        assert given[0] == Conversation(episode.question, encoder, tokenizer, Limits()).prompt.ids
+        assert given[0] == Conversation(episode.question, encoder, tokenizer, Limits()).open().ids
         for ids, turn in zip(said, episode.turns, strict=True):
             assert turn.text in (tokenizer.decode(ids[:-1]), tokenizer.decode(ids))
         for ids in given:
@@ -342,9 +343,57 @@ def test_a_rollout_is_the_same_whatever_it_is_batched_with(
     assert [e.ids for e in other] != [e.ids for e in together[:8]]
 
 
+@pytest.mark.parametrize("entries", [2**26, 60_000, 1_500, 1])
+def test_long_pieces_in_several_passes_give_the_same(
+    entries, model, tokenizer, encoder, questions, monkeypatch
+):
+    """Frames that a pass's end cuts through included; a pass never has more entries than allowed,
+    but for one token's."""
+    sampler, widest = make_sampler(model, tokenizer), []
+    talk = Conversation(questions[0], encoder, tokenizer, Limits())
+    prompt = talk.open()
+    say = tokenizer.encode(FIRST, add_special_tokens=False)
+    shown = talk.take(Generated(tuple(say), (0.0,) * len(say), True))
+    rows = [[prompt, prompt], [Piece(say), Piece(say[:3])], [shown, Piece(say[:1])]]
+    straight = sampler.prefill(rows[0])
+    for pieces in rows[1:]:
+        sampler.append(straight, pieces)
+
+    def decode(ids_BT, positions_3BT, num_new_B, cache, features_ND=None):
+        out = Qwen25VL.decode(model, ids_BT, positions_3BT, num_new_B, cache, features_ND)
+        widest.append((ids_BT.numel() * int(cache.lengths_B.max()), ids_BT.shape[1]))
+        return out
+
+    monkeypatch.setattr(own, "MASK_ENTRIES", entries)
+    monkeypatch.setattr(model, "decode", decode)
+    state = sampler.prefill(rows[0])
+    for pieces in rows[1:]:
+        sampler.append(state, pieces)
+    assert all(count <= entries or tokens == 1 for count, tokens in widest)
+    assert torch.equal(state.next_start_B, straight.next_start_B)
+    assert torch.equal(state.cache.lengths_B, straight.cache.lengths_B)
+    torch.testing.assert_close(state.logits_BV, straight.logits_BV, atol=1e-4, rtol=1e-4)
+
+
+def test_the_frames_of_a_groups_prompt_are_held_once(model, tokenizer, encoder, questions):
+    sampler, opened = make_sampler(model, tokenizer), []
+    open_ = sampler.open
+    sampler.open = lambda prompt, streams: opened.append(prompt) or open_(prompt, streams)
+    joined = []
+    features, encoder.features = (
+        encoder.features,
+        lambda names: joined.append(names) or features(names),
+    )
+    try:
+        rollout(sampler, encoder, questions[:2], Limits(max_turns=1), 4)
+    finally:
+        del encoder.features
+    assert len(opened) == len(joined) == 2
+
+
 def test_the_order_of_rows_does_not_matter(model, tokenizer, encoder, questions):
     sampler = make_sampler(model, tokenizer, temperature=1.0)
-    prompts = [Conversation(q, encoder, tokenizer, Limits()).prompt for q in questions[:4]]
+    prompts = [Conversation(q, encoder, tokenizer, Limits()).open() for q in questions[:4]]
     state = sampler.prefill(prompts)
     order = [2, 0, 3, 1]
     straight = sampler.generate(
@@ -358,7 +407,7 @@ def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer
     """The head is turned towards the image token until it is the argmax."""
     model = load_model(taught_folder)
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
-    piece = Conversation(questions[0], encoder, tokenizer, Limits()).prompt
+    piece = Conversation(questions[0], encoder, tokenizer, Limits()).open()
     sampler = make_sampler(model, tokenizer, temperature=1.0)
     state = sampler.prefill([piece])
     pads = [model.cfg.image_token_id, model.cfg.video_token_id]
@@ -439,6 +488,7 @@ def test_an_end_that_the_model_says_is_not_said_again(questions, encoder, tokeni
     end, texts = tokenizer.convert_tokens_to_ids("<|im_end|>"), []
     for num_end, last in ((1, [end]), (0, [])):
         conversation = Conversation(questions[0], encoder, tokenizer, Limits())
+        conversation.open()
         ids = (*tokenizer.encode(FIRST, add_special_tokens=False), *last)
         conversation.take(Generated(ids, (-0.5,) * len(ids), True, num_end))
         assert conversation.env.turns[0].text == FIRST
@@ -449,6 +499,7 @@ def test_an_end_that_the_model_says_is_not_said_again(questions, encoder, tokeni
 
 def test_what_stands_where_an_end_should_is_learnt_from_but_not_read(questions, encoder, tokenizer):
     conversation = Conversation(questions[0], encoder, tokenizer, Limits())
+    conversation.open()
     said = tokenizer.encode(ANSWER, add_special_tokens=False)
     extra = tokenizer.encode("red", add_special_tokens=False)[:1]
     ids = (*said, *extra)

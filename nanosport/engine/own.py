@@ -20,6 +20,10 @@ from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
 from nanosport.model.qwen2_5_vl import KVCache, Qwen25VL, mrope_positions
 
+MASK_ENTRIES = 2**26
+"""Queries × keys of one pass, over all rows: longer pieces are computed in several passes, so that
+memory grows with their length, not with its square."""
+
 
 class State:
     """B conversations in flight: their cache, next M-RoPE positions, and next tokens' logits."""
@@ -141,31 +145,36 @@ class OwnSampler:
     @torch.no_grad()
     def append(self, state: State, pieces: Sequence[Piece]) -> None:
         """Feed each row its piece; `state` is updated."""
+        cfg = self.model.cfg
         lengths_B = torch.tensor([len(piece.ids) for piece in pieces])
         width = int(lengths_B.max())
         ids_BT = torch.zeros(len(pieces), width, dtype=torch.long)
         positions_3BT = torch.zeros(3, len(pieces), width, dtype=torch.long)
         for b, piece in enumerate(pieces):
             start = int(state.next_start_B[b])
-            positions_3T, next_start = mrope_positions(
-                piece.ids, piece.grids, self.model.cfg, start
-            )
+            positions_3T, next_start = mrope_positions(piece.ids, piece.grids, cfg, start)
             ids_BT[b, : lengths_B[b]] = torch.tensor(piece.ids)
             positions_3BT[:, b, : lengths_B[b]] = positions_3T
             state.next_start_B[b] = next_start
 
         # room for the turn that follows too: the cache is copied once, not twice
-        if int(state.cache.lengths_B.max()) + width > state.cache.capacity:
+        num_keys = int(state.cache.lengths_B.max()) + width
+        if num_keys > state.cache.capacity:
             state.make_room(width + self.sampling.max_new_tokens)
-        features = [p.features_ND for p in pieces if p.features_ND is not None]
-        hidden_BTD = self.model.decode(
-            ids_BT.to(self.device),
-            positions_3BT.to(self.device),
-            lengths_B.to(self.device),
-            state.cache,
-            torch.cat(features) if features else None,
-        )
-        state.logits_BV = self._logits(hidden_BTD[torch.arange(len(pieces)), lengths_B - 1])
+        is_image_BT = ids_BT == cfg.image_token_id
+        step = max(1, MASK_ENTRIES // (len(pieces) * num_keys))
+        for start in range(0, width, step):
+            part = slice(start, start + step)
+            num_new_B = (lengths_B - start).clamp(0, step)
+            hidden_BTD = self.model.decode(
+                ids_BT[:, part].to(self.device),
+                positions_3BT[:, :, part].to(self.device),
+                num_new_B.to(self.device),
+                state.cache,
+                features_of(pieces, is_image_BT, part),
+            )
+            ends = [b for b, n in enumerate(lengths_B.tolist()) if start < n <= start + step]
+            state.logits_BV[ends] = self._logits(hidden_BTD[ends, num_new_B[ends] - 1])
 
     @torch.no_grad()
     def generate(self, state: State, streams: Sequence[np.random.Generator]) -> list[Generated]:
@@ -245,6 +254,20 @@ class OwnSampler:
             return False
         tail = self.tokenizer.decode(ids[-12:], skip_special_tokens=False)
         return any(stop in tail for stop in self.sampling.stops)
+
+
+def features_of(
+    pieces: Sequence[Piece], is_image_BT: torch.Tensor, part: slice
+) -> torch.Tensor | None:
+    """The features of the image tokens in these columns, row by row."""
+    before_B = is_image_BT[:, : part.start].sum(1).tolist()
+    count_B = is_image_BT[:, part].sum(1).tolist()
+    chosen = [
+        piece.features_ND[before : before + count]
+        for piece, before, count in zip(pieces, before_B, count_B)
+        if piece.features_ND is not None
+    ]
+    return torch.cat(chosen) if any(count_B) else None
 
 
 def load_sampler(

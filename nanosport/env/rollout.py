@@ -37,18 +37,22 @@ class Conversation:
         self.end_id = tokenizer.convert_tokens_to_ids(prompt.END)
         self.env = Env(question, video, limits)
         self.transcript = Transcript(question.clip, encoder, tokenizer, look)
-        overview = self.env.overview
-        sizes = [self.transcript.tokens_per_frame] * len(overview)
+
+    def open(self, look: bool = True) -> Piece:
+        """Say everything before the first turn. look: encode the overview, which one member of a
+        group does for all."""
+        env, transcript = self.env, self.transcript
+        sizes = [transcript.tokens_per_frame] * len(env.overview)
         text = prompt.opening(
-            question,
-            overview,
+            env.question,
+            env.overview,
             sizes,
-            video.num_frames,
-            limits.use_tool,
-            self.env.fps,
-            self.env.times_s,
+            env.video.num_frames,
+            env.limits.use_tool,
+            env.fps,
+            env.times_s,
         )
-        self.prompt = self.transcript.observe(text, overview)
+        return transcript.observe(text, env.overview, look)
 
     def take(self, said: Generated) -> Piece | None:
         """Read one turn of the model's; return what comes back, or None where the episode ends."""
@@ -108,8 +112,9 @@ def rollout(
     try:
         for q, question in enumerate(questions, first):
             group = [Conversation(question, encoder, sampler.tokenizer, limits) for _ in members]
+            prompt = [conversation.open(look=k == 0) for k, conversation in enumerate(group)][0]
             streams = [np.random.default_rng([*seed, q, member]) for member in members]
-            playing |= zip(sampler.open(group[0].prompt, streams), group, strict=True)
+            playing |= zip(sampler.open(prompt, streams), group, strict=True)
 
         for number, said in sampler.turns():
             piece = playing[number].take(said)
@@ -133,6 +138,7 @@ def replay(
     Raises ValueError where the turns are not one whole, valid trajectory.
     """
     conversation = Conversation(question, encoder, tokenizer, limits, look=False)
+    conversation.open()
     env = conversation.env
     for k, message in enumerate(messages, 1):
         if env.status is not None:

@@ -30,15 +30,15 @@ class Transcript:
         self.turn_tokens: list[tuple[int, int]] = []
         """First and one past the last id of each of the model's turns."""
 
-    def observe(self, text: str, frames: Sequence[int] = ()) -> Piece:
-        """Add what the environment says, with the frames that its placeholders stand for: mask
-        0."""
+    def observe(self, text: str, frames: Sequence[int] = (), look: bool = True) -> Piece:
+        """Add what the environment says, with the frames that its placeholders stand for: mask 0.
+        look: encode these frames."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         self.ids += ids
         self.mask += [0] * len(ids)
         self.sampled_logp += [0.0] * len(ids)
         features_ND = None
-        if frames and self.look:
+        if frames and self.look and look:
             features_ND = self.encoder.features([(self.clip, index) for index in frames])
         return Piece(ids, [self.grid] * len(frames), features_ND)
 

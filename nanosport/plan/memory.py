@@ -151,7 +151,7 @@ def follow(model: Qwen25VL, ledger: Ledger) -> None:
 @lru_cache
 def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.Config) -> Moments:
     """The sampler in a rollout of `prompts` groups, whose rows are padded to the longest: all turns
-    are as long as they may be. Half of the rows go on to a turn's second token, in a copy."""
+    are as long as they may be. Half of the rows go on to a turn's third token, in a copy."""
     policy, ended = shape_of(model, torch.bfloat16), count()
     tokenizer = SimpleNamespace(get_vocab=dict, convert_tokens_to_ids=lambda token: 0)
     texts = Texts(model, lengths)
@@ -159,7 +159,7 @@ def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.
         ledger.enter("rollout copy")
         sampling = Sampling(max_new_tokens=run.max_new_tokens)
         sampler = OwnSampler(policy.to_empty(device="cpu"), tokenizer, sampling)
-        sampler._ends = lambda ids: len(ids) > 1 or next(ended) % 2 == 0
+        sampler.end_ids, sampler._closes = set(), lambda ids: len(ids) > 1 or next(ended) % 2 == 0
 
         ledger.enter("prefill", "prefill 0")
         prompt = texts.piece(lengths.overview, lengths.prompt_text)
