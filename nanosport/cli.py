@@ -6,10 +6,13 @@ A bound stands beside its flag, and a mark says what may differ when a run is re
     steps: Annotated[int, AtLeast(1), MAY_GROW] = 40
 """
 
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from inspect import get_annotations
 from pathlib import Path
 from typing import NamedTuple
@@ -123,6 +126,17 @@ def leave_group() -> None:
         group.destroy_process_group()
 
 
+def tell_torchrun(line: str) -> None:
+    """Leave `line` for torchrun, which ends its report with it: below its own tracebacks it is
+    read."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and "\n" not in line:
+        # the earliest is taken for the cause: not a rank that fails since this one is gone
+        more = {"py_callstack": line, "timestamp": str(int(time.time()) - 1)}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}))
+
+
 def leave(message: str, code: int) -> None:
     """Print `message` and end this process.
 
@@ -133,6 +147,7 @@ def leave(message: str, code: int) -> None:
     line = f"[rank {os.environ['RANK']}] {message}" if several else message
     print(line, file=sys.stderr, flush=True)
     if several:
+        tell_torchrun(line)
         sys.stdout.flush()
         os._exit(code)
     leave_group()

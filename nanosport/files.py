@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,15 @@ def write_atomically(path: Path, text: str) -> None:
     """Write the whole text, or leave the old file as it is."""
     with writing(path) as file:
         file.write(text)
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file's bytes."""
+    total, block = 0, memoryview(bytearray(1 << 22))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            total = zlib.crc32(block[:size], total)
+    return total
 
 
 def provenance() -> dict:

@@ -138,11 +138,14 @@ def test_a_shard_that_cannot_be_written_is_no_checkpoint(runs, monkeypatch, tmp_
     assert checkpoint.latest(cut.out) is None and not cut.out.joinpath("model").exists()
 
 
-def test_a_damaged_checkpoint_is_refused_in_one_line(runs, tmp_path):
+def test_a_damaged_checkpoint_without_checksums_is_refused_in_one_line(runs, tmp_path):
     main, cfg, _ = runs["train"]
     cut = replace(cfg, out=tmp_path / "cut")
     shutil.copytree(cfg.out, cut.out)
-    (shard,) = checkpoint.latest(cut.out).glob("*.safetensors")
+    newest = checkpoint.latest(cut.out)
+    state = json.loads((newest / "trainer.json").read_text()) | {"crc32": {}}
+    (newest / "trainer.json").write_text(json.dumps(state))
+    (shard,) = newest.glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(
         ValueError, match=r"step_000004: the checkpoint does not fit this model or is damaged"
@@ -172,7 +175,7 @@ def test_what_was_saved_before_the_first_update_is_gone_on_from(runs, monkeypatc
             first = first or now
             assert first.st_ino == now.st_ino
         loaded = optim.build(model, 0.0, offload=offload)
-        newest, state = checkpoint.newest_state(out)
+        newest, state = checkpoint.newest(out)
         checkpoint.load(newest, model, loaded)
         assert state["step"] == 0
         assert len(loaded.state) == len(saved.state) > 40 and not any(
@@ -220,7 +223,7 @@ def test_every_flag_is_compared_unless_it_is_marked():
     may_change = {
         "out", "lr", "save_every", "max_grad_norm", "micro_tokens", "share_prefix",
         "recompute_every", "offload_adam", "keep", "stuck_after_s", "resume", "overwrite",
-        "max_unusable",
+        "max_unusable", "model", "data", "allow_changed",
     }  # fmt: skip
     more = {
         "rollout_batch",
@@ -291,26 +294,27 @@ def test_changed_settings_are_refused(script, change, runs):
 
 
 @pytest.mark.parametrize("script", ["train", "rl"])
-def test_a_run_is_not_overwritten_unless_told_to(script, runs, tmp_path):
+def test_a_run_is_not_overwritten_unless_told_to(script, runs):
     main, cfg, straight = runs[script]
     with pytest.raises(ValueError, match="holds a run already.*--resume.*--overwrite"):
         main(cfg)
     assert log(cfg.out) == straight
-    with pytest.raises(ValueError, match="no run to resume"):
-        main(replace(cfg, out=tmp_path / "none", resume=True))
 
 
-def test_a_replaced_run_is_not_resumed(runs, monkeypatch, tmp_path):
+def test_a_replaced_run_is_not_resumed(runs, monkeypatch, tmp_path, capsys):
     """--overwrite, killed before the first save: the old model is still there, but not as this
-    run's checkpoint."""
+    run's checkpoint. The new run begins anew."""
     main, cfg, _ = runs["train"]
     cfg = replace(cfg, out=tmp_path / "twice", steps=1)
     main(cfg)
-    killed(main, replace(cfg, overwrite=True), monkeypatch, step=0)
-    with pytest.raises(ValueError, match="no run to resume"):
-        main(replace(cfg, resume=True))
-    main(replace(cfg, overwrite=True))
-    assert len(log(cfg.out)) == 1
+    straight, old = log(cfg.out), weights(cfg.out)
+    other = replace(cfg, seed=1)
+    killed(main, replace(other, overwrite=True), monkeypatch, step=0)
+    assert all(torch.equal(old[k], w) for k, w in weights(cfg.out).items())
+    main(replace(other, resume=True))
+    assert "nothing was saved there yet: the run begins anew" in capsys.readouterr().out
+    assert len(log(cfg.out)) == 1 and log(cfg.out) != straight
+    assert any(not torch.equal(old[k], w) for k, w in weights(cfg.out).items())
 
 
 def test_a_run_says_what_it_was(runs):
@@ -319,6 +323,7 @@ def test_a_run_says_what_it_was(runs):
     assert report["config"]["kl"] == 0.05 and report["config"]["data"] == str(cfg.data)
     assert {"command", "commit", "torch", "device", "date", "seconds"} <= report.keys()
     new = Run(cfg.out.parent / "new", cfg, resume=False, overwrite=False)
+    new.begin(0)
     assert new.log.read_text() == ""
     new.write({"step": 0, "lr": 5e-7, "reward": 1.23456789})
     assert log(new.folder) == [
@@ -402,8 +407,9 @@ def test_a_replaced_run_behind_a_link_leaves_no_checkpoint(linked, tmp_path):
     if linked == "checkpoints":
         out.mkdir()
     (out / "checkpoints" if linked == "checkpoints" else out).symlink_to(disk)
-    Run(out, train.Config(), resume=False, overwrite=True)
-    assert not list(held.glob("*step_*"))
+    Run(out, train.Config(), resume=False, overwrite=True).begin(0)
+    assert [path.name for path in held.glob("*step_*")] == [".step_000000"]
+    assert checkpoint.latest(out) is None
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])

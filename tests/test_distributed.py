@@ -31,7 +31,7 @@ from nanosport.records import Episode, Question, read_records
 from nanosport.train import checkpoint, optim
 from nanosport.train.deal import data_order, deal, make_units
 from nanosport.train.faults import MAX_SKIPPED
-from tests.helpers.runs import ROOT, assert_same, flags, killed, log, torchrun
+from tests.helpers.runs import ROOT, assert_same, flags, killed, log, torchrun, wait_for_log
 
 
 @pytest.fixture(scope="module")
@@ -291,9 +291,50 @@ def test_a_rank_that_fails_ends_all_with_its_message(sft, tmp_path):
     began = time.monotonic()
     done = torchrun([["train", flags(sft, out=tmp_path / "run")]], "error")
     assert done.returncode != 0 and "[rank 1] error: this clip broke" in done.stderr
+    # and again at the end, where it is read: torchrun's own report is longer
+    *_, last, border = done.stderr.strip().splitlines()
+    assert last.endswith("[rank 1] error: this clip broke") and set(border) == {"="}
     done = torchrun([["train", flags(sft, out=tmp_path / "bug")]], "bug")
     assert done.returncode != 0 and "KeyError: 'nobody thought of this'" in done.stderr
     assert time.monotonic() - began < 100
+
+
+def test_a_save_whose_name_is_taken_ends_all_ranks(sft, tmp_path):
+    """As where two runs save into one folder: none goes on as if it had saved."""
+    cfg = replace(sft, out=tmp_path / "run", save_every=8)
+
+    def take(run):
+        wait_for_log(cfg.out, run)
+        (cfg.out / "checkpoints" / "step_000008").mkdir()
+
+    done = torchrun([["train", flags(cfg)]], meanwhile=take)
+    assert done.returncode != 0 and not (cfg.out / "model").exists()
+    for rank in (0, 1):
+        line = rf"\[rank {rank}\] error: .*step_000008: is there already, and not of this run"
+        assert re.search(line, done.stderr), done.stderr[-2000:]
+
+
+def test_ranks_end_with_their_launcher(sft, tmp_path):
+    """As when the kernel kills torchrun for want of memory: they save, and do not live on beside
+    the run that goes on, which is refused until they have ended."""
+    cfg = replace(sft, out=tmp_path / "straight", save_every=99)
+    cut = replace(cfg, out=tmp_path / "cut")
+
+    def kill(run):
+        wait_for_log(cut.out, run)
+        with pytest.raises(ValueError, match="another run is at work there"):
+            train.main(replace(cut, resume=True))
+        run.kill()
+
+    # this returns when nobody holds its stderr any more: when the ranks have ended, too
+    done = torchrun([["train", flags(cut)]], "slow", meanwhile=kill)
+    assert done.returncode == -signal.SIGKILL and "NOTHING IS SAVED" not in done.stderr
+    stops = [f"[rank {rank}] stopped by SIGTERM" for rank in (0, 1)]
+    assert all(stop in done.stderr for stop in stops), done.stderr[-2000:]
+    assert 1 <= len(log(cut.out)) < 10
+    for ended in (replace(cut, resume=True), cfg):
+        train.main(ended)
+    assert_same(log(cut.out), log(cfg.out))
 
 
 def test_nodes_must_share_the_runs_folder(sft, tmp_path):
@@ -398,14 +439,8 @@ def test_killed_while_it_saves_a_run_goes_on_from_a_whole_checkpoint(runs, tmp_p
         there = checkpoint.latest(cut.out)
         left = [p.name for p in (cut.out / "checkpoints").iterdir() if p.name.startswith(".")]
         seen.add((there and there.name, tuple(left)))
-        if (
-            there is None
-        ):  # the first save was cut: there is nothing to go on from, and that is said
-            with pytest.raises(ValueError, match="no checkpoint to resume from"):
-                train.main(replace(cut, resume=True))
-            continue
-        train.main(replace(cut, resume=True))
-        assert log(cut.out) == straight, f"trial {trial}, from {there.name}"
+        train.main(replace(cut, resume=True))  # anew where the first save was cut
+        assert log(cut.out) == straight, f"trial {trial}, from {there}"
         one, other = (
             load_file(folder / "model" / "model.safetensors") for folder in (cfg.out, cut.out)
         )
@@ -441,9 +476,7 @@ def test_sigterm_saves_and_ends(runs, tmp_path):
     run = subprocess.Popen(
         [sys.executable, "train.py", *argv], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
     )
-    while not (cfg.out / "log.jsonl").exists() or not log(cfg.out):
-        assert run.poll() is None, run.stderr.read()[-2000:]
-        time.sleep(0.05)
+    wait_for_log(cfg.out, run)
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) == 143
     printed = run.stderr.read()
@@ -464,9 +497,7 @@ def test_sigterm_to_torchrun_is_heard_by_all_ranks(runs, tmp_path):
     cut = replace(cfg, out=tmp_path / "cut", save_every=99)
 
     def stop(run):
-        while not (cut.out / "log.jsonl").exists() or not log(cut.out):
-            assert run.poll() is None, run.stderr.read()[-2000:]
-            time.sleep(0.05)
+        wait_for_log(cut.out, run)
         run.send_signal(signal.SIGTERM)
 
     done = torchrun([["rl", flags(cut)]], "slow", meanwhile=stop)

@@ -106,7 +106,7 @@ def test_more_than_the_share_ends_the_run_before_its_first_step(folder, tmp_path
     why = "4 of 9 records cannot be used, --max-unusable allows 40.0%: .*line 2"
     with pytest.raises(ValueError, match=why):
         train.main(train.Config(**run, max_unusable=0.4))
-    assert not (tmp_path / "run/log.jsonl").read_text()
+    assert not (tmp_path / "run/log.jsonl").exists()
     with pytest.raises(ValueError, match="allows 0.0%"):
         evaluation.main(evaluation.Config(MODEL, data, max_unusable=0.0))
     data = rows_file(tmp_path / "lost.jsonl", [question("gone.mp4", "q")])

@@ -32,6 +32,7 @@ CURVES = {
 
 def curve(rows: list[dict]) -> str:
     """The CURVES over the steps as SVG; all values share one axis that starts at 0."""
+    rows = [row for row in rows if None not in map(row.get, CURVES)]  # null: it was not finite
     width, height, left, bottom = 720, 260, 44, 26
     base, last = height - bottom, max(1, rows[-1]["step"])
     top = max(max(row[name] for row in rows) for name in CURVES) * 1.05 or 1.0

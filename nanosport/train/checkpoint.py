@@ -2,8 +2,8 @@
 
     RUN/checkpoints/step_000100/    each rank's shard of weights and Adam moments
                                     (torch.distributed.checkpoint in safetensors, so that nothing is
-                                    unpickled), and trainer.json: the step to do next, and the flags
-                                    that must not change
+                                    unpickled), and trainer.json: the step to do next, the flags
+                                    that must not change, and checksums
     RUN/model/                      config, tokenizer and whole weights of the same step
 
 A checkpoint gets its name when all of it, and the model beside it, is on disk: a run that is killed
@@ -18,12 +18,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nanosport.files import write_atomically
+from nanosport.files import checksum, write_atomically
 from nanosport.model.folder import load_model, save_model, sync
 from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.train import dist, optim
@@ -49,10 +50,15 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def latest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run's folder."""
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a run's folder, the newest first."""
     named = [p for p in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", p.name)]
-    return max((p for p in named if (p / "trainer.json").is_file()), key=step_of, default=None)
+    return sorted(named, key=step_of, reverse=True)
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run's folder."""
+    return next(iter(checkpoints_of(run)), None)
 
 
 def reason(error: BaseException) -> str:
@@ -73,6 +79,8 @@ class Checkpoints:
         self.run, self.source, self.rank, self.keep = run, source, rank, keep
         self.saved_as = saved_as
         self.folder = run.absolute() / "checkpoints"
+        self.at: int | None = None
+        """The step of this run's newest checkpoint, saved or resumed from."""
         self.writing: threading.Thread | None = None
         self.failed: BaseException | None = None
         self.group = None  # of its own: the thread that writes must not meet the loop's collectives
@@ -82,16 +90,16 @@ class Checkpoints:
     def save(self, model: Qwen25VL, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Save weights, moments and `state` for the step that it names. All ranks must call this.
 
-        Raises ValueError where the save before this one could not be written; the older ones stay.
+        Raises ValueError where the save before this one could not be written, or there is a
+        checkpoint of this name that is not this run's; the older ones stay.
         """
         self.finish()
         named = self.folder / f"step_{state['step']:06d}"
         unfinished = named.with_name(f".{named.name}")
-        if named.exists():  # it has the same seed and step, and so it is the same
+        if state["step"] == self.at:
             return
-        if self.rank == 0:
-            self._make_folder(unfinished)
-        dist.barrier()
+        self.at = state["step"]
+        dist.once(lambda: self._make_folder(unfinished, named))
 
         # the model's folder: whole weights, gathered from all ranks one by one
         weights = {}
@@ -109,8 +117,10 @@ class Checkpoints:
         self.writing = threading.Thread(target=self._write, args=work)
         self.writing.start()
 
-    def _make_folder(self, unfinished: Path) -> None:
+    def _make_folder(self, unfinished: Path, named: Path) -> None:
         """Make room for a new checkpoint; what a killed run has left is removed."""
+        if named.exists():
+            raise ValueError(f"{named}: is there already, and not of this run; remove it")
         for left in (*self.folder.glob(".step_*"), *self.run.glob(".model.[0-9]*")):
             shutil.rmtree(left, ignore_errors=True)
         try:
@@ -124,23 +134,25 @@ class Checkpoints:
         """Finish a save, in the thread that writes."""
         try:
             saved()  # on rank 0 this means: every rank's shards are written
+            shards = unfinished.glob(f"shard-{self.rank + 1:05d}-*")  # mine, by torch's name for it
+            crc32 = dist.gather_dict({p.name: checksum(p) for p in shards}, self.group)
             if self.rank > 0:
                 return
             if not all(weight.isfinite().all() for weight in weights.values()):
                 good = latest(self.run)
                 before = f"the last good one is {good}" if good else "none was saved before"
                 raise ValueError(f"weights are not finite; {before}")
-            write_atomically(unfinished / "trainer.json", json.dumps(state, indent=2) + "\n")
+            text = json.dumps({**state, "crc32": crc32}, indent=2) + "\n"
+            write_atomically(unfinished / "trainer.json", text)
             for path in (*unfinished.iterdir(), unfinished):
                 sync(path)
 
             # before the checkpoint has its name: a run that goes on from a named one may have no
             # step left to do that would write the model again
             save_model(model, self.run / "model", self.source, state=weights, **self.saved_as)
-            shutil.rmtree(named, ignore_errors=True)
             unfinished.rename(named)
             sync(self.folder)
-            for old in sorted(self.folder.glob("step_*"), key=step_of)[: -self.keep]:
+            for old in checkpoints_of(self.run)[self.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
         except (Exception, dcp.CheckpointException) as error:  # raised where somebody waits for it
             self.failed = error
@@ -160,15 +172,57 @@ class Checkpoints:
         return ValueError(f"{self.folder}: the checkpoint could not be saved ({reason(error)})")
 
 
-def newest_state(run: Path) -> tuple[Path, dict]:
-    """(folder, state) of a run's newest checkpoint. Raises ValueError where there is none."""
-    folder = latest(run)
-    if folder is None:
-        raise ValueError(f"{run}: no checkpoint to resume from")
+def newest(run: Path, rank: int = 0) -> tuple[Path, dict]:
+    """(folder, state) of a run's newest whole checkpoint, and set damaged ones that are newer
+    aside, with a line. All ranks must call this.
+
+    Raises ValueError where there is none.
+    """
+    faults: dict[Path, str] = {}
+    for folder in checkpoints_of(run):
+        fault = next(filter(None, dist.gather(_fault(folder, rank))), None)
+        if fault is None:
+            dist.once(partial(_set_aside, faults, folder))
+            return folder, _state(folder)
+        faults[folder] = fault
+    why = next(iter(faults.values()), "there is none")
+    raise ValueError(f"{run}: no whole checkpoint to resume from: {why}; --overwrite begins anew")
+
+
+def _fault(folder: Path, rank: int) -> str | None:
+    """What is damaged of a checkpoint, as far as this rank looks: they share its files."""
     try:
-        return folder, json.loads((folder / "trainer.json").read_text())
+        for name, wanted in dist.share([*_state(folder)["crc32"].items()], rank):
+            if checksum(folder / name) != wanted:
+                return f"{folder / name} is damaged (its checksum is another)"
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: no checkpoint to resume from ({error})") from error
+        return f"{folder} is damaged ({error})"
+    return None
+
+
+def _state(folder: Path) -> dict:
+    """What a checkpoint remembers beside weights and moments. Raises ValueError where trainer.json
+    is not as it was written."""
+    try:
+        state = json.loads((folder / "trainer.json").read_text())
+        state = {"began_with": {}, "crc32": {}, **state}  # an older one has neither
+        kinds = {"settings": str, "began_with": int, "crc32": int}
+        values = [(v, kind) for name, kind in kinds.items() for v in state[name].values()]
+        values += [(v, int) for name, v in state.items() if name not in kinds]
+        right = state["step"] == step_of(folder) and all(isinstance(v, kind) for v, kind in values)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"trainer.json: {reason(error)}") from error
+    if not right:
+        raise ValueError("trainer.json: not as it was written")
+    return state
+
+
+def _set_aside(faults: dict[Path, str], taken: Path) -> None:
+    for folder, fault in faults.items():
+        aside = folder.with_name(f"damaged_{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        print(f"{fault}; it is set aside as {aside.name}, and the run goes on from {taken.name}")
 
 
 def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> None:

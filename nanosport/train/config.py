@@ -12,9 +12,9 @@ from nanosport.cli import MAY_CHANGE, MAY_GROW, Above, AtLeast
 class TrainingConfig:
     """Every flag is compared with the resumed run's, unless it is marked beside the flag."""
 
-    model: str | None
+    model: Annotated[str | None, MAY_CHANGE]
     """A model folder, or a Hugging Face hub id."""
-    data: Path
+    data: Annotated[Path, MAY_CHANGE]
     """JSON lines. The default is rendered where it is missing."""
     out: Annotated[Path, MAY_CHANGE]
     """The run's folder, with model/, log.jsonl, run.json and checkpoints/."""
@@ -58,6 +58,9 @@ class TrainingConfig:
     """End the run where a stage of a step takes longer, and say on which rank; 0: never."""
     resume: Annotated[bool, MAY_CHANGE] = False
     """Go on from the newest checkpoint in `out`."""
+    allow_changed: Annotated[bool, MAY_CHANGE] = False
+    """Resume although the files of model or data are not those that the run began with. Where they
+    are does not matter."""
     overwrite: Annotated[bool, MAY_CHANGE] = False
     """Replace the run in `out`."""
 

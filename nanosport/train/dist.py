@@ -6,7 +6,9 @@ weights are gathered in the compute dtype when it runs, and its gradients summed
 it. Over several nodes the shards stay inside a node (HSDP).
 """
 
+import ctypes
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +27,17 @@ TIMEOUT = timedelta(hours=2)
 def start() -> tuple[int, int, torch.device]:
     """Join torchrun's process group, and return (rank, world size, device).
 
-    One process on a GPU is a group of its own.
+    One process on a GPU is a group of its own. Raises ValueError where torchrun starts more
+    processes than there are GPUs.
     """
     under_torchrun, world = "RANK" in os.environ, int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
     on_gpu = torch.cuda.is_available()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # SIGTERM when torchrun is gone: PR_SET_PDEATHSIG is 1
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if on_gpu and local_rank >= (num_gpus := torch.cuda.device_count()):
+        several = f"--nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)}"
+        raise ValueError(f"{several}: GPUs here: {num_gpus}; start one process on each at most")
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -51,10 +59,18 @@ def barrier() -> None:
 
 
 def once(action: Callable[[], None]) -> None:
-    """Let rank 0 act, while the others wait."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    """Let rank 0 act, while the others wait. What is wrong there is raised on all."""
+    if not dist.is_initialized():
         action()
-    barrier()
+        return
+    problem = None
+    try:
+        if dist.get_rank() == 0:
+            action()
+    except (ValueError, OSError) as error:
+        problem = error
+    if problem := gather(problem)[0]:
+        raise problem
 
 
 def total(values: list[float], device="cpu") -> list[float]:
@@ -71,13 +87,18 @@ def share(items: Sequence, rank: int) -> Sequence:
     return items[rank * len(items) // world : (rank + 1) * len(items) // world]
 
 
-def gather(mine: Any) -> list[Any]:
-    """Every rank's object, on every rank."""
+def gather(mine: Any, group=None) -> list[Any]:
+    """Every rank's object, on every rank. group: one of all ranks, for another thread's calls."""
     if not dist.is_initialized():
         return [mine]
     everyones = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    dist.all_gather_object(everyones, mine, group)
     return everyones
+
+
+def gather_dict(mine: dict, group=None) -> dict:
+    """The entries of every rank's dict, on every rank."""
+    return {key: value for part in gather(mine, group) for key, value in part.items()}
 
 
 def gather_items(mine: list) -> tuple[list, list[int]]:

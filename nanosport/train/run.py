@@ -1,62 +1,132 @@
 """A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the model (model/),
-and checkpoints/ to go on from."""
+checkpoints/ to go on from, and run.lock, which one run at a time holds."""
 
+import fcntl
 import json
+import math
+import os
+import re
 import shutil
+import socket
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from nanosport.cli import not_the_input
 from nanosport.files import provenance, write_atomically
+from nanosport.model.folder import check_replaceable
+from nanosport.train.checkpoint import latest
 
 
 class Run:
-    """Opens a folder, and refuses to write over another run unless it is told to."""
+    """A run's folder, held against other runs. Nothing in it is replaced before `begin`."""
 
     def __init__(self, folder: Path, config, resume: bool, overwrite: bool):
-        """Raises ValueError where there is a run already, or none to resume."""
+        """Raises ValueError where another run is at work, or what is there may not be replaced."""
         self.folder, self.model = Path(folder), Path(folder) / "model"
-        self.began = time.time()
-        checkpoints = self.folder / "checkpoints"
-        if (self.model.exists() or checkpoints.exists()) and not (resume or overwrite):
-            raise ValueError(
-                f"{folder}: holds a run already; go on with --resume, replace it with --overwrite, "
-                "or choose another --out"
-            )
-        if resume and not checkpoints.exists():
-            raise ValueError(f"{folder}: no run to resume there")
+        self.log, self.json = self.folder / "log.jsonl", self.folder / "run.json"
+        self.checkpoints = self.folder / "checkpoints"
+        for path in (self.log, self.json):
+            not_the_input(path, config.data)
+        config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+        self.about, self.opened = {**provenance(), "config": config}, time.time()
+
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        self.log = self.folder / "log.jsonl"
-        if not resume:
+        self._lock()
+        self.resumed = resume and latest(self.folder) is not None
+        self.seconds_before = self._seconds() if self.resumed else 0.0
+        if not self.resumed:
+            self._ask(resume, overwrite)
+        check_replaceable(self.model)
+
+    def _ask(self, resume: bool, overwrite: bool) -> None:
+        """Raise ValueError unless a run may begin here."""
+        whole, model = latest(self.folder), self.model.exists()
+        # from `begin` to its first whole checkpoint a run has an unfinished one: what else is there
+        # is then its own, or was to be replaced
+        begun = any(self.checkpoints.glob(".step_*")) and (resume or not model)
+        if (whole or model or self.log.exists() or self.json.exists()) and not overwrite:
+            if whole or not begun:
+                fix = "replace it with --overwrite, or choose another --out"
+                what = "holds a run already; go on with --resume,"
+                if resume:
+                    what = "no run to resume there, for it has no checkpoint;"
+                raise ValueError(f"{self.folder}: {what} {fix}")
+        if resume:
+            print(f"{self.folder}: nothing was saved there yet: the run begins anew")
+
+    def _lock(self) -> None:
+        """Hold the folder until this process ends, however it does."""
+        self.lock = open(self.folder / "run.lock", "a+")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock.seek(0)
+            holder = f"another run is at work there ({self.lock.read().strip()})"
+            advice = "wait until it has ended, or choose another --out"
+            raise ValueError(f"{self.folder}: {holder}; {advice}") from None
+        except OSError as error:
+            why = f"its disk has no locks ({error.strerror})"
+            print(f"{self.folder}: {why}: start no second run there", file=sys.stderr)
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
+
+    def begin(self, step: int) -> None:
+        """Go on with the folder's run from `step`, which it writes again, or begin a new one: what
+        another has left is then deleted. Raises ValueError where no checkpoint can be saved."""
+        if not self.resumed:
+            unfinished = self.checkpoints / ".step_000000"
+            try:
+                unfinished.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"no checkpoint can be saved there ({error.strerror}); is its disk there?"
+                raise ValueError(f"{self.checkpoints}: {why}") from error
             # else --resume would go on with the run that is replaced; a link to another disk stays
-            for old in checkpoints.glob("*step_*"):
-                shutil.rmtree(old)
-            if checkpoints.exists() and not checkpoints.is_symlink():
-                shutil.rmtree(checkpoints)
-            self.log.write_text("")
-            self._describe()
+            for old in self.checkpoints.iterdir():
+                if re.fullmatch(r"(\.|damaged_)?step_\d+", old.name) and old != unfinished:
+                    shutil.rmtree(old)
+            self.log.unlink(missing_ok=True)
+        self.describe()
+        self._mend_log(step)
 
-    def _describe(self, **more) -> None:
-        text = json.dumps({**provenance(), "config": self.config, **more}, indent=2)
-        write_atomically(self.folder / "run.json", text + "\n")
-
-    def rewind(self, step: int) -> None:
-        """Drop the log's lines from `step` on: a resumed run writes them again."""
-        self._describe()
-        lines = self.log.read_text().splitlines()
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] < step]
+    def _mend_log(self, step: int) -> None:
+        """Keep the log's lines before `step`, as far as they are there and can be read."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        lines, unreadable = {}, 0
+        for line in text.splitlines():
+            try:
+                lines[json.loads(line)["step"]] = line + "\n"
+            except (ValueError, TypeError, LookupError):
+                unreadable += 1
+        kept = [lines[k] for k in range(step) if k in lines]
+        if unreadable or len(kept) < step:
+            lost = f"{unreadable} lines cannot be read, {step - len(kept)} of {step} steps are lost"
+            print(f"{self.log}: mended: {lost}; the checkpoint is whole")
         write_atomically(self.log, "".join(kept))
 
     def write(self, row: dict) -> None:
-        """Add a step's line to the log; floats but the loss are rounded to six digits."""
-        rounded = {
-            name: float(f"{value:.6g}") if isinstance(value, float) and name != "loss" else value
-            for name, value in row.items()
-        }
+        """Add a step's line to the log: floats but the loss are rounded to six digits, and those
+        that are not finite are null."""
+        rounded = {}
+        for name, value in row.items():
+            if isinstance(value, float):
+                value = value if name == "loss" else float(f"{value:.6g}")
+                value = value if math.isfinite(value) else None
+            rounded[name] = value
         with open(self.log, "a") as file:
             file.write(json.dumps(rounded) + "\n")
 
-    def close(self) -> None:
-        """Write down how long the run took."""
-        self._describe(seconds=round(time.time() - self.began, 1))
+    def describe(self) -> None:
+        """Write down what is run, and for how long until now, with all that it was resumed from."""
+        seconds = round(self.seconds_before + time.time() - self.opened, 1)
+        text = json.dumps({**self.about, "seconds": seconds}, indent=2)
+        write_atomically(self.json, text + "\n")
+
+    def _seconds(self) -> float:
+        """What run.json says of the parts before this one; 0 where it does not."""
+        try:
+            return float(json.loads(self.json.read_text())["seconds"])
+        except (OSError, ValueError, TypeError, LookupError):
+            return 0.0

@@ -11,14 +11,16 @@ for step in training.steps():          # saves after a step if it is time to, en
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from nanosport.cli import Preempted
 from nanosport.env.endpoint import EndpointError
+from nanosport.files import checksum
 from nanosport.image import ImageConfig
-from nanosport.model.folder import load_model, resolve
+from nanosport.model.folder import COPIED, aside, first_few, load_model, resolve, weight_files
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
 from nanosport.train import checkpoint, dist, optim
@@ -58,34 +60,61 @@ class Training:
     def load(self) -> None:
         """Open the run's folder and load the model; with --resume, as the newest checkpoint has it.
 
-        Raises ValueError where the folder or the model cannot be used, or the flags do not fit the
-        resumed run.
+        Raises ValueError where the folder or the model cannot be used, or flags, model or data are
+        not those of the resumed run.
         """
         cfg = self.cfg
         torch.manual_seed(cfg.seed)
         self.source = resolve(cfg.model)
-        self.run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if self.rank == 0 else None
-        dist.check_shared(cfg.out / "run.json")
+        self.run: Run | None = None  # rank 0 has it
+        dist.once(self._open)
+        dist.check_shared(cfg.out / "run.lock")
         self.stage = Stages(self.rank, cfg.stuck_after_s)
         self.preemption, self.skips = Preemption(), Skips(cfg.out, self.rank)
         self.failure = ""
         self.build(load_model(self.source, self.device))
-        if cfg.resume:
-            self._resume()
         saved_as = {"dtype": self.dtype, "max_pixels": cfg.max_pixels}
         self.checkpoints = Checkpoints(cfg.out, self.source, self.rank, cfg.keep, **saved_as)
+        self.began_with = self._checksums()
+        if cfg.resume and checkpoint.latest(cfg.out):
+            self._resume()
+        if self.run:
+            self.run.about["began_with"] = self.began_with
         self.image = ImageConfig.from_folder(self.source, cfg.max_pixels)
         self.encoder = FrameEncoder(self.model, self.image, cfg.frozen)
 
+    def _open(self) -> None:
+        cfg, model = self.cfg, (self.cfg.out / "model").resolve()
+        if self.source.resolve() in (model, aside(model)):
+            why = "the run in --out would replace the model that it begins with"
+            raise ValueError(f"--model {cfg.model}: {why}; choose another --out")
+        self.run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite)
+
+    def _checksums(self) -> dict[str, int]:
+        """What a run begins with: the checksums of the data, and of each of the model's files."""
+        settings = [self.source / name for name in ("config.json", *COPIED)]
+        files = [*weight_files(self.source), *filter(Path.is_file, settings)]
+        paths = {f"--model, {path.name}": path for path in files} | {"--data": self.cfg.data}
+        mine = dist.share(list(paths), self.rank)
+        return dist.gather_dict({name: checksum(paths[name]) for name in mine})
+
     def _resume(self) -> None:
         """Go on from the newest checkpoint."""
-        folder, state = checkpoint.newest_state(self.cfg.out)
-        grown = check_resumed(self.cfg, state.pop("settings"), self.cfg.out)
+        cfg = self.cfg
+        folder, state = checkpoint.newest(cfg.out, self.rank)
+        lines = check_resumed(cfg, state.pop("settings"), cfg.out)
+        before, now = state.pop("began_with") or self.began_with, self.began_with
+        if changed := [name for name in before | now if before.get(name) != now.get(name)]:
+            what = f"{first_few(changed)}: not what the run in {cfg.out} began with"
+            if not cfg.allow_changed:
+                raise ValueError(f"{what}; give it the same, or go on with --allow-changed")
+            lines.append(what)
         checkpoint.load(folder, self.model, self.optimizer)
+        del state["crc32"]
         self.state |= state
+        self.checkpoints.at = self.state["step"]
         if self.run:
-            self.run.rewind(self.state["step"])
-            for line in grown:
+            for line in lines:
                 print(line)
 
     def build(self, model) -> None:
@@ -102,6 +131,7 @@ class Training:
         Raises Preempted after SIGTERM.
         """
         cfg, first = self.cfg, self.state["step"]
+        dist.once(lambda: self.run.begin(first))
         numbers, hidden = range(first, cfg.steps), self.rank > 0
         self.bar = tqdm(numbers, self.title, cfg.steps, initial=first, disable=hidden)
         for step in self.bar:
@@ -117,7 +147,8 @@ class Training:
         self.checkpoints.finish()
         self.stage.close()
         if self.run:
-            self.run.close()
+            self.run.describe()
+            self.run.lock.close()
             print(f"{self.title} model in {self.run.model}")
         dist.barrier()
 
@@ -170,8 +201,10 @@ class Training:
         """Save a checkpoint in the background, and the model's folder with it."""
         with self.stage("save"):
             self.state["step"] = next_step
-            state = {**self.state, "settings": settings(self.cfg)}
-            self.checkpoints.save(self.model, self.optimizer, state)
+            more = {"settings": settings(self.cfg), "began_with": self.began_with}
+            self.checkpoints.save(self.model, self.optimizer, {**self.state, **more})
+            if self.run:
+                self.run.describe()
 
     @contextmanager
     def serving(self):

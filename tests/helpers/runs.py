@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ def log(run: Path) -> list[dict]:
     """The lines of a run's log without what a clock measured."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
+
+
+def wait_for_log(out: Path, run: subprocess.Popen) -> None:
+    """Until a running process has done its first step."""
+    while not (out / "log.jsonl").exists() or not log(out):
+        assert run.poll() is None, run.stderr.read()[-2000:]
+        time.sleep(0.05)
 
 
 def assert_same(rows: list[dict], wanted: list[dict]) -> None:
