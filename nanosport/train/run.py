@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from nanosport.files import provenance, write_atomically
+from nanosport.files import append, provenance, write_atomically
 
 
 class Run:
@@ -54,8 +54,7 @@ class Run:
             name: float(f"{value:.6g}") if isinstance(value, float) and name != "loss" else value
             for name, value in row.items()
         }
-        with open(self.log, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+        append(self.log, json.dumps(rounded) + "\n")
 
     def close(self) -> None:
         """Write down how long the run took."""
