@@ -59,6 +59,19 @@ class Config:
     resume: bool = False
     """Skip the clips that the report already has."""
 
+    @property
+    def clean(self) -> Path:
+        return self.out or self.records.with_suffix(".clean.jsonl")
+
+    @property
+    def report(self) -> Path:
+        return self.clean.with_suffix(".report.jsonl")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether `resume` has a report to go on from."""
+        return self.report.exists()
+
 
 # In a worker.
 
@@ -232,19 +245,6 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
     return kept, dropped, outside
 
 
-def paths(cfg: Config) -> tuple[Path, Path]:
-    """(the clean file, the report). Raises ValueError where one of them must not be written."""
-    out = cfg.out or cfg.records.with_suffix(".clean.jsonl")
-    report = out.with_suffix(".report.jsonl")
-    for written in (out, report):
-        cli.not_the_input(written, cfg.records)
-    if report.exists() and not cfg.resume:
-        raise ValueError(
-            f"{report}: is there already; go on with --resume, or remove it to check anew"
-        )
-    return out, report
-
-
 def write_report(cfg: Config, report: Path, last: dict[Clip, int]) -> None:
     """Check every clip of `last` that the report does not have yet."""
     left = dict.fromkeys(last)
@@ -283,8 +283,14 @@ def sum_up(report: Path, last: dict[Clip, int]) -> dict[Clip, int]:
 
 
 def main(cfg: Config) -> None:
-    out, report = paths(cfg)
-    last = last_windows(cfg.records)
+    last, out, report = last_windows(cfg.records), cfg.clean, cfg.report
+    videos = {cfg.records.parent / clip.video for clip in last}
+    for path in (out, report):
+        cli.not_the_input(path, cfg.records, *videos)
+    if report.exists() and not cfg.resume:
+        raise ValueError(
+            f"{report}: is there already; go on with --resume, or remove it to check anew"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_report(cfg, report, last)
     frames = sum_up(report, last)

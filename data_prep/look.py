@@ -213,6 +213,8 @@ def row_body(row: dict, question: Question, folder: Path) -> str:
 def main(cfg: Config) -> None:
     cli.not_the_input(cfg.out, cfg.data)
     picked, counts = survey(cfg.data, cfg.rows, cfg.seed)
+    videos = (cfg.data.parent / question.video for _, _, question in picked)
+    cli.not_the_input(cfg.out, *videos)
     total, trajectories = counts["kind"].total(), counts["turns"].total()
     title = f"{len(picked)} of {total} rows of {cfg.data.name}".encode(errors="replace").decode()
     drawn = f"<p>Drawn with seed {cfg.seed}; the counts are of the whole file.</p>"

@@ -27,7 +27,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 import nanosport
-from nanosport.files import named
+from nanosport.files import named, plain
 from nanosport.records import check_whole
 from nanosport.report import printable
 
@@ -71,7 +71,12 @@ class Terminal:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        return self.stream.write(printable(text))
+        with named("/dev/stdout"):
+            return self.stream.write(printable(text))
+
+    def flush(self) -> None:
+        with named("/dev/stdout"):
+            self.stream.flush()
 
 
 def flag(name: str) -> str:
@@ -168,8 +173,7 @@ def ending(command: Callable[[], None]) -> None:
         if signal.getsignal(signal.SIGINT) is nanosport.stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         command()
-        with named("standard output"):
-            sys.stdout.flush()
+        sys.stdout.flush()
     except ValueError as error:
         leave(f"error: {error}", 1)
     except OSError as error:  # a full disk, a missing folder, a file that may not be written
@@ -194,10 +198,11 @@ def why(error: OSError) -> str:
     """What the system could not do, and with which file."""
     if not error.filename:
         return str(error)
-    full = ""
-    if error.errno == errno.ENOSPC and (folder := Path(str(error.filename)).parent).is_dir():
-        full = f"; {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there"
-    return f"{error.filename}: {error.strerror}{full}"
+    path, full = Path(str(error.filename)), ""
+    if error.errno == errno.ENOSPC and plain(path):
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        full = f"; {free / 1e6:,.1f} MB are free there"
+    return f"{path}: {error.strerror}{full}"
 
 
 def unread() -> bool:
