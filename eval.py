@@ -10,9 +10,10 @@ Mode `tool` is the paper's loop from eight overview frames; mode `no-tool` gives
 uniform frames and no tool.
 """
 
+from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
+
 import json
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,8 +25,7 @@ from typing import Annotated, Literal
 from tqdm import tqdm
 
 from data_prep import arena
-from nanosport import cli
-from nanosport.cli import Above, AtLeast, Preempted
+from nanosport.cli import Above, AtLeast, AtMost, Preempted, Share
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.endpoint import EndpointError
@@ -36,7 +36,7 @@ from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
-from nanosport.files import provenance, write_atomically
+from nanosport.files import plain, provenance, write_atomically
 from nanosport.model.folder import resolve, version
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import DIMENSIONS, Episode, Question, read_records
@@ -64,14 +64,14 @@ class Config:
     temperature: Annotated[float, AtLeast(0)] = 0.6
     """0.6 and top-p 0.9 are the settings of FrameThinker, the paper's nearest ancestor; 0 is
     greedy."""
-    top_p: Annotated[float, Above(0)] = 0.9
+    top_p: Annotated[float, Above(0), AtMost(1)] = 0.9
     max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """One assistant turn is cut after so many tokens."""
     max_pixels: Annotated[int | None, AtLeast(1)] = None
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A whole episode, frames included, is ended when it reaches so many tokens."""
-    max_unusable: Annotated[float, AtLeast(0)] = MAX_UNUSABLE
+    max_unusable: Share = MAX_UNUSABLE
     """Questions that cannot be used are left out, up to this share of them."""
     limit: Annotated[int | None, AtLeast(1)] = None
     """Only the first so many questions are asked."""
@@ -213,10 +213,10 @@ def keeping(played: Played):
     try:
         yield
     except KeyboardInterrupt:
+        kept = kept if played.path.exists() else "nothing is played yet"
         if signals:
             raise Preempted(f"stopped by SIGTERM; {kept}") from None
-        print(f"\n{kept}", file=sys.stderr)
-        raise
+        raise KeyboardInterrupt(kept) from None
     except EndpointError as error:
         raise ValueError(f"{error}; {kept}") from error
     finally:
@@ -238,7 +238,8 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
     made_by["processes"] = cli.num_processes()
-    played = Played(cfg.out or Path("out/eval.json"), made_by, questions, rank)
+    beside = cfg.out if cfg.out and plain(cfg.out) else Path("out/eval.json")
+    played = Played(beside, made_by, questions, rank)
     if played.episodes and rank == 0:
         print(f"{len(played.episodes)} episodes are played already: going on from {played.path}")
     return played
@@ -260,20 +261,19 @@ def make_default_data() -> None:
 
 
 def main(cfg: Config) -> None:
-    cli.check(cfg)
     if not cfg.modes:
         raise ValueError("--modes: name at least one of tool, no-tool")
-    if cfg.out is not None:
-        cli.not_the_input(cfg.out, cfg.data)
     rank = dist.start()[0] if cli.num_processes() > 1 else 0
     judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"), wait_s=cfg.judge_wait_s)
     if cfg.data == Config.data:
         dist.once(make_default_data)
-    rows = read_records(cfg.data)[: cfg.limit]
+    rows = read_records(cfg.data)
+    if cfg.out is not None:
+        cli.not_the_input(cfg.out, cfg.data, cfg.model, *{question.video for question, _ in rows})
     source = resolve(cfg.model)
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
     encoder, sampler = players = load_sampler(source, sampling, cfg.max_pixels)
-    records = Records(cfg.data, rows, encoder)
+    records = Records(cfg.data, rows[: cfg.limit], encoder)
     limits = [limits_of(cfg, mode) for mode in cfg.modes]
     left_out = records.check_prompts(sampler.tokenizer, limits, cfg.max_unusable, rank)
 

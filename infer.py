@@ -5,6 +5,8 @@ python infer.py clip.mp4 "How was the point scored?" --options header volley tap
 python infer.py clip.mp4 "…" --model out/rl/model --json
 """
 
+from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
+
 import json
 import sys
 import time
@@ -15,8 +17,7 @@ from typing import Annotated
 import tyro
 
 from data_prep import arena, draw
-from nanosport import cli
-from nanosport.cli import Above, AtLeast
+from nanosport.cli import Above, AtLeast, AtMost
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
@@ -52,7 +53,7 @@ class Config:
     max_turns: Annotated[int, AtLeast(1)] = 5
     temperature: Annotated[float, AtLeast(0)] = 0.0
     """0 takes the most likely token; FrameThinker samples with 0.6 and top-p 0.9."""
-    top_p: Annotated[float, Above(0)] = 1.0
+    top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
     max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """One turn is cut after so many tokens."""
     max_pixels: Annotated[int | None, AtLeast(1)] = None
@@ -74,7 +75,7 @@ class Config:
         if not self.question.strip():
             raise ValueError("the question is empty")
         if self.page is not None:
-            cli.not_the_input(self.page, self.video, "--page")
+            cli.not_the_input(self.page, self.video, self.model, flag="--page")
         for text in (self.question, *self.options):
             check_text(text)
 

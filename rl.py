@@ -10,6 +10,8 @@ policy loss on the sampled tokens → update. Left out of GRPO on purpose: a val
 length shaping, filtering of groups.
 """
 
+from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,7 @@ from kernels.policy_loss import (
     fused_linear_policy_loss,
     linear_logprobs,
 )
-from nanosport import cli
-from nanosport.cli import MAY_CHANGE, Above, AtLeast
+from nanosport.cli import MAY_CHANGE, Above, AtLeast, AtMost, Share
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
@@ -81,7 +82,7 @@ class Config(TrainingConfig):
     """v1: any useful tool call is paid. v2: a call is paid only where the base model fails on the
     overview, and elsewhere doing without it is; the questions then need a pass_rate (python -m
     data_prep.difficulty)."""
-    solved_rate: float = 0.75
+    solved_rate: Share = 0.75
     """v2: the base model succeeds where its pass rate is at least this. At 0.5 a fifth of the
     arena's guesses would count as knowledge."""
     judge_url: Annotated[str | None, MAY_CHANGE] = None
@@ -94,32 +95,32 @@ class Config(TrainingConfig):
     """A judge that is away is waited for so long; then the run is saved, and ends."""
     loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
     """The variant: nanosport/train/variants.py has them in a table."""
-    clip_low: Annotated[float | None, Above(0)] = None
+    clip_low: Annotated[float | None, Above(0), AtMost(1)] = None
     """The ratio is clipped to 1 − clip_low … 1 + clip_high. None: as the variant has it."""
     clip_high: Annotated[float | None, Above(0)] = None
     """None: as the variant has it, which for grpo and dr_grpo is clip_low."""
     kl: Annotated[float, AtLeast(0)] = 0.03
     """β, weight of KL(policy ‖ SFT model)."""
-    entropy_bonus: float = 0.0
+    entropy_bonus: Annotated[float, AtLeast(0)] = 0.0
     """η, weight of the policy's entropy; 0.001 is a usual start."""
     rollout_cap: Annotated[float | None, Above(0)] = None
     """Weigh each token by min(trainer's ÷ sampler's probability, this), for samplers that drift
     from the trainer. None: do not."""
     temperature: Annotated[float, Above(0)] = 0.8
     """Temperature of the sampler, and of the log-probs in the loss."""
-    max_new_tokens: int = 160
+    max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """One assistant turn is cut after so many tokens."""
-    max_turns: int = 5
+    max_turns: Annotated[int, AtLeast(1)] = 5
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A whole episode, frames included, is ended when it reaches so many tokens."""
-    max_unusable: Annotated[float, AtLeast(0), MAY_CHANGE] = MAX_UNUSABLE
+    max_unusable: Annotated[Share, MAY_CHANGE] = MAX_UNUSABLE
     """Questions that cannot be used are left out, up to this share of them."""
-    min_format_rate: Annotated[float, MAY_CHANGE] = 0.8
+    min_format_rate: Annotated[Share, MAY_CHANGE] = 0.8
     """RL does not start below this share of valid episodes in its first rollouts: a half-done SFT
     loses the tool."""
-    min_tool_rate: Annotated[float, MAY_CHANGE] = 0.05
+    min_tool_rate: Annotated[Share, MAY_CHANGE] = 0.05
     """RL stops when five steps in a row call the tool less often."""
-    max_logprob_gap: Annotated[float, MAY_CHANGE] = 0.1
+    max_logprob_gap: Annotated[float, AtLeast(0), MAY_CHANGE] = 0.1
     """RL stops when |rollout − trainer log-prob| is larger on average: the two are then not the
     same model."""
 

@@ -9,6 +9,8 @@ A step: take trajectories in a shuffled order → make each an episode with a ma
 ranks → cross entropy on the masked tokens → update.
 """
 
+from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +19,7 @@ import torch
 
 from data_prep import arena, teacher
 from kernels.policy_loss import fused_linear_cross_entropy
-from nanosport import cli
-from nanosport.cli import MAY_CHANGE, AtLeast
+from nanosport.cli import MAY_CHANGE, AtLeast, Share
 from nanosport.model.folder import load_tokenizer
 from nanosport.records import Episode, read_records
 from nanosport.train import dist, presets
@@ -43,7 +44,7 @@ class Config(TrainingConfig):
     """Trajectories of a step, over all ranks; the data is gone through as often as that takes."""
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A longer trajectory, frames included, is left out."""
-    max_unusable: Annotated[float, AtLeast(0), MAY_CHANGE] = MAX_UNUSABLE
+    max_unusable: Annotated[Share, MAY_CHANGE] = MAX_UNUSABLE
     """Records that cannot be used are left out, up to this share of them."""
 
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from data_prep import draw
 from nanosport import cli
-from nanosport.cli import AtLeast
-from nanosport.files import write_atomically
+from nanosport.cli import AtLeast, AtMost
+from nanosport.files import replacing, write_atomically, writing
 from nanosport.image import encode_png
 from nanosport.records import LETTERS, Question
 
@@ -268,10 +268,8 @@ def _make_clip(job: tuple[Path, str, int, int]) -> tuple[Plan, list[Question]]:
     rng = clip_rng(seed, split, number)
     plan = make_plan(rng, TEST_LAYOUTS if split == "test" else TRAIN_LAYOUTS)
     name = f"{split}_{number:05d}"
-    path = folder / "clips" / f"{name}.mp4"
-    partial = path.with_suffix(".partial.mp4")
-    write_video(partial, (render(plan, t) for t in range(plan.num_frames)))
-    partial.replace(path)
+    with replacing(folder / "clips" / f"{name}.mp4") as path:
+        write_video(path, (render(plan, t) for t in range(plan.num_frames)))
     return plan, make_questions(plan, rng, name, f"clips/{name}.mp4")
 
 
@@ -285,13 +283,12 @@ class Config:
     """Clips for reinforcement learning."""
     test_clips: Annotated[int, AtLeast(1)] = 50
     """Held-out clips."""
-    seed: int = 0
-    workers: Annotated[int, AtLeast(1)] = 2
+    seed: Annotated[int, AtLeast(0)] = 0
+    workers: Annotated[int, AtLeast(1), AtMost(1024)] = 2
     """Rendering processes."""
 
 
 def main(cfg: Config) -> None:
-    cli.check(cfg)
     began = time.time()
     (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
     jobs = [
@@ -311,13 +308,14 @@ def main(cfg: Config) -> None:
     for split in ("sft", "rl", "test"):
         rows = [m for m, job in zip(made, jobs) if job[1] == split]
         with (
-            open(cfg.out / f"{split}.jsonl", "w") as questions,
-            open(cfg.out / f"{split}_plans.jsonl", "w") as plans,
+            writing(cfg.out / f"{split}.jsonl") as questions,
+            writing(cfg.out / f"{split}_plans.jsonl") as plans,
         ):
             for plan, asked in rows:
                 plans.write(json.dumps({"video": asked[0].video, **asdict(plan)}) + "\n")
                 questions.writelines(json.dumps(asdict(q)) + "\n" for q in asked)
-    (cfg.out / "contact_sheet.png").write_bytes(encode_png(contact_sheet([m[0] for m in made[:6]])))
+    with replacing(cfg.out / "contact_sheet.png") as path:
+        path.write_bytes(encode_png(contact_sheet([m[0] for m in made[:6]])))
     report = {"clips": len(jobs), "seed": cfg.seed, "seconds": round(time.time() - began, 1)}
     write_atomically(cfg.out / "arena.json", json.dumps(report) + "\n")
     print(f"{len(jobs)} clips, {sum(len(m[1]) for m in made)} questions in {cfg.out}")

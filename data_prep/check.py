@@ -37,10 +37,10 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli
-from nanosport.cli import Above, AtLeast
-from nanosport.files import writing
+from nanosport.cli import Above, AtLeast, AtMost
+from nanosport.files import append, mend, writing
 from nanosport.image import ImageConfig, check_shape
-from nanosport.records import Clip, stream_records
+from nanosport.records import Clip, read_lines, stream_records
 from nanosport.video import Video, load_decoders
 
 NUM_FRAMES = 8
@@ -52,12 +52,25 @@ class Config:
     """Records or trajectories, one JSON object a line."""
     out: Path | None = None
     """The clean file; default: RECORDS with .clean before its suffix."""
-    workers: Annotated[int, AtLeast(1)] = 2
+    workers: Annotated[int, AtLeast(1), AtMost(1024)] = 2
     """Processes that decode."""
-    timeout_s: Annotated[float, Above(0)] = 60.0
+    timeout_s: Annotated[float, Above(0), AtMost(86_400)] = 60.0
     """A clip that takes longer is given up."""
     resume: bool = False
     """Skip the clips that the report already has."""
+
+    @property
+    def clean(self) -> Path:
+        return self.out or self.records.with_suffix(".clean.jsonl")
+
+    @property
+    def report(self) -> Path:
+        return self.clean.with_suffix(".report.jsonl")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether `resume` has a report to go on from."""
+        return self.report.exists()
 
 
 # In a worker.
@@ -179,30 +192,22 @@ def _signal(process: multiprocessing.Process) -> str:
 
 def read_report(path: Path) -> Iterator[tuple[Clip, dict]]:
     """(clip, line) of a report; a last line that a kill cut short is removed from the file."""
-    size = 0
-    with open(path, "rb+") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(size)
-                return
-            size += len(line)
-            try:
-                row = json.loads(line)
-                span_s = row["span_s"] and tuple(row["span_s"])
-                _ = row["frames"] if row["usable"] else row["reason"]
-                yield Clip(row["video"], span_s), row
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}, line {number}: not a line of this report; remove the file to "
-                    "check anew"
-                ) from None
+
+    def parse(row: dict) -> tuple[Clip, dict]:
+        _ = row["frames"] if row["usable"] else row["reason"]
+        return Clip(row["video"], row["span_s"] and tuple(row["span_s"])), row
+
+    mend(path)
+    what = "a line of this report (remove the file to check anew)"
+    for _, found in read_lines(path, what, parse):
+        yield found
 
 
 def last_windows(records: Path) -> dict[Clip, int]:
     """Every clip of the file, with the last frame that a window on it asks for; -1 where none
     does."""
     last = {}
-    for _, question in stream_records(records):
+    for _, _, question in stream_records(records):
         last[question.clip] = max(
             last.get(question.clip, -1), question.window[1] if question.window else -1
         )
@@ -219,7 +224,7 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
     kept, dropped, outside = 0, 0, []
     old, new = os.path.realpath(records.parent), os.path.realpath(out.parent)
     with writing(out) as file:
-        for row, question in stream_records(records):
+        for _, row, question in stream_records(records):
             if question.clip not in frames:
                 raise ValueError(
                     f"{records}: has changed during the check; start again with --resume"
@@ -240,34 +245,17 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
     return kept, dropped, outside
 
 
-def paths(cfg: Config) -> tuple[Path, Path]:
-    """(the clean file, the report). Raises ValueError where one of them must not be written."""
-    out = cfg.out or cfg.records.with_suffix(".clean.jsonl")
-    report = out.with_suffix(".report.jsonl")
-    if cfg.records.resolve() in (out.resolve(), report.resolve()):
-        raise ValueError(
-            f"--out {out}: it or its report {report} is the file that is read; choose another name"
-        )
-    if report.exists() and not cfg.resume:
-        raise ValueError(
-            f"{report}: is there already; go on with --resume, or remove it to check anew"
-        )
-    return out, report
-
-
 def write_report(cfg: Config, report: Path, last: dict[Clip, int]) -> None:
     """Check every clip of `last` that the report does not have yet."""
     left = dict.fromkeys(last)
     for clip, _ in read_report(report) if report.exists() else ():
         left.pop(clip, None)
-    with open(report, "a") as file:
-        rows = check_clips(left, cfg.records.parent, cfg.workers, cfg.timeout_s)
-        counts = {"initial": len(last) - len(left), "total": len(last)}
-        for clip, row in tqdm(rows, desc="check", unit="clip", **counts):
-            if row["usable"]:
-                row["window_outside"] = last[clip] >= row["frames"]
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+    rows = check_clips(left, cfg.records.parent, cfg.workers, cfg.timeout_s)
+    counts = {"initial": len(last) - len(left), "total": len(last)}
+    for clip, row in tqdm(rows, desc="check", unit="clip", **counts):
+        if row["usable"]:
+            row["window_outside"] = last[clip] >= row["frames"]
+        append(report, json.dumps(row) + "\n")
 
 
 def sum_up(report: Path, last: dict[Clip, int]) -> dict[Clip, int]:
@@ -295,9 +283,14 @@ def sum_up(report: Path, last: dict[Clip, int]) -> dict[Clip, int]:
 
 
 def main(cfg: Config) -> None:
-    cli.check(cfg)
-    out, report = paths(cfg)
-    last = last_windows(cfg.records)
+    last, out, report = last_windows(cfg.records), cfg.clean, cfg.report
+    videos = {cfg.records.parent / clip.video for clip in last}
+    for path in (out, report):
+        cli.not_the_input(path, cfg.records, *videos)
+    if report.exists() and not cfg.resume:
+        raise ValueError(
+            f"{report}: is there already; go on with --resume, or remove it to check anew"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_report(cfg, report, last)
     frames = sum_up(report, last)

@@ -41,7 +41,7 @@ class Config:
     """The folder it was downloaded to; nothing is written there but --out, if you say so."""
     out: Path
     """The record file; the paths of its videos are relative to its folder."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     """Of phrasings and of the order of options."""
     limit: Annotated[int | None, AtLeast(1)] = None
     """Stop after this many records."""
@@ -115,7 +115,6 @@ def record_lines(
                 ensure_ascii=False,
                 allow_nan=False,
             )
-            line.encode()  # a lone surrogate could be written nowhere
             parse_question(json.loads(line))
         except ValueError as error:
             tally.skip(Skip(f"{item.provenance} ({item.id})", str(error)))
@@ -126,7 +125,6 @@ def record_lines(
 
 
 def main(cfg: Config) -> None:
-    cli.check(cfg)
     if cfg.source not in source_names():
         raise ValueError(f"{cfg.source}: no such source; there are {', '.join(source_names())}")
     root, out = cfg.root.resolve(), cfg.out.resolve()

@@ -24,8 +24,8 @@ from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
-from nanosport.files import write_atomically
-from nanosport.records import Question, read_questions, record_row
+from nanosport.files import append, mend, write_atomically
+from nanosport.records import Question, read_lines, read_questions, record_row
 from nanosport.video import usable
 
 
@@ -38,11 +38,11 @@ class Config:
     model: str = "assets/nano-backbone"
     """The base model, before any training with the tool: a folder, or a hub id."""
     samples: Annotated[int, AtLeast(1)] = 8
-    temperature: float = 0.7
-    max_new_tokens: int = 160
+    temperature: Annotated[float, AtLeast(0)] = 0.7
+    max_new_tokens: Annotated[int, AtLeast(1)] = 160
     batch_size: Annotated[int, AtLeast(1)] = 16
     """So many questions are asked at a time."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
 
 
 def measure(
@@ -56,33 +56,28 @@ def measure(
     encoder, sampler = load_sampler(folder, sampling)
     limits, broken = Limits(use_tool=False), []
     batches = range(0, len(questions), cfg.batch_size)
-    with open(kept, "a") as file:
-        for start in tqdm(batches, desc="difficulty", unit="batch"):
-            batch = questions[start : start + cfg.batch_size]
-            if all(question.id in rates for question in batch):
-                continue  # by whole batches: a run that goes on draws as one that was never cut
-            batch, unusable = usable(batch, encoder.open)
-            broken += unusable
-            drawn = (cfg.samples, (cfg.seed,), start)
-            episodes = rollout(sampler, encoder, batch, limits, *drawn) if batch else []
-            for k, question in enumerate(batch):
-                group = episodes[k * cfg.samples : (k + 1) * cfg.samples]
-                passed = sum(accuracy(episode.answer, question) >= 0.5 for episode in group)
-                rates[question.id] = passed / cfg.samples
-                row = {"id": question.id, "pass_rate": rates[question.id]}
-                file.write(json.dumps(row) + "\n")
-            file.flush()
+    for start in tqdm(batches, desc="difficulty", unit="batch"):
+        batch = questions[start : start + cfg.batch_size]
+        if all(question.id in rates for question in batch):
+            continue  # by whole batches: a run that goes on draws as one that was never cut
+        batch, unusable = usable(batch, encoder.open)
+        broken += unusable
+        drawn = (cfg.samples, (cfg.seed,), start)
+        episodes = rollout(sampler, encoder, batch, limits, *drawn) if batch else []
+        for k, question in enumerate(batch):
+            group = episodes[k * cfg.samples : (k + 1) * cfg.samples]
+            passed = sum(accuracy(episode.answer, question) >= 0.5 for episode in group)
+            rates[question.id] = passed / cfg.samples
+        rows = [{"id": question.id, "pass_rate": rates[question.id]} for question in batch]
+        append(kept, "".join(json.dumps(row) + "\n" for row in rows))
     return broken
 
 
 def main(cfg: Config) -> None:
     from nanosport.model.folder import resolve, version  # not before it is needed, as above
 
-    cli.check(cfg)
-    cli.not_the_input(cfg.out, cfg.data)
     questions = read_questions(cfg.data)
-    if len({question.id for question in questions}) < len(questions):
-        raise ValueError(f"{cfg.data}: two questions have one id; rates are kept by id")
+    cli.not_the_input(cfg.out, cfg.data, cfg.model, *{question.video for question in questions})
     names = ("model", "samples", "temperature", "max_new_tokens", "seed")
     folder = resolve(cfg.model)
     settings = {name: str(getattr(cfg, name)) for name in names} | {"weights": version(folder)}
@@ -109,16 +104,14 @@ def read_rates(path: Path, settings: dict[str, str]) -> dict[str, float]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(settings) + "\n")
         return {}
-    first, *lines = path.read_text().splitlines()
-    if json.loads(first) != settings:
+    mend(path)
+    first, *rows = (row for _, row in read_lines(path, "a measured rate"))
+    if first != settings:
         raise ValueError(
-            f"{path}: was measured under {first}; remove it to measure anew, or choose another "
-            "--out"
+            f"{path}: was measured under {json.dumps(first)}; remove it to measure anew, or choose "
+            "another --out"
         )
-    complete = [line for line in lines if line.endswith("}")]  # the last may have been cut
-    if len(complete) < len(lines):
-        write_atomically(path, "".join(line + "\n" for line in (first, *complete)))
-    return {row["id"]: row["pass_rate"] for row in map(json.loads, complete)}
+    return {row["id"]: row["pass_rate"] for row in rows}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli
-from nanosport.cli import AtLeast
+from nanosport.cli import Above, AtLeast, AtMost, Share
 from nanosport.engine.sampler import Sampling
 from nanosport.env import prompt
 from nanosport.env.endpoint import Endpoint, Refused
@@ -63,30 +63,30 @@ class Config:
     """Episodes a question."""
     keep: Annotated[int, AtLeast(1)] = 1
     """Of those that pass, at most so many a question."""
-    temperature: float = 0.7
-    max_new_tokens: int = 2048
+    temperature: Annotated[float, AtLeast(0)] = 0.7
+    max_new_tokens: Annotated[int, AtLeast(1)] = 2048
     """Of one turn."""
     max_turns: Annotated[int, AtLeast(1)] = 5
-    min_accuracy: float = 0.5
+    min_accuracy: Share = 0.5
     """A right answer scores at least this, by rule or, open ones, by the judge."""
     max_words: Annotated[int, AtLeast(1)] = 400
     """Of the reasoning of one turn."""
     judge_url: str | None = None
     judge: str = ""
     """The judge's name at its endpoint. The key is read from JUDGE_API_KEY."""
-    min_grade: float = 0.75
+    min_grade: Share = 0.75
     """The judge's grade of the reasoning."""
-    workers: Annotated[int, AtLeast(1)] = 8
+    workers: Annotated[int, AtLeast(1), AtMost(1024)] = 8
     """Questions at a time; the samples of one follow each other."""
-    per_minute: float = 0.0
+    per_minute: Annotated[float, AtLeast(0)] = 0.0
     """Requests a minute at most, to each endpoint; 0 for no limit."""
-    timeout_s: float = 300.0
+    timeout_s: Annotated[float, Above(0), AtMost(86_400)] = 300.0
     wait_s: Annotated[float, AtLeast(0)] = 600.0
     """A service that is away is waited for so long."""
-    price_in: float = 0.0
+    price_in: Annotated[float, AtLeast(0)] = 0.0
     """Of a million prompt tokens of the teacher, for the tally of costs."""
-    price_out: float = 0.0
-    seed: int = 0
+    price_out: Annotated[float, AtLeast(0)] = 0.0
+    seed: Annotated[int, AtLeast(0)] = 0
 
 
 def play(question: Question, endpoint: Endpoint, limits: Limits, cfg: Config) -> Iterator[Episode]:
@@ -296,12 +296,11 @@ def trajectories(cfg: Config, questions: list[Question], passed: dict[int, dict]
 
 
 def main(cfg: Config) -> None:
-    cli.check(cfg)
-    cli.not_the_input(cfg.out, cfg.data)
     cache = cfg.out.with_name(cfg.out.name + ".answers")
     limits = {k: getattr(cfg, k) for k in ("timeout_s", "wait_s", "per_minute")}
     judge, endpoint = judge_of(cfg.judge_url, cfg.judge, cache, **limits), None
     questions = read_questions(cfg.data)
+    cli.not_the_input(cfg.out, cfg.data, cfg.teacher, *{question.video for question in questions})
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     if cfg.url:
         limits |= {"price_in": cfg.price_in, "price_out": cfg.price_out}

@@ -102,7 +102,7 @@ def check_splits(paths: Iterable[Path], held_out: Iterable[str] = ()) -> int:
         split = path.name.partition(".")[0]
         if path.is_file() and not path.stat().st_size:
             continue  # its target was 0, or nothing was left for it
-        for num, (_, question) in enumerate(stream_records(path), len(files)):
+        for num, (*_, question) in enumerate(stream_records(path), len(files)):
             first = files.setdefault(question.id, path)
             if len(files) == num:
                 raise ValueError(

@@ -52,7 +52,7 @@ class Config:
     """The page to write."""
     rows: Annotated[int, AtLeast(1)] = 24
     """Rows drawn at random."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
 
 
 def escape(value) -> str:
@@ -68,14 +68,12 @@ def survey(
     rows by name), in one pass."""
     names = ("source", "sport", "dimension", "kind", "answer letter", "group", "turns")
     rng, picked, counts = random.Random(seed), [], {name: Counter() for name in names}
-    for number, (row, question) in enumerate(
-        tqdm(stream_records(path), desc="read", unit="row"), 1
-    ):
-        place = (
-            len(picked) if len(picked) < num_rows else rng.randrange(number)
-        )  # reservoir sampling
+    records = tqdm(stream_records(path), desc="read", unit="row")
+    for count, (line, row, question) in enumerate(records, 1):
+        # reservoir sampling
+        place = len(picked) if len(picked) < num_rows else rng.randrange(count)
         if place < num_rows:
-            picked[place : place + 1] = [(number, row, question)]
+            picked[place : place + 1] = [(line.number, row, question)]
         for name in ("source", "sport", "dimension", "kind", "group"):
             counts[name][getattr(question, name)] += 1
         if question.options:
@@ -213,9 +211,10 @@ def row_body(row: dict, question: Question, folder: Path) -> str:
 
 
 def main(cfg: Config) -> None:
-    cli.check(cfg)
     cli.not_the_input(cfg.out, cfg.data)
     picked, counts = survey(cfg.data, cfg.rows, cfg.seed)
+    videos = (cfg.data.parent / question.video for _, _, question in picked)
+    cli.not_the_input(cfg.out, *videos)
     total, trajectories = counts["kind"].total(), counts["turns"].total()
     title = f"{len(picked)} of {total} rows of {cfg.data.name}".encode(errors="replace").decode()
     drawn = f"<p>Drawn with seed {cfg.seed}; the counts are of the whole file.</p>"

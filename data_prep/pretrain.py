@@ -17,6 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 from data_prep import arena, draw, teacher
 from nanosport import cli
+from nanosport.cli import Above, AtLeast, AtMost
 from nanosport.env.prompt import (
     SYSTEM,
     SYSTEM_NO_TOOL,
@@ -413,15 +415,15 @@ BATCH = {1: 96, 2: 40, 3: 48, 4: 24}
 @dataclass(frozen=True)
 class Config:
     out: Path = Path("assets/nano-backbone")
-    steps: tuple[int, int, int, int] = (900, 500, 800, 900)
+    steps: Annotated[tuple[int, int, int, int], AtLeast(0)] = (900, 500, 800, 900)
     """Of the four stages."""
     start: Path | None = None
     """Go on from this folder, with the stage after the last in its pretrain.json."""
-    lr: float = 2e-3
+    lr: Annotated[float, Above(0)] = 2e-3
     """Peak learning rate of the first stage, twice that of the others; linear warm-up, cosine decay
     to a tenth."""
-    seed: int = 0
-    workers: int = 1
+    seed: Annotated[int, AtLeast(0)] = 0
+    workers: Annotated[int, AtLeast(1), AtMost(1024)] = 1
 
 
 def start(cfg: Config) -> tuple[Path, list[dict]]:
@@ -460,6 +462,8 @@ def train_stage(cfg: Config, source: Path, stage: int, image: ImageConfig) -> Qw
 
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
+    if cfg.start is not None:
+        cli.not_the_input(cfg.out, cfg.start)
     source, done = start(cfg)
     if len(done) >= len(STAGES):
         raise ValueError(f"--start {source}: has been through all stages already")

@@ -47,10 +47,11 @@ from data_prep.leaks import (
     real_path,
 )
 from nanosport import cli
-from nanosport.cli import AtLeast
+from nanosport.cli import Above, AtLeast, AtMost
 from nanosport.env.scoring import normalise
-from nanosport.files import write_atomically
+from nanosport.files import named, write_atomically
 from nanosport.records import Question, stream_records
+from nanosport.report import printable
 
 CHECKABLE_WORDS = 12
 """An open answer of at most so many words is short enough for the F1 of its words to tell right
@@ -66,8 +67,8 @@ class Config:
     check: Path | None = None
     """Instead of splitting: look for leaks in the three files of this folder."""
     seed: Annotated[int, AtLeast(0)] = 0
-    scale: float = 1.0
-    """Take this part of the targets, above 0 and at most 1."""
+    scale: Annotated[float, Above(0), AtMost(1)] = 1.0
+    """Take this part of the targets."""
     sft: Annotated[int, AtLeast(0)] = 15_000
     """Questions wanted for SFT."""
     rl: Annotated[int, AtLeast(0)] = 63_000
@@ -104,14 +105,6 @@ class Entry:
 # Reading.
 
 
-def _line_offsets(path: Path) -> Iterator[int]:
-    offset = 0
-    with open(path, "rb") as file:
-        for line in file:
-            yield offset
-            offset += len(line)
-
-
 def _hash(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
@@ -140,8 +133,8 @@ def read_entries(paths: Sequence[Path], seed: int) -> list[Entry]:
     id."""
     entries, files, names = [], {}, {}
     for number, path in enumerate(paths):
-        records = zip(stream_records(path), _line_offsets(path))
-        for (row, question), offset in tqdm(records, desc=path.name, unit="record"):
+        records = tqdm(stream_records(path), desc=printable(path.name), unit="record")
+        for line, row, question in records:
             if "messages" in row:
                 raise ValueError(
                     f"{path}: {question.id!r} is a trajectory; split the records, and distil "
@@ -164,7 +157,7 @@ def read_entries(paths: Sequence[Path], seed: int) -> list[Entry]:
                 Entry(
                     question.id,
                     number,
-                    offset,
+                    line.offset,
                     intern(question.source or "unnamed"),
                     intern(question.sport),
                     intern(question.dimension),
@@ -360,13 +353,8 @@ def check_config(cfg: Config) -> None:
     cli.check(cfg)
     if not cfg.sft + cfg.rl + cfg.test:
         raise ValueError("--sft 0 --rl 0 --test 0: one of them must be above 0")
-    if not 0 < cfg.scale <= 1:
-        raise ValueError(
-            f"--scale {cfg.scale}: must be above 0 and at most 1; for more, raise --sft, --rl "
-            "and --test"
-        )
-    written = {(cfg.out / f"{split}.jsonl").resolve() for split in SPLITS}
-    if read := [path for path in cfg.records if path.resolve() in written]:
+    written = [path for split in SPLITS if (path := cfg.out / f"{split}.jsonl").exists()]
+    if read := [path for path in cfg.records if any(map(path.samefile, written))]:
         raise ValueError(f"--out {cfg.out}: {read[0]} would be written over; choose another folder")
     if cfg.out.exists() and not cfg.out.is_dir():
         raise ValueError(f"--out {cfg.out}: is a file; name a folder")
@@ -467,7 +455,7 @@ def write(
     partial = {split: out / f"{split}.jsonl.partial" for split in SPLITS}
     try:
         for split, entries in chosen.items():
-            with open(partial[split], "w") as file:
+            with named(partial[split]), open(partial[split], "w") as file:
                 for entry in tqdm(entries, desc=split, unit="record"):
                     file.write(
                         split_line(read_row(entry, files), cfg.records[entry.file].parent, out)

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from data_prep.arena import BALANCE, SANCTION, SHOTS, Plan, describe, scene
 from nanosport import cli
-from nanosport.cli import AtLeast
+from nanosport.cli import AtLeast, Share
 from nanosport.env.tools import tool_call
 from nanosport.files import write_atomically
-from nanosport.records import Question, read_questions
+from nanosport.records import Question, read_lines, read_questions
 from nanosport.video import Video
 
 NUM_FRAMES = 8
@@ -92,18 +92,18 @@ def tool_turn(think: str, start: int, end: int) -> str:
 class Config:
     data: Path = Path("out/arena")
     """Folder with sft.jsonl and sft_plans.jsonl."""
-    wrong_window: float = 0.1
+    wrong_window: Share = 0.1
     """Share of the questions that need the tool where it misreads a score and asks for a
     neighbouring interval first."""
-    retry: float = 0.2
+    retry: Share = 0.2
     """Share of those where it then asks for the right one."""
-    guess: float = 0.5
+    guess: Share = 0.5
     """Share of the questions that need the tool which it answers without looking."""
-    needless: float = 0.2
+    needless: Share = 0.2
     """Share of the other questions where it calls the tool all the same."""
     draws: Annotated[int, AtLeast(1)] = 4
     """Trajectories a question: of one alone, a student learns the slips by heart."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
 
 
 def trajectory(
@@ -145,21 +145,15 @@ def trajectory(
 
 def read_plans(path: Path) -> dict[str, Plan]:
     """Plans by the clip's path, as the arena wrote them."""
-    plans = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        video = row.pop("video")
-        plans[video] = Plan(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-    return plans
+
+    def parse(row: dict) -> tuple[str, Plan]:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        return fields.pop("video"), Plan(**fields)
+
+    return dict(plan for _, plan in read_lines(path, "a plan", parse))
 
 
 def main(cfg: Config) -> None:
-    cli.check(cfg)
-    for name in ("wrong_window", "retry", "guess", "needless"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be a share between 0 and 1"
-            )
     if cfg.wrong_window + cfg.guess > 1:
         raise ValueError("--wrong-window and --guess together must not pass 1")
     plans = read_plans(cfg.data / "sft_plans.jsonl")

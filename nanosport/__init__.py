@@ -1,1 +1,20 @@
 """nanosport: DeepSport (arXiv 2511.12908) in plain PyTorch, from video to gated tool-use RL."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+SCRIPTS = [Path(__file__).parents[1] / f"{name}.py" for name in ("train", "rl", "eval", "infer")]
+
+
+def stop(*_) -> None:
+    """End a command that Ctrl-C reaches while it imports: what is half imported cannot say more."""
+    os.write(2, b"\nstopped\n")
+    os._exit(130)
+
+
+# Python starts one of our commands, and imports this first; cli.ending then listens to Ctrl-C
+starting = sys.argv[:1] == ["-m"] or sys.argv and Path(sys.argv[0]).resolve() in SCRIPTS
+if starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop)

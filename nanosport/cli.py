@@ -6,35 +6,79 @@ A bound stands beside its flag, and a mark says what may differ when a run is re
     steps: Annotated[int, AtLeast(1), MAY_GROW] = 40
 """
 
+import argparse
+import atexit
+import errno
 import json
+import operator
 import os
+import re
+import select
+import shutil
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
+from functools import partial
 from inspect import get_annotations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import torch
+
+import nanosport
+from nanosport.files import named, plain
+from nanosport.records import check_whole
+from nanosport.report import printable
 
 MAY_CHANGE = "a resumed run may have another value of this flag"
 MAY_GROW = "a resumed run may have a larger value of this flag"
 
 
-class AtLeast(NamedTuple):
-    """Marks a flag whose value must not be smaller."""
+class Bound(NamedTuple):
+    """Marks a flag that has a bound. As argparse's `type` it reads a whole number."""
 
+    words: str
+    holds: Callable[[float, float], bool]
     bound: float
 
+    def __call__(self, text: str) -> int:
+        if not re.fullmatch(r"-?\d{1,18}", text) or not self.holds(int(text), self.bound):
+            rule = f"must be a whole number, {self.words} {self.bound}"
+            raise argparse.ArgumentTypeError(f"{text}: {rule}")
+        return int(text)
 
-class Above(NamedTuple):
-    """Marks a flag whose value must be larger."""
 
-    bound: float
+AtLeast = partial(Bound, "at least", operator.ge)
+Above = partial(Bound, "above", operator.gt)
+AtMost = partial(Bound, "at most", operator.le)
+COUNT = AtLeast(1)
+Share = Annotated[float, AtLeast(0), AtMost(1)]
 
 
 class Preempted(Exception):
     """Raised when a run has saved and ends because SIGTERM asked for it."""
+
+
+class Terminal:
+    """Standard output as a command prints to it: text from outside cannot act on a terminal."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with named("/dev/stdout"):
+            return self.stream.write(printable(text))
+
+    def flush(self) -> None:
+        with named("/dev/stdout"):
+            self.stream.flush()
 
 
 def flag(name: str) -> str:
@@ -55,63 +99,127 @@ def marks(config_type: type) -> dict[str, tuple]:
 
 
 def check(config) -> None:
-    """Raise ValueError where a value is outside the bound that is marked beside its flag.
+    """Raise ValueError where a value is outside the bounds that are marked beside its flag, a
+    number is not finite, or a text is none.
 
-    Each `main` calls it; in `__post_init__`, tyro would print it as a parse error.
+    `run` calls it, and so does what a run shares with other code; in `__post_init__`, tyro would
+    print it as a parse error.
     """
     for name, its_marks in marks(type(config)).items():
-        value = getattr(config, name)
-        for mark in its_marks if value is not None else ():
-            if isinstance(mark, AtLeast) and not value >= mark.bound:
-                raise ValueError(f"{flag(name)} {value}: must be at least {mark.bound}")
-            if isinstance(mark, Above) and not value > mark.bound:
-                raise ValueError(f"{flag(name)} {value}: must be above {mark.bound}")
+        values = getattr(config, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if isinstance(value, str):
+                check_whole(value, flag(name))
+            if not isinstance(value, int | float):
+                continue
+            if not abs(value) < 2**63:
+                raise ValueError(f"{flag(name)} {value}: must be a finite number below 2^63")
+            for mark in its_marks:
+                if isinstance(mark, Bound) and not mark.holds(value, mark.bound):
+                    rule = f"must be {mark.words} {mark.bound}"
+                    raise ValueError(f"{flag(name)} {value}: {rule}")
 
 
-def not_the_input(out: Path, data: Path, flag: str = "--out") -> None:
-    """Raise ValueError where a command would write over the file that it reads."""
-    if out.resolve() == data.resolve():
-        raise ValueError(f"{flag} {out}: is the file that is read; choose another name")
+def not_the_input(out: Path, *read: Path | str, flag: str = "--out") -> None:
+    """Raise ValueError where a command would write over a file that it reads, or over one in a
+    folder that it reads."""
+    file = out.resolve()
+    for path in map(Path, read) if file.exists() else ():
+        if path.exists() and file.samefile(path):
+            raise ValueError(f"{flag} {out}: is the file that is read; choose another name")
+        if path.is_dir() and file.is_relative_to(path.resolve()):
+            raise ValueError(f"{flag} {out}: is a file of {path}, which is read; choose another")
 
 
 def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = None) -> None:
-    """Parse the flags and call `main`.
+    """Parse the flags, check them, call `main`, and end this process as `ending` does.
 
-    A ValueError (a user's mistake, a bad file), an OSError or Ctrl-C ends the process with one line
-    and exit code 1. presets: by name, fields of the config in place of its defaults; the name may
-    come first on the command line.
+    presets: by name, fields of the config in place of its defaults; the name may come first on the
+    command line.
     """
-    import tyro  # not before it is needed: a benchmark's machine may have none
 
-    args, about, default = sys.argv[1:], sys.modules["__main__"].__doc__, {}
-    if presets:
-        about += f"\nPresets, named before the flags: {', '.join(presets)}."
-        name = args.pop(0) if args and args[0] in presets else next(iter(presets))
-        default = {"default": config_type(**presets[name])}
-    config = tyro.cli(config_type, description=about, args=args, **default)
+    def command() -> None:
+        import tyro  # not before it is needed: a benchmark's machine may have none
 
-    if torch := sys.modules.get("torch"):  # a command that computes has imported it
+        args, about, default = sys.argv[1:], sys.modules["__main__"].__doc__ or "", {}
+        if presets:
+            about += f"\nPresets, named before the flags: {', '.join(presets)}."
+            name = args.pop(0) if args and args[0] in presets else next(iter(presets))
+            default = {"default": config_type(**presets[name])}
+        with redirect_stdout(sys.stdout.stream):  # --help is in colour
+            config = tyro.cli(config_type, description=about, args=args, **default)
+        check(config)
         torch.set_float32_matmul_precision("high")
+        try:
+            main(config)
+        except KeyboardInterrupt:
+            if getattr(config, "resumable", False):
+                raise KeyboardInterrupt("--resume goes on from what is saved") from None
+            raise
+
+    ending(command)
+
+
+def ending(command: Callable[[], None]) -> None:
+    """Call a command, and end this process after it.
+
+    A ValueError (a user's mistake, a bad file), an OSError or Ctrl-C ends it with one line and exit
+    code 1; a standard output that nobody reads, without a word.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever has started this
+            setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout = Terminal(sys.stdout)
+    atexit.register(let_go)
     try:
-        main(config)
+        if signal.getsignal(signal.SIGINT) is nanosport.stop:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        command()
+        sys.stdout.flush()
     except ValueError as error:
         leave(f"error: {error}", 1)
     except OSError as error:  # a full disk, a missing folder, a file that may not be written
-        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        leave(f"error: {named}", 1)
+        if isinstance(error, BrokenPipeError) and unread():
+            sys.exit(141)  # as a shell says it of a command that SIGPIPE has ended
+        leave(f"error: {why(error)}", 1)
     except Preempted as stop:
         leave(str(stop), 143)
-    except KeyboardInterrupt:
-        resumable = hasattr(config_type, "resume")
-        leave("\nstopped" + ("; --resume goes on from what is saved" if resumable else ""), 130)
+    except KeyboardInterrupt as stop:
+        leave("\nstopped" + (f"; {stop}" if str(stop) else ""), 130)
     except Exception:
         if num_processes() == 1:
             raise
         leave(traceback.format_exc(), 1)
     if num_processes() > 1:  # gloo's threads now and then abort a process that tears them down
-        sys.stdout.flush()
+        let_go()
         os._exit(0)
     leave_group()
+
+
+def why(error: OSError) -> str:
+    """What the system could not do, and with which file."""
+    if not error.filename:
+        return str(error)
+    path, full = Path(str(error.filename)), ""
+    if error.errno == errno.ENOSPC and plain(path):
+        free = shutil.disk_usage(path if path.exists() else path.parent).free
+        full = f"; {free / 1e6:,.1f} MB are free there"
+    return f"{path}: {error.strerror}{full}"
+
+
+def unread() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))
+
+
+def let_go() -> None:
+    """Write out what was printed; what cannot be written goes, without another word."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def num_processes() -> int:
@@ -145,10 +253,10 @@ def leave(message: str, code: int) -> None:
     """
     several = num_processes() > 1
     line = f"[rank {os.environ['RANK']}] {message}" if several else message
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
     if several:
         tell_torchrun(line)
-        sys.stdout.flush()
+        let_go()
         os._exit(code)
     leave_group()
     sys.exit(code)

@@ -13,16 +13,49 @@ import torch
 
 
 @contextmanager
-def writing(path: Path):
-    """A text file that takes its name, or the old file's place, when all of it is written; after an
-    error it does not."""
-    partial = path.with_name(path.name + ".partial")
+def named(file: Path | str, partial: Path | None = None):
+    """Name the file in an error of the system that names none, as that of a full disk, or its
+    partial one."""
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        partial.replace(path)
+        yield
+    except OSError as error:
+        if error.filename in (None, str(partial)):
+            error.filename = str(file)
+        raise
+
+
+def plain(path: Path) -> bool:
+    """Whether a file is, or can be made, at this path: no folder, no device, no pipe is there."""
+    return path.is_file() or not path.exists()
+
+
+@contextmanager
+def replacing(path: Path):
+    """The path of a new file, which takes the place of what lies under a name when all of it is
+    written; after an error it is removed.
+
+    A link stays, and its file is replaced. What is no plain file, a device or a pipe, is written
+    to.
+    """
+    if not plain(path):
+        with named(path):
+            yield path
+        return
+    path = path.resolve() if path.is_symlink() else path
+    new = path.with_name(f".partial.{path.name}")
+    try:
+        with named(path, new):
+            yield new
+            new.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path):
+    """A text file that takes its name, or the old file's place, when all of it is written."""
+    with replacing(path) as new, open(new, "w", encoding="utf-8") as file:
+        yield file
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -38,6 +71,18 @@ def checksum(path: Path) -> int:
         while size := file.readinto(block):
             total = zlib.crc32(block[:size], total)
     return total
+
+
+def append(path: Path, text: str) -> None:
+    """Write a text behind what is in a file."""
+    with named(path), open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def mend(path: Path) -> None:
+    """Remove the last line of a file that grows line by line, where a kill has cut it short."""
+    with open(path, "rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def provenance() -> dict:

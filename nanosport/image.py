@@ -44,6 +44,9 @@ class ImageConfig:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             why = f"not a Qwen-VL preprocessor config ({error!r})"
             raise ValueError(f"{file}: {why}; download the model's file again") from error
+        if max_pixels is not None and max_pixels < config.min_pixels:
+            rule = f"must be at least {config.min_pixels}, the model's min_pixels"
+            raise ValueError(f"--max-pixels {max_pixels}: {rule}")
         sides = config.patch_size, config.temporal_patch_size, config.merge_size
         bounds = 1 <= config.min_pixels <= config.max_pixels
         colours = len(config.mean) == len(config.std) == 3 and min(config.std) > 0

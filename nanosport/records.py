@@ -10,10 +10,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from nanosport.reading import number, time_span
 
@@ -22,6 +22,7 @@ KINDS = ("choice", "open", "number", "span")
 LETTERS = "ABCDEFGHIJ"
 """Options are named by these, in order."""
 RECORD_VERSION = 1
+T = TypeVar("T")
 
 
 class Clip(NamedTuple):
@@ -130,6 +131,15 @@ class Episode:
     """(1, height, width) of each frame in patches."""
 
 
+class Line(NamedTuple):
+    """A line of a file."""
+
+    number: int
+    """The first is 1."""
+    offset: int
+    """Where it starts, in bytes."""
+
+
 def read_questions(path: Path) -> list[Question]:
     """Questions of a JSON-lines file; a relative `video` is taken from the file's folder.
 
@@ -139,32 +149,66 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def read_records(path: Path) -> list[tuple[Question, list[str]]]:
-    """(question, assistant messages) of a JSON-lines file; a bare question has no messages."""
-    path = Path(path)
-    return [
-        (replace(question, video=str(path.parent / question.video)), row.get("messages", []))
-        for row, question in stream_records(path)
-    ]
+    """(question, assistant messages) of a JSON-lines file; a bare question has no messages.
+
+    Raises ValueError as `stream_records` does, and where an id comes again: several trajectories
+    may be of one question, but an id is of one question alone.
+    """
+    path, records, first = Path(path), [], {}
+    for line, row, question in stream_records(path):
+        number, same = first.setdefault(question.id, (line.number, question))
+        if number < line.number and ("messages" not in row or question != same):
+            raise ValueError(
+                f"{path}, line {line.number}: id {question.id!r}: line {number} has it already; "
+                "ids must differ"
+            )
+        video = str(path.parent / question.video)
+        records.append((replace(question, video=video), row.get("messages", [])))
+    return records
 
 
-def stream_records(path: Path) -> Iterator[tuple[dict, Question]]:
-    """Yield (a line's JSON object, its question with `video` as it stands there), in little memory.
+def stream_records(path: Path) -> Iterator[tuple[Line, dict, Question]]:
+    """Yield (line, its JSON object, its question with `video` as it stands there), in little
+    memory.
 
     Raises ValueError with file, line and field where a line is neither a question nor a trajectory.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; `python -m data_prep.arena` makes built-in data")
-    line_number = 0
-    with open(path, "rb") as file:  # bytes: in text U+2028 would end a line too
-        for line_number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line.rstrip(b"\r\n"))
-                question = parse_row(row)
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line_number}: not a question: {error}") from None
-            yield row, question
-    if not line_number:
+    line = None
+    for line, (row, question) in read_lines(path, "a question", lambda row: (row, parse_row(row))):
+        yield line, row, question
+    if line is None:
         raise ValueError(f"{path}: holds no question")
+
+
+def read_lines(
+    path: Path, what: str, parse: Callable[[Any], T] = lambda value: value
+) -> Iterator[tuple[Line, T]]:
+    """Yield (line, what `parse` makes of its JSON value) for each line that is not blank, in little
+    memory.
+
+    Raises ValueError with file and line where one is not `what`.
+    """
+    offset = 0
+    with open(path, "rb") as file:  # bytes: in text U+2028 would end a line too
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    item = parse(json.loads(line.strip(), object_pairs_hook=_once))
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: not {what}: {error}") from None
+                yield Line(number, offset), item
+            offset += len(line)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object. Raises ValueError where it has a field twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)}: is there twice")
+    return row
 
 
 def record_row(question: Question, folder: Path) -> dict:
@@ -172,13 +216,22 @@ def record_row(question: Question, folder: Path) -> dict:
     return asdict(question) | {"video": os.path.relpath(question.video, folder)}
 
 
-def check_text(text: str) -> str:
-    """Return the text. Raises ValueError where it would forge a special token of the template, such
-    as <|im_end|> or <|image_pad|>."""
+def check_text(text: str, field: str = "the text") -> str:
+    """Return the text. Raises ValueError that names the field where it would forge a special token
+    of the template, such as <|im_end|> or <|image_pad|>, or is no whole text."""
+    check_whole(text, field)
     if forged := re.search(r"<\|\w+\|>", text):
         token = forged[0]
-        raise ValueError(f"the text {text[:60]!r} contains the special token {token}: remove it")
+        raise ValueError(f"{field} {text[:60]!r} contains the special token {token}: remove it")
     return text
+
+
+def check_whole(text: str, field: str) -> None:
+    """Raise ValueError where a text has what no file can hold."""
+    if alone := re.search("[\ud800-\udfff]", text):
+        near = text[max(0, alone.start() - 20) : alone.end()]
+        why = "characters cut in two, or bytes that are no UTF-8"
+        raise ValueError(f"{field}: lone surrogates ({why}) after {near!r}: remove them")
 
 
 # What a JSON object must be to count as a record.
@@ -188,11 +241,12 @@ def parse_row(row: dict) -> Question:
     """The question of a line, which is a bare question or a trajectory. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("must be a JSON object")
-    if not isinstance(messages := row.get("messages", []), list):
+    messages = row.get("messages", [])
+    if not isinstance(messages, list) or not all(map(is_text, messages)):
         raise ValueError("messages: must be a list of texts")
-    question = parse_question(row["question"] if "messages" in row else row)
-    for message in messages:
-        check_text(message)
+    question = parse_question(row.get("question") if "messages" in row else row)
+    for k, message in enumerate(messages, 1):
+        check_text(message, f"message {k}")
     return question
 
 
@@ -208,10 +262,11 @@ def parse_question(row: dict) -> Question:
         known = ", ".join(sorted(defaults))
         raise ValueError(f"unknown field {min(unknown)!r}; known are {known}")
     for name, (holds, rule) in RULES.items():
-        if not holds(values[name]):
-            raise ValueError(f"{name} {values[name]!r}: {rule}")
-    for text in (row["question"], *row["options"]):
-        check_text(text)
+        value = values[name]
+        if not holds(value):
+            raise ValueError(f"{name} {value!r:.200}: {rule}")
+        for text in value if name == "options" else filter(is_text, (value,)):
+            (check_text if name in ("question", "options") else check_whole)(text, name)
 
     # what joins several fields
     question = Question(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
@@ -242,11 +297,11 @@ def is_pair(value, kinds=int | float) -> bool:
         return True
     if not isinstance(value, list) or [is_number(v, kinds) for v in value] != [True, True]:
         return False
-    return 0 <= value[0] <= value[1] < math.inf
+    return 0 <= value[0] <= value[1] < 2**53
 
 
 TEXTS = ("sport", "question", "answer", "kind", "source", "group", "provenance", "licence")
-PAIR = "must be null or two numbers, the first at least 0 and not above the second"
+PAIR = "must be null or two numbers from 0 to 2^53, the first not above the second"
 OPTIONS = "must be a list of at most ten texts, empty for an open question"
 RULES = {  # field: (whether a value will do, the rule in words)
     "id": (lambda v: is_text(v) and v, "must be a text that is not empty"),

@@ -308,7 +308,6 @@ def test_where_no_clip_is_usable_it_says_so(tmp_path, capsys):
 @pytest.mark.parametrize(
     "line",
     [
-        "",
         "{",
         "[1]",
         '{"question": 3, "messages": []}',

@@ -10,7 +10,7 @@ import eval as evaluation
 import infer
 import rl
 import train
-from data_prep import check, teacher
+from data_prep import check, difficulty, look, split, teacher
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
@@ -122,8 +122,7 @@ def test_a_malformed_trajectory_is_named_with_its_line(folder, tmp_path, players
     rows = [*whole, endless, twice, outside]
     (tmp_path / "t.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
     encoder, sampler = players
-    rows = read_without_blanks(tmp_path / "t.jsonl")
-    records = Records(tmp_path / "t.jsonl", rows, encoder)
+    records = Records(tmp_path / "t.jsonl", read_records(tmp_path / "t.jsonl"), encoder)
     trajectories = Trajectories(records, sampler.tokenizer, 4000)
     lines = records.check(trajectories.__getitem__, 0.5, 0)
     wanted = (
@@ -133,13 +132,6 @@ def test_a_malformed_trajectory_is_named_with_its_line(folder, tmp_path, players
     )
     assert all(f"t.jsonl, {why}" in line for line, why in zip(lines, wanted, strict=True))
     assert len(records) == 3
-
-
-def read_without_blanks(path: Path) -> list:
-    """The records of a file between whose lines others are blank."""
-    dense = path.with_name("dense.jsonl")
-    dense.write_text("".join(line + "\n" for line in path.read_text().splitlines() if line))
-    return read_records(dense)
 
 
 def test_trajectories_that_are_too_long_are_counted_and_the_longest_named(folder, tmp_path, capsys):
@@ -305,3 +297,110 @@ def test_text_from_outside_carries_no_terminal_escape(folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "\x1b" not in said and "\\x1b[2Jx.mp4" in said
     assert printable("ä→\n\t\u202e") == "ä→\n\\t\\u202e"
+
+
+# How a file of lines is read.
+
+
+def lines_file(path: Path, *lines) -> Path:
+    path.write_bytes(b"\n".join(v if type(v) is bytes else json.dumps(v).encode() for v in lines))
+    return path
+
+
+@pytest.mark.parametrize("text", ["Who \ud83d?", "\udc00", "\ude00\ud83d a pair that is swapped"])
+@pytest.mark.parametrize(
+    "field", ["id", "video", "sport", "question", "options", "answer", "source", "message 2"]
+)
+def test_half_a_character_is_named_with_line_and_field(field, text, tmp_path):
+    good, more = question("a.mp4", "q0"), {}
+    if field != "message 2":
+        more = {field: ["x", text] if field == "options" else text}
+    bad = question("a.mp4", "q1") | more
+    messages = [ANSWER, text if field == "message 2" else ANSWER]
+    data = lines_file(tmp_path / "d.jsonl", good, b"", {"question": bad, "messages": messages})
+    for read in (read_records, check.last_windows, lambda path: look.survey(path, 3, 0)):
+        with pytest.raises(ValueError, match=rf"d.jsonl, line 3: .*{field}: lone surrogates") as no:
+            read(data)
+        str(no.value).encode()
+
+
+def test_half_a_character_in_bytes_is_named_too(tmp_path):
+    raw = json.dumps(question("a.mp4", "q")).encode().replace(b"How?", b"How \xed\xa0\xbd?")
+    with pytest.raises(ValueError, match="line 1: not a question: question: lone surrogates"):
+        read_records(lines_file(tmp_path / "d.jsonl", raw))
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        (b'{"id": "q", "id": "r"}', "id: is there twice"),
+        (b'{"question": {"id": "q", "sport": "", "sport": ""}, "messages": []}', "sport: is there"),
+        (b"[" * 100_000, "recursion"),
+        (b'{"messages": ' + b'{"a":' * 100_000, "recursion"),
+        (json.dumps(question("a", "q")).encode().replace(b"}", b', "tolerance": 1e999}'), "toler"),
+        (json.dumps(question("a", "q", span_s=[0, 10**400])).encode(), "span_s .*2\\^53"),
+        (json.dumps(question("a", "q")).encode().replace(b"}", b', "pass_rate": NaN}'), "pass_ra"),
+        (
+            json.dumps(question("a", "q"))
+            .encode()
+            .replace(b"}", b', "window": [0, 9%s]}' % (b"9" * 5000)),
+            "4300",
+        ),
+        (json.dumps({"messages": [3], "question": question("a", "q")}).encode(), "list of texts"),
+        (json.dumps({"messages": [ANSWER]}).encode(), "the question must be a JSON object"),
+    ],
+)
+def test_what_is_no_record_is_one_line_with_its_number(line, why, tmp_path):
+    data = lines_file(tmp_path / "d.jsonl", question("a.mp4", "q0"), line)
+    with pytest.raises(ValueError, match=f"d.jsonl, line 2: not a question: .*{why}") as caught:
+        read_records(data)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+BLANK = (b"", b"  \t", b"\r", b" \r")
+
+
+def test_blank_lines_are_skipped_by_every_reader(arena_folder, tmp_path):
+    asked = [question("a.mp4", f"q{k}") for k in range(4)]
+    spread = lines_file(tmp_path / "d.jsonl", b"", asked[0], *BLANK, *asked[1:], b"", b"")
+    assert [q.id for q, _ in read_records(spread)] == ["q0", "q1", "q2", "q3"]
+    assert [number for number, *_ in look.survey(spread, 9, 0)[0]] == [2, 7, 8, 9]
+    entries = split.read_entries([spread], 0)
+    with open(spread, "rb") as file:
+        assert [split.read_row(entry, [file])["id"] for entry in entries] == [
+            r["id"] for r in asked
+        ]
+    told = [{"question": row, "messages": [ANSWER]} for row in asked]
+    assert len(read_records(lines_file(tmp_path / "t.jsonl", *told[:2], *BLANK, *told[2:]))) == 4
+
+    plans = (arena_folder / "sft_plans.jsonl").read_bytes().splitlines()
+    between = lines_file(tmp_path / "plans.jsonl", plans[0], b"", *plans[1:], b"  ")
+    assert teacher.read_plans(between) == teacher.read_plans(arena_folder / "sft_plans.jsonl")
+    rates = lines_file(
+        tmp_path / "rates.jsonl", {"seed": "0"}, b"", {"id": "q", "pass_rate": 0.5}, b""
+    )
+    assert difficulty.read_rates(rates, {"seed": "0"}) == {"q": 0.5}
+    row = {"video": "a.mp4", "span_s": None, "usable": False, "reason": "none"}
+    report = lines_file(
+        tmp_path / "report.jsonl", b"", row, b" ", row | {"video": "b.mp4"}, b'{"cut'
+    )
+    assert [clip.video for clip, _ in check.read_report(report)] == ["a.mp4", "b.mp4"]
+    assert report.read_bytes().endswith(b'"none"}\n')
+    with pytest.raises(ValueError, match="holds no question"):
+        read_records(lines_file(tmp_path / "empty.jsonl", *BLANK))
+
+
+def test_an_id_is_of_one_question(folder, tmp_path):
+    one, other = question(folder / "a.mp4", "q0"), question(folder / "b.mp4", "q0")
+    twice = lines_file(tmp_path / "d.jsonl", one, question(folder / "b.mp4", "q1"), b"", one)
+    why = "d.jsonl, line 4: id 'q0': line 1 has it already; ids must differ"
+    with pytest.raises(ValueError, match=why):
+        evaluation.main(evaluation.Config(MODEL, twice))
+    with pytest.raises(ValueError, match=why):
+        rl.main(rl.Config(MODEL, twice, tmp_path / "run"))
+    told = [{"question": row, "messages": [ANSWER]} for row in (one, one, other)]
+    mixed = lines_file(tmp_path / "t.jsonl", *told)
+    with pytest.raises(ValueError, match="t.jsonl, line 3: id 'q0': line 1 has it already"):
+        train.main(train.Config(MODEL, mixed, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert len(read_records(lines_file(tmp_path / "several.jsonl", *told[:2]))) == 2

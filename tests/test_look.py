@@ -162,12 +162,7 @@ def test_no_text_of_the_data_becomes_a_part_of_the_page(tmp_path, clip):
 
 
 def test_halves_of_surrogate_pairs_do_not_stop_it(tmp_path, clip):
-    rows = [
-        {
-            "question": record(clip, question="a \ud800 b", source="\udfff"),
-            "messages": ["c \ud800 d"],
-        }
-    ]
+    rows = [{"question": record(clip), "messages": ["c d"], "note": "a \ud800 b"}]
     assert "a ? b" in render(tmp_path / "r.jsonl", rows, rows=1).text
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nanosport import cli
 from nanosport.files import provenance, write_atomically
-from nanosport.records import DIMENSIONS
+from nanosport.records import DIMENSIONS, read_lines
 from nanosport.report import markdown, page, table
 
 COLUMNS = {dimension: dimension for dimension in DIMENSIONS} | {
@@ -93,7 +94,7 @@ def report_demo(folder: Path) -> None:
     write_atomically(folder / "report.json", json.dumps(report | provenance(), indent=1) + "\n")
 
     # the page
-    log = [json.loads(line) for line in (folder / "rl/log.jsonl").read_text().splitlines()]
+    log = [row for _, row in read_lines(folder / "rl/log.jsonl", "a step's row")]
     body = f"""<h1>DeepSport in small</h1>
 <p>Accuracy in percent on held-out clips of the arena.</p>{html_table(rows)}
 <h2>RL: mean of each step's episodes</h2>{curve(log)}
@@ -117,12 +118,13 @@ def seeds_table(reports: list[dict]) -> str:
     return markdown(["", *COLUMNS.values()], cells)
 
 
+def main() -> None:
+    paths = [Path(argument) for argument in sys.argv[1:]] or [Path("out/demo")]
+    if paths[0].suffix == ".json":
+        print(seeds_table([read(path) for path in paths]))
+    else:
+        report_demo(paths[0])
+
+
 if __name__ == "__main__":
-    try:
-        paths = [Path(argument) for argument in sys.argv[1:]] or [Path("out/demo")]
-        if paths[0].suffix == ".json":
-            print(seeds_table([read(path) for path in paths]))
-        else:
-            report_demo(paths[0])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    cli.ending(main)

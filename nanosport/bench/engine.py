@@ -17,6 +17,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from nanosport.cli import COUNT, ending
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Piece, Sampling
 from nanosport.files import provenance, write_atomically
@@ -52,7 +53,7 @@ def main() -> None:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--out", type=Path, default=Path("results/engine"))
-    parser.add_argument("--repeats", type=int, default=3, help="turns a time is the median of")
+    parser.add_argument("--repeats", type=COUNT, default=3, help="turns a time is the median of")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     shape = ("qwen2.5-vl-7b", "cuda", torch.bfloat16) if gpu else ("nano-sft", "cpu", torch.float32)
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending(main)

@@ -32,6 +32,7 @@ if not torch.cuda.is_available():
 from kernels import policy_loss, policy_row
 from kernels.attention import varlen_attention
 from kernels.policy_loss import Objective, TokenInputs, fused_linear_policy_loss
+from nanosport.cli import COUNT, ending
 from nanosport.files import provenance, write_atomically
 from nanosport.model.qwen2_5_vl import Layer, rotate
 
@@ -382,7 +383,7 @@ def main() -> None:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--out", type=Path, default=Path("results/kernels"), help="JSON's folder")
-    parser.add_argument("--repeats", type=int, default=5, help="passes a time is the median of")
+    parser.add_argument("--repeats", type=COUNT, default=5, help="passes a time is the median of")
     only_print = "measure nothing: print these as Markdown"
     parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help=only_print)
     args = parser.parse_args()
@@ -415,4 +416,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending(main)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from nanosport.cli import COUNT, ending
 from nanosport.model.qwen2_5_vl import Layer, rotate
 
 WIDTH, HEADS, KV_HEADS, HEAD, INNER = 3584, 28, 4, 128, 18944
@@ -116,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=COUNT, default=8192)
     tokens = parser.parse_args().tokens
     whole = 1e3 * product_flops(tokens) / PRODUCTS
     print(
@@ -132,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending(main)

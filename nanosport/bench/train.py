@@ -30,8 +30,8 @@ from statistics import median
 import numpy as np
 import torch
 
-from nanosport import cli
 from nanosport.bench.theirs import DEVICE, Theirs, Work, fill
+from nanosport.cli import COUNT, ending, leave_group
 from nanosport.files import provenance, write_atomically
 from nanosport.model.cost import CARDS
 from nanosport.model.folder import load_config
@@ -191,7 +191,7 @@ def bench(name: str, cfg: ModelConfig, timed: list[tuple], repeats: int) -> list
                 row["mfu_percent"] = round(100 * row["tflops"] * 1e12 / card_flops, 1)
             rows.append(row)
             print(line(row), flush=True)
-    cli.leave_group()
+    leave_group()
     return rows
 
 
@@ -225,8 +225,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/train"), help="the JSON's folder")
     known = ["3b", "7b"] if GPU else ["nano"]
     parser.add_argument("--shapes", nargs="+", default=known, choices=known)
-    parser.add_argument("--micro-tokens", type=int, help="tokens of a pack; 8192, on a CPU 600")
-    parser.add_argument("--repeats", type=int, default=3, help="steps a time is the median of")
+    parser.add_argument("--micro-tokens", type=COUNT, help="tokens of a pack; 8192, on a CPU 600")
+    parser.add_argument("--repeats", type=COUNT, default=3, help="steps a time is the median of")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     began, rows = time.time(), []
@@ -247,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    ending(main)

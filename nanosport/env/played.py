@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from nanosport.files import write_atomically
-from nanosport.records import Episode, Question, Turn
+from nanosport.files import append, mend
+from nanosport.records import Episode, Question, Turn, read_lines
 
 
 class Played:
@@ -24,12 +24,10 @@ class Played:
         self.questions = questions
         self.episodes: dict[tuple[str, int], Episode | None] = {}
         """An episode is None where the question's video was lost."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut
-        for row in map(json.loads, whole):
-            self.episodes[row["mode"], row["number"]] = self._episode(row)
-        if len(whole) < len(lines):
-            write_atomically(self.path, "".join(whole))
+        if self.path.exists():
+            mend(self.path)
+            for _, row in read_lines(self.path, "what was played"):
+                self.episodes[row["mode"], row["number"]] = self._episode(row)
 
     def _episode(self, row: dict) -> Episode | None:
         if row["status"] is None:
@@ -52,8 +50,7 @@ class Played:
             lines.append(json.dumps({"mode": mode, "number": number, **kept}) + "\n")
             self.episodes[mode, number] = episode
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write("".join(lines))
+        append(self.path, "".join(lines))
 
     def remove(self) -> None:
         """Drop the file: the report has been written."""

@@ -168,7 +168,7 @@ def write_weights(state: dict, folder: Path, max_shard_bytes: float, dtype: torc
     size = {name: w.numel() * (dtype or w.dtype).itemsize for name, w in state.items()}
     total, free = sum(size.values()), shutil.disk_usage(folder).free
     if free < total:
-        raise OSError(f"{total / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free")
+        raise OSError(f"{total / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free")
     shards, filled = [[]], 0
     for name in state:
         if shards[-1] and filled + size[name] > max_shard_bytes:

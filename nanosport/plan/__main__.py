@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import rl
 import train
 from nanosport import cli
-from nanosport.cli import Above
+from nanosport.cli import Above, AtLeast, AtMost
 from nanosport.image import ImageConfig, smart_resize
 from nanosport.model import cost
 from nanosport.model.folder import load_config
@@ -47,32 +47,32 @@ class Config:
     """The GB on the card's label."""
     model: str | None = None
     """A model folder whose shape is taken instead of the preset's."""
-    batch_size: int | None = None
+    batch_size: Annotated[int | None, AtLeast(1)] = None
     """SFT's trajectories a step. None, here and below: as the preset says."""
-    sft_steps: int | None = None
-    num_prompts: int | None = None
-    group_size: int | None = None
-    steps: int | None = None
+    sft_steps: Annotated[int | None, AtLeast(1)] = None
+    num_prompts: Annotated[int | None, AtLeast(1)] = None
+    group_size: Annotated[int | None, AtLeast(2)] = None
+    steps: Annotated[int | None, AtLeast(1)] = None
     """Steps of RL."""
-    max_new_tokens: int | None = None
-    micro_tokens: int | None = None
-    recompute_every: int | None = None
-    rollout_batch: int | None = None
+    max_new_tokens: Annotated[int | None, AtLeast(1)] = None
+    micro_tokens: Annotated[int | None, AtLeast(1)] = None
+    recompute_every: Annotated[int | None, AtLeast(0)] = None
+    rollout_batch: Annotated[int | None, AtLeast(1)] = None
     offload_adam: bool = False
     share_prefix: bool = True
     calls: Annotated[float, Above(0)] = 0.8
     """Tool calls of an episode, assumed."""
-    prompt_text: int = 300
+    prompt_text: Annotated[int, AtLeast(0)] = 300
     """Text tokens of a prompt besides the frames' labels, assumed."""
     turn_text: Annotated[int, Above(0)] = 200
     """Tokens of an assistant turn on average, assumed."""
     longest_turn: Annotated[float, Above(0)] = 2.0
     """Turns sampled together wait for the longest, assumed to be so many times the average."""
-    mfu: Annotated[float, Above(0)] = 0.4
+    mfu: Annotated[float, Above(0), AtMost(1)] = 0.4
     """Share of the peak FLOP/s in training and prefill, assumed."""
-    bandwidth: Annotated[float, Above(0)] = 0.6
+    bandwidth: Annotated[float, Above(0), AtMost(1)] = 0.6
     """Share of the peak bytes/s in decoding, in the update, and between GPUs, assumed."""
-    layer_ms: float = 0.2
+    layer_ms: Annotated[float, AtLeast(0)] = 0.2
     """A layer's least time in a decoding step, assumed: its kernels are launched one by one."""
     json: bool = False
     """Print a JSON object instead of the tables."""

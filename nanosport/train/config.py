@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nanosport import cli
-from nanosport.cli import MAY_CHANGE, MAY_GROW, Above, AtLeast
+from nanosport.cli import MAY_CHANGE, MAY_GROW, Above, AtLeast, AtMost
+from nanosport.train import checkpoint
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,10 @@ class TrainingConfig:
     """Peak learning rate: linear warm-up, then cosine decay to a tenth."""
     warmup: Annotated[int, AtLeast(0)]
     """Steps until the learning rate is at its peak."""
-    weight_decay: float
+    weight_decay: Annotated[float, AtLeast(0)]
     save_every: Annotated[int, AtLeast(1), MAY_CHANGE]
     """A checkpoint is saved after so many steps."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Above(0)] = 1e-8
     """Adam divides by √v + this. At 1e-8 every weight moves by about lr, signal or noise; at ten
     times the gradient's root mean square the update follows the gradient itself."""
     max_grad_norm: Annotated[float, Above(0), MAY_CHANGE] = 1.0
@@ -43,7 +44,7 @@ class TrainingConfig:
     """Leave the projector after the tower as it is (`visual.merger`)."""
     max_pixels: Annotated[int | None, AtLeast(1)] = None
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
-    recompute_every: Annotated[int, AtLeast(0), MAY_CHANGE] = 0
+    recompute_every: Annotated[int, AtLeast(0), AtMost(32), MAY_CHANGE] = 0
     """1: recompute each layer in the backward pass instead of keeping its activations; 2: every
     second layer; 0: none."""
     offload_adam: Annotated[bool, MAY_CHANGE] = False
@@ -51,7 +52,7 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute in this; weights, gradients and Adam's moments are float32 always. None: bfloat16 on
     a GPU, float32 on a CPU."""
-    seed: int = 0
+    seed: Annotated[int, AtLeast(0)] = 0
     keep: Annotated[int, AtLeast(1), MAY_CHANGE] = 2
     """So many checkpoints are kept, the newest."""
     stuck_after_s: Annotated[float, AtLeast(0), MAY_CHANGE] = 1800.0
@@ -67,6 +68,13 @@ class TrainingConfig:
     def check(self) -> None:
         """Raise ValueError for values that no run can use."""
         cli.check(self)
+        for name in ("log.jsonl", "run.json"):
+            cli.not_the_input(self.out / name, self.data)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether `resume` has a checkpoint to go on from."""
+        return checkpoint.latest(self.out) is not None
 
     @property
     def frozen(self) -> bool:

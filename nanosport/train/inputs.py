@@ -111,7 +111,7 @@ class Records:
         self.kept = [number for number in self.kept if number not in unusable]
         lines, share = self._describe(faults), f"{len(faults)} of {len(self.rows)} records"
         if faults and rank == 0:
-            print("\n".join(f"left out: {line}" for line in lines[:20]))
+            print(printable("\n".join(f"left out: {line}" for line in lines[:20])))
             print(f"{self.path}: {share} are left out")
         if len(faults) > most * len(self.rows) or not self.kept:
             rule = f"{share} cannot be used, --max-unusable allows {most:.1%}"
@@ -158,7 +158,7 @@ class Records:
             several = f", the {which} of {len(group)}" if len(group) > 1 else ""
             why = worst.why.removeprefix(name).lstrip(":, ")
             where = f"{self.path}, line {line_numbers[worst.number]} ({name}){several}"
-            lines.append(printable(f"{where}: {why}"))
+            lines.append(f"{where}: {why}")
         return lines
 
     def take(self, places: Sequence[int], use: Callable[[list[int]], T]) -> T:

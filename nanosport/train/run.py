@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanosport.cli import not_the_input
-from nanosport.files import provenance, write_atomically
+from nanosport.files import append, provenance, write_atomically
 from nanosport.model.folder import check_replaceable
 from nanosport.train.checkpoint import latest
 
@@ -115,8 +115,7 @@ class Run:
                 value = value if name == "loss" else float(f"{value:.6g}")
                 value = value if math.isfinite(value) else None
             rounded[name] = value
-        with open(self.log, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
+        append(self.log, json.dumps(rounded) + "\n")
 
     def describe(self) -> None:
         """Write down what is run, and for how long until now, with all that it was resumed from."""
