@@ -1,5 +1,6 @@
 """A run's folder: who may write there, what a resumed run trusts, and what it began with."""
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rl
 import train
 from nanosport.bench.demo import CURVES, curve
 from nanosport.model.folder import load_model
@@ -198,6 +200,8 @@ def test_a_run_does_not_begin_with_the_model_it_replaces(way, how, cut, tmp_path
         model = tmp_path / "link"
     with pytest.raises(ValueError, match="--model .* would replace the model that it begins with"):
         train.main(replace(cut, model=str(model), **how))
+    with pytest.raises(ValueError, match="--model .* would replace the model that it begins with"):
+        rl.main(rl.Config(str(model), cut.data.parent / "rl.jsonl", cut.out, **how))
     assert bytes_of(cut.out) == before
 
 
@@ -441,3 +445,11 @@ def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match="--nproc-per-node 2: GPUs here: 1"):
         dist.start()
+
+
+def test_a_plain_run_outlives_its_shell():
+    """Only torchrun's end is heard of: nohup keeps a script that was started without it."""
+    dist.start()
+    end_with_parent = ctypes.c_int(-1)
+    ctypes.CDLL(None).prctl(2, ctypes.byref(end_with_parent))  # PR_GET_PDEATHSIG
+    assert end_with_parent.value == 0

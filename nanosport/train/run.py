@@ -45,14 +45,14 @@ class Run:
         whole, model = latest(self.folder), self.model.exists()
         # from `begin` to its first whole checkpoint a run has an unfinished one: what else is there
         # is then its own, or was to be replaced
-        begun = any(self.checkpoints.glob(".step_*")) and (resume or not model)
-        if (whole or model or self.log.exists() or self.json.exists()) and not overwrite:
-            if whole or not begun:
-                fix = "replace it with --overwrite, or choose another --out"
-                what = "holds a run already; go on with --resume,"
-                if resume:
-                    what = "no run to resume there, for it has no checkpoint;"
-                raise ValueError(f"{self.folder}: {what} {fix}")
+        begun = not whole and any(self.checkpoints.glob(".step_*")) and (resume or not model)
+        others = whole or model or self.log.exists() or self.json.exists()
+        if others and not (begun or overwrite):
+            what = "holds a run already; go on with --resume,"
+            if resume:
+                what = "no run to resume there, for it has no checkpoint;"
+            fix = "replace it with --overwrite, or choose another --out"
+            raise ValueError(f"{self.folder}: {what} {fix}")
         if resume:
             print(f"{self.folder}: nothing was saved there yet: the run begins anew")
 
