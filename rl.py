@@ -35,7 +35,7 @@ from nanosport.env.reward import Reward, gated_reward
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
-from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.folder import ASSETS, load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist, presets
@@ -345,7 +345,7 @@ def make_default_data() -> None:
 def main(cfg: Config) -> None:
     if cfg.model is None:
         left_by_sft = Path("out/sft/model")
-        cfg = replace(cfg, model=str(left_by_sft) if left_by_sft.exists() else "assets/nano-sft")
+        cfg = replace(cfg, model=str(left_by_sft if left_by_sft.exists() else ASSETS / "nano-sft"))
     judge = judge_of(cfg.judge_url, cfg.judge, cfg.out / "answers")
     training = Training(cfg, "RL")
     if cfg.num_prompts < training.world * cfg.updates:

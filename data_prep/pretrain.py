@@ -35,7 +35,7 @@ from nanosport.env.prompt import (
     tool_result,
 )
 from nanosport.env.tools import tool_call
-from nanosport.files import provenance, write_atomically
+from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.image import ImageConfig, preprocess
 from nanosport.model.folder import load_config, load_model, load_tokenizer, save_model
 from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_positions
@@ -412,7 +412,7 @@ BATCH = {1: 96, 2: 40, 3: 48, 4: 24}
 
 @dataclass(frozen=True)
 class Config:
-    out: Path = Path("assets/nano-backbone")
+    out: Path = ASSETS / "nano-backbone"
     steps: tuple[int, int, int, int] = (900, 500, 800, 900)
     """Of the four stages."""
     start: Path | None = None

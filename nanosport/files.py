@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+ASSETS = Path(__file__).parents[1] / "assets"
+"""The models and shapes that come with the code."""
+
 
 @contextmanager
 def writing(path: Path):

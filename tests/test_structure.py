@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("records", "video", "image", "files", "cli", "report")
+BASE = ("records", "video", "image", "files", "fields", "cli", "report")
 LAYERS = [
     ["kernels"],
     [f"nanosport.{name}" for name in BASE],

@@ -19,12 +19,11 @@ import torch
 
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Piece, Sampling
-from nanosport.files import provenance, write_atomically
+from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.model.cost import CARDS, decode_seconds
 from nanosport.model.folder import load_config, load_tokenizer
 from nanosport.model.qwen2_5_vl import Qwen25VL
 
-ASSETS = Path(__file__).parents[2] / "assets"
 TOKENS = 24
 """A turn has so many tokens."""
 

@@ -13,7 +13,7 @@ class TrainingConfig:
     """Every flag is compared with the resumed run's, unless it is marked beside the flag."""
 
     model: str | None
-    """A model folder, or a Hugging Face hub id."""
+    """A model folder, or a Hugging Face hub id, of a revision if it ends in @REVISION."""
     data: Path
     """JSON lines. The default is rendered where it is missing."""
     out: Annotated[Path, MAY_CHANGE]

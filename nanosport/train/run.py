@@ -13,10 +13,11 @@ from nanosport.files import provenance, write_atomically
 class Run:
     """Opens a folder, and refuses to write over another run unless it is told to."""
 
-    def __init__(self, folder: Path, config, resume: bool, overwrite: bool):
-        """Raises ValueError where there is a run already, or none to resume."""
+    def __init__(self, folder: Path, config, resume: bool, overwrite: bool, commit=None):
+        """commit: the model's at the hub. Raises ValueError where there is a run already, or none
+        to resume."""
         self.folder, self.model = Path(folder), Path(folder) / "model"
-        self.began = time.time()
+        self.began, self.commit = time.time(), commit
         checkpoints = self.folder / "checkpoints"
         if (self.model.exists() or checkpoints.exists()) and not (resume or overwrite):
             raise ValueError(
@@ -38,8 +39,8 @@ class Run:
             self._describe()
 
     def _describe(self, **more) -> None:
-        text = json.dumps({**provenance(), "config": self.config, **more}, indent=2)
-        write_atomically(self.folder / "run.json", text + "\n")
+        made = {**provenance(), "config": self.config, "model_commit": self.commit, **more}
+        write_atomically(self.folder / "run.json", json.dumps(made, indent=2) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop the log's lines from `step` on: a resumed run writes them again."""

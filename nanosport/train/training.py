@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nanosport.cli import Preempted
 from nanosport.image import ImageConfig
-from nanosport.model.folder import load_model, resolve
+from nanosport.model.folder import hub_commit, load_model, resolve
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
 from nanosport.train import checkpoint, dist, optim
@@ -62,7 +62,8 @@ class Training:
         cfg = self.cfg
         torch.manual_seed(cfg.seed)
         self.source = resolve(cfg.model)
-        self.run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite) if self.rank == 0 else None
+        told = cfg.out, cfg, cfg.resume, cfg.overwrite, hub_commit(self.source)
+        self.run = Run(*told) if self.rank == 0 else None
         dist.check_shared(cfg.out / "run.json")
         self.stage = Stages(self.rank, cfg.stuck_after_s)
         self.preemption, self.skips = Preemption(), Skips(cfg.out, self.rank)
