@@ -25,7 +25,7 @@ from typing import Annotated, Literal
 from tqdm import tqdm
 
 from data_prep import arena
-from nanosport.cli import Above, AtLeast, AtMost, Preempted, Share
+from nanosport.cli import Preempted
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.endpoint import EndpointError
@@ -36,8 +36,9 @@ from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
-from nanosport.files import plain, provenance, write_atomically
-from nanosport.model.folder import resolve, version
+from nanosport.fields import Above, AtLeast, AtMost, Share
+from nanosport.files import ASSETS, plain, provenance, write_atomically
+from nanosport.model.folder import hub_commit, resolve, version
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import DIMENSIONS, Episode, Question, read_records
 from nanosport.report import printable, table
@@ -50,8 +51,8 @@ Players = tuple[FrameEncoder, Sampler]
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "assets/nano-deepsport"
-    """A model folder, or a Hugging Face hub id."""
+    model: str = str(ASSETS / "nano-deepsport")
+    """A model folder, or a Hugging Face hub id, of a revision if it ends in @REVISION."""
     data: Path = Path("out/arena/test.jsonl")
     """Questions, one JSON object a line. The default is rendered where it is missing."""
     out: Path | None = None
@@ -289,6 +290,7 @@ def main(cfg: Config) -> None:
         cfg.out.parent.mkdir(parents=True, exist_ok=True)
         config = {k: str(v) for k, v in asdict(cfg).items()}
         report = {"rows": rows, "left_out": left_out, "config": config, **provenance()}
+        report["model_commit"] = hub_commit(source)
         write_atomically(cfg.out, json.dumps(report, indent=1) + "\n")
     dist.barrier()
     played.remove()

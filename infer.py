@@ -17,20 +17,19 @@ from typing import Annotated
 import tyro
 
 from data_prep import arena, draw
-from nanosport.cli import Above, AtLeast, AtMost
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS, split_think
-from nanosport.files import write_atomically
-from nanosport.model.folder import resolve
+from nanosport.fields import Above, AtLeast, AtMost
+from nanosport.files import ASSETS, write_atomically
+from nanosport.model.folder import hub_commit, resolve
 from nanosport.records import LETTERS, Episode, Question, Turn, check_text
 from nanosport.report import episode_page, printable
 from nanosport.train.inputs import check_prompt
 from nanosport.video import Video
 
-ASSETS = Path(__file__).parent / "assets"
 ARENA_ONLY = (
     "this model has two million parameters and knows only the rendered arena; for real video give "
     "--model Qwen/Qwen2.5-VL-7B-Instruct, or a folder that you have trained from it"
@@ -45,7 +44,8 @@ class Config:
     options: tuple[str, ...] = ()
     """Options to choose from; they are lettered (A), (B), …"""
     model: str = str(ASSETS / "nano-deepsport")
-    """A model folder, or a Hugging Face hub id. The default knows the arena and nothing else."""
+    """A model folder, or a Hugging Face hub id, of a revision if it ends in @REVISION. The default
+    knows the arena and nothing else."""
     tool: bool = True
     """Whether the model may ask for more frames."""
     num_frames: Annotated[int | None, AtLeast(1)] = None
@@ -158,7 +158,7 @@ def main(cfg: Config) -> None:
         cfg.page.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cfg.page, episode_page(episode))
     if cfg.json:
-        print(json.dumps(as_json(episode, seconds)))
+        print(json.dumps(as_json(episode, seconds) | {"model_commit": hub_commit(folder)}))
     else:
         print(answer_line(episode, cfg.options))
         print(f"{len(episode.frames)} frames looked at, {seconds:.1f} s")

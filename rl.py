@@ -27,7 +27,6 @@ from kernels.policy_loss import (
     fused_linear_policy_loss,
     linear_logprobs,
 )
-from nanosport.cli import MAY_CHANGE, Above, AtLeast, AtMost, Share
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
@@ -35,7 +34,8 @@ from nanosport.env.judge import Judge, judge_of
 from nanosport.env.reward import Reward, gated_reward
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
-from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
+from nanosport.model.folder import ASSETS, load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist, presets
@@ -347,7 +347,7 @@ def make_default_data() -> None:
 def main(cfg: Config) -> None:
     if cfg.model is None:
         left_by_sft = Path("out/sft/model")
-        cfg = replace(cfg, model=str(left_by_sft) if left_by_sft.exists() else "assets/nano-sft")
+        cfg = replace(cfg, model=str(left_by_sft if left_by_sft.exists() else ASSETS / "nano-sft"))
     judge = judge_of(cfg.judge_url, cfg.judge, cfg.out / "answers", wait_s=cfg.judge_wait_s)
     training = Training(cfg, "RL")
     if cfg.num_prompts < training.world * cfg.updates:

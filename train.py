@@ -19,8 +19,8 @@ import torch
 
 from data_prep import arena, teacher
 from kernels.policy_loss import fused_linear_cross_entropy
-from nanosport.cli import MAY_CHANGE, AtLeast, Share
-from nanosport.model.folder import load_tokenizer
+from nanosport.fields import MAY_CHANGE, AtLeast, Share
+from nanosport.model.folder import ASSETS, load_tokenizer
 from nanosport.records import Episode, read_records
 from nanosport.train import dist, presets
 from nanosport.train.config import TrainingConfig
@@ -31,7 +31,7 @@ from nanosport.train.training import Training
 
 @dataclass(frozen=True)
 class Config(TrainingConfig):
-    model: str = "assets/nano-backbone"
+    model: str = str(ASSETS / "nano-backbone")
     data: Path = Path("out/arena/trajectories.jsonl")
     """Teacher trajectories, one JSON object a line. The default is rendered where it is missing."""
     out: Path = Path("out/sft")

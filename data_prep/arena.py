@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data_prep import draw
 from nanosport import cli
-from nanosport.cli import AtLeast, AtMost
+from nanosport.fields import AtLeast, AtMost
 from nanosport.files import replacing, write_atomically, writing
 from nanosport.image import encode_png
 from nanosport.records import LETTERS, Question

@@ -37,7 +37,7 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli
-from nanosport.cli import Above, AtLeast, AtMost
+from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import append, mend, writing
 from nanosport.image import ImageConfig, check_shape
 from nanosport.records import Clip, read_lines, stream_records

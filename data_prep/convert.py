@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data_prep import sources
 from data_prep.sources import Skip
 from nanosport import cli
-from nanosport.cli import AtLeast
+from nanosport.fields import AtLeast
 from nanosport.files import writing
 from nanosport.records import Question, parse_question, record_row
 

@@ -18,13 +18,13 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli
-from nanosport.cli import AtLeast
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
-from nanosport.files import append, mend, write_atomically
+from nanosport.fields import AtLeast
+from nanosport.files import ASSETS, append, mend, write_atomically
 from nanosport.records import Question, read_lines, read_questions, record_row
 from nanosport.video import usable
 
@@ -35,7 +35,7 @@ class Config:
     """Records, one JSON object a line."""
     out: Path
     """The same records with pass_rate."""
-    model: str = "assets/nano-backbone"
+    model: str = str(ASSETS / "nano-backbone")
     """The base model, before any training with the tool: a folder, or a hub id."""
     samples: Annotated[int, AtLeast(1)] = 8
     temperature: Annotated[float, AtLeast(0)] = 0.7

@@ -30,7 +30,6 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli
-from nanosport.cli import Above, AtLeast, AtMost, Share
 from nanosport.engine.sampler import Sampling
 from nanosport.env import prompt
 from nanosport.env.endpoint import Endpoint, Refused
@@ -40,6 +39,7 @@ from nanosport.env.reward import format_valid
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS, split_think
+from nanosport.fields import Above, AtLeast, AtMost, Share
 from nanosport.files import provenance, write_atomically
 from nanosport.image import encode_jpeg
 from nanosport.records import Episode, Question, Turn, check_text, read_questions, record_row

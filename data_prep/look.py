@@ -22,9 +22,9 @@ import tyro
 from tqdm import tqdm
 
 from nanosport import cli
-from nanosport.cli import AtLeast
 from nanosport.env.env import Env, Limits
 from nanosport.env.prompt import question_text
+from nanosport.fields import AtLeast
 from nanosport.files import write_atomically
 from nanosport.records import LETTERS, Question, Turn, stream_records
 from nanosport.report import page, pictures

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from data_prep import arena, draw, teacher
 from nanosport import cli
-from nanosport.cli import Above, AtLeast, AtMost
 from nanosport.env.prompt import (
     SYSTEM,
     SYSTEM_NO_TOOL,
@@ -37,7 +36,8 @@ from nanosport.env.prompt import (
     tool_result,
 )
 from nanosport.env.tools import tool_call
-from nanosport.files import provenance, write_atomically
+from nanosport.fields import Above, AtLeast, AtMost
+from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.image import ImageConfig, preprocess
 from nanosport.model.folder import load_config, load_model, load_tokenizer, save_model
 from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_positions
@@ -414,7 +414,7 @@ BATCH = {1: 96, 2: 40, 3: 48, 4: 24}
 
 @dataclass(frozen=True)
 class Config:
-    out: Path = Path("assets/nano-backbone")
+    out: Path = ASSETS / "nano-backbone"
     steps: Annotated[tuple[int, int, int, int], AtLeast(0)] = (900, 500, 800, 900)
     """Of the four stages."""
     start: Path | None = None

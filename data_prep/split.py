@@ -47,8 +47,8 @@ from data_prep.leaks import (
     real_path,
 )
 from nanosport import cli
-from nanosport.cli import Above, AtLeast, AtMost
 from nanosport.env.scoring import normalise
+from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import named, write_atomically
 from nanosport.records import Question, stream_records
 from nanosport.report import printable

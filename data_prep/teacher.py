@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from data_prep.arena import BALANCE, SANCTION, SHOTS, Plan, describe, scene
 from nanosport import cli
-from nanosport.cli import AtLeast, Share
 from nanosport.env.tools import tool_call
+from nanosport.fields import AtLeast, Share
 from nanosport.files import write_atomically
 from nanosport.records import Question, read_lines, read_questions
 from nanosport.video import Video

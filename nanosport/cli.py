@@ -1,18 +1,10 @@
-"""What every script's command line shares: flags from a Config, their bounds, and errors as one
-line.
+"""What every script's command line shares: flags from a Config, checked against the bounds that
+stand beside them, and errors as one line."""
 
-A bound stands beside its flag, and a mark says what may differ when a run is resumed:
-
-    steps: Annotated[int, AtLeast(1), MAY_GROW] = 40
-"""
-
-import argparse
 import atexit
 import errno
 import json
-import operator
 import os
-import re
 import select
 import shutil
 import signal
@@ -21,41 +13,15 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout, suppress
-from functools import partial
-from inspect import get_annotations
 from pathlib import Path
-from typing import Annotated, NamedTuple
 
 import torch
 
 import nanosport
+from nanosport.fields import Bound, marks_of
 from nanosport.files import named, plain
 from nanosport.records import check_whole
 from nanosport.report import printable
-
-MAY_CHANGE = "a resumed run may have another value of this flag"
-MAY_GROW = "a resumed run may have a larger value of this flag"
-
-
-class Bound(NamedTuple):
-    """Marks a flag that has a bound. As argparse's `type` it reads a whole number."""
-
-    words: str
-    holds: Callable[[float, float], bool]
-    bound: float
-
-    def __call__(self, text: str) -> int:
-        if not re.fullmatch(r"-?\d{1,18}", text) or not self.holds(int(text), self.bound):
-            rule = f"must be a whole number, {self.words} {self.bound}"
-            raise argparse.ArgumentTypeError(f"{text}: {rule}")
-        return int(text)
-
-
-AtLeast = partial(Bound, "at least", operator.ge)
-Above = partial(Bound, "above", operator.gt)
-AtMost = partial(Bound, "at most", operator.le)
-COUNT = AtLeast(1)
-Share = Annotated[float, AtLeast(0), AtMost(1)]
 
 
 class Preempted(Exception):
@@ -86,18 +52,6 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def marks(config_type: type) -> dict[str, tuple]:
-    """The marks of each field of a config, by the field's name.
-
-    A config that extends another may give a field a new default: the marks stand where it was born.
-    """
-    marks_by_name: dict[str, tuple] = {}
-    for base in reversed(config_type.__mro__):
-        for name, hint in get_annotations(base).items():
-            marks_by_name.setdefault(name, getattr(hint, "__metadata__", ()))
-    return marks_by_name
-
-
 def check(config) -> None:
     """Raise ValueError where a value is outside the bounds that are marked beside its flag, a
     number is not finite, or a text is none.
@@ -105,7 +59,7 @@ def check(config) -> None:
     `run` calls it, and so does what a run shares with other code; in `__post_init__`, tyro would
     print it as a parse error.
     """
-    for name, its_marks in marks(type(config)).items():
+    for name, its_marks in marks_of(type(config)).items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
             if isinstance(value, str):

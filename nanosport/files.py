@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+ASSETS = Path(__file__).parents[1] / "assets"
+"""The models and shapes that come with the code."""
+
 
 @contextmanager
 def named(file: Path | str, partial: Path | None = None):

@@ -5,70 +5,64 @@ Shape letters: F frames, C channels (of patches: values), H height, W width, P p
 """
 
 import io
-import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from nanosport.fields import Above, AtLeast, build, only, read_json, section
 from nanosport.video import Video, VideoError
+
+RGB = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """What preprocessor_config.json says; the defaults are Qwen2.5-VL's."""
+    """What a model folder says of its image processor; the defaults are Qwen2.5-VL's."""
 
-    patch_size: int = 14
-    temporal_patch_size: int = 2
-    merge_size: int = 2
-    min_pixels: int = 3136
-    max_pixels: int = 12845056
-    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    patch_size: Annotated[int, AtLeast(1)] = 14
+    temporal_patch_size: Annotated[int, AtLeast(1)] = 2
+    merge_size: Annotated[int, AtLeast(1)] = 2
+    min_pixels: Annotated[int, AtLeast(1)] = 3136
+    max_pixels: Annotated[int, AtLeast(1)] = 12845056
+    image_mean: RGB = (0.48145466, 0.4578275, 0.40821073)
+    image_std: Annotated[RGB, Above(0)] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike, max_pixels: int | None = None) -> "ImageConfig":
-        """From a model folder's preprocessor_config.json; newer models write the pixel bounds as
-        `size` there. max_pixels: another bound than the file's."""
-        file = Path(path) / "preprocessor_config.json"
-        try:
-            raw = json.loads(file.read_text())
-            config = cls._from_dict(raw, max_pixels)
-        except OSError as error:
-            why = f"cannot be read ({error.strerror})"
-            raise ValueError(f"{file}: {why}; give the folder of a Qwen-VL model") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            why = f"not a Qwen-VL preprocessor config ({error!r})"
-            raise ValueError(f"{file}: {why}; download the model's file again") from error
-        if max_pixels is not None and max_pixels < config.min_pixels:
-            rule = f"must be at least {config.min_pixels}, the model's min_pixels"
-            raise ValueError(f"--max-pixels {max_pixels}: {rule}")
-        sides = config.patch_size, config.temporal_patch_size, config.merge_size
-        bounds = 1 <= config.min_pixels <= config.max_pixels
-        colours = len(config.mean) == len(config.std) == 3 and min(config.std) > 0
-        if min(sides) < 1 or not bounds or not colours:
-            why = f"values out of range: {config}"
-            raise ValueError(f"{file}: {why}; download the model's file again")
+        """From a model folder; newer models write the pixel bounds as `size`. max_pixels: another
+        bound than the folder's."""
+        file, raw = image_settings(Path(path))
+        for name in ("do_resize", "do_rescale", "do_normalize"):
+            only(file, name, raw.get(name, True), True)
+        only(file, "resample", raw.get("resample", 3), 3)  # bicubic
+        size = section(raw, "size", file)
+        bounds = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+        values = {field.name: raw.get(field.name) for field in fields(cls)}
+        values |= {n: size.get(old) for n, old in bounds.items() if values[n] is None}
+        config = build(cls, values | ({"max_pixels": max_pixels} if max_pixels else {}), file)
+        if config.min_pixels > config.max_pixels:
+            where = "--max-pixels" if max_pixels else f"{file}: max_pixels"
+            why = f"must be at least {config.min_pixels}, the model's min_pixels"
+            raise ValueError(f"{where} {config.max_pixels}: {why}")
         return config
 
-    @classmethod
-    def _from_dict(cls, raw: dict, max_pixels: int | None) -> "ImageConfig":
-        size = raw.get("size") or {}
 
-        def bound(name: str, name_in_size: str) -> int:
-            return int(size[name_in_size] if raw.get(name) is None else raw[name])
-
-        return cls(
-            **{n: int(raw[n]) for n in ("patch_size", "temporal_patch_size", "merge_size")},
-            min_pixels=bound("min_pixels", "shortest_edge"),
-            max_pixels=max_pixels or bound("max_pixels", "longest_edge"),
-            mean=tuple(map(float, raw["image_mean"])),
-            std=tuple(map(float, raw["image_std"])),
-        )
+def image_settings(folder: Path) -> tuple[Path, dict]:
+    """(file, settings in it) of a model folder's image processor, in transformers' order: what
+    processor_config.json has under `image_processor`, else preprocessor_config.json."""
+    nested, file = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if nested.is_file() and (settings := section(read_json(nested), "image_processor", nested)):
+        return nested, settings
+    if not file.is_file():
+        why = "cannot be read: it is missing, and processor_config.json has no image_processor"
+        raise ValueError(f"{file}: {why}; give the folder of a Qwen-VL model")
+    return file, read_json(file)
 
 
 MAX_RATIO = 200
@@ -120,7 +114,8 @@ def preprocess(
     # In uint8, as published (a float resize differs by up to one level), hence on the CPU: the GPU
     # has no such kernel.
     x = F.interpolate(frames_FCHW.cpu(), (height, width), mode="bicubic", antialias=True)
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255.0 for v in (cfg.mean, cfg.std))
+    norm = cfg.image_mean, cfg.image_std
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255.0 for v in norm)
     x = (x.to(device).float() - mean) / std
 
     # F, block row, block column, row and column in the block, C, time, p, p

@@ -23,7 +23,7 @@ import rl
 import train
 from data_prep import arena, check, convert, difficulty, distill, look, pretrain, split, teacher
 from nanosport import cli, files
-from nanosport.cli import AtLeast, Bound, Share
+from nanosport.fields import AtLeast, Bound, Share, marks_of
 from nanosport.image import ImageConfig, smart_resize
 from nanosport.train import presets
 from tests.helpers.source_folders import finebadminton
@@ -224,7 +224,7 @@ def test_every_command_is_looked_at():
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
 def test_every_number_on_a_command_line_has_a_range(module):
     assert is_dataclass(module.Config)
-    marks, hints = cli.marks(module.Config), typing.get_type_hints(module.Config)
+    marks, hints = marks_of(module.Config), typing.get_type_hints(module.Config)
     for field in fields(module.Config):
         if numbers_in(hints[field.name]):
             assert any(isinstance(mark, Bound) for mark in marks[field.name]), field.name

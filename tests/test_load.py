@@ -235,7 +235,7 @@ def test_broken_folders_are_refused_by_name(tmp_path):
     )
     for match, config in (
         ("only 'qwen2_5_vl'", {"model_type": "llama"}),
-        ("'vision_config'", {"model_type": "qwen2_5_vl"}),
+        ("vision_config: 'depth' is missing", {"model_type": "qwen2_5_vl"}),
     ):
         refuses(
             match,
@@ -406,34 +406,38 @@ class Hub(BaseHTTPRequestHandler):
     file."""
 
     folder, commit = ROOT / "assets" / "nano-sft", "0123456789abcdef0123456789abcdef01234567"
+    revisions = {"main": commit, "v1.0": "89abcdef" * 5}
     asked: list[str] = []
 
     def do_GET(self, body=True):
         self.asked.append(self.path)
         names = [(p.name, p.stat().st_size) for p in self.folder.iterdir()] + [("harm.bin", 1)]
-        if self.path.startswith("/api/models/owner/nano/revision/main"):
+        revision = self.path.partition("/revision/")[2].partition("?")[0]
+        commits = [commit for commit in self.revisions.values() if commit in self.path]
+        commit = self.revisions.get(revision, [*commits, None][0])
+        if self.path.startswith("/api/models/owner/nano/revision/") and commit:
             content = json.dumps(
                 {
                     "id": "owner/nano",
-                    "sha": self.commit,
+                    "sha": commit,
                     "siblings": [{"rfilename": name} for name, _ in names],
                 }
             ).encode()
-        elif self.path.startswith(f"/api/models/owner/nano/tree/{self.commit}"):
+        elif self.path.startswith(f"/api/models/owner/nano/tree/{commit}"):
             content = json.dumps(
                 [
                     {"type": "file", "path": name, "size": size, "oid": "0" * 40}
                     for name, size in names
                 ]
             ).encode()
-        elif self.path.startswith(f"/owner/nano/resolve/{self.commit}/"):
+        elif self.path.startswith(f"/owner/nano/resolve/{commit}/"):
             content = (self.folder / self.path.rpartition("/")[2]).read_bytes()
         else:
             return self.send_error(404)
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("X-Repo-Commit", commit)
         self.end_headers()
         if body:
             self.wfile.write(content)
@@ -466,8 +470,18 @@ def test_a_hub_id_is_downloaded_once(tmp_path):
         folder = Path(done.stdout.strip())
         fetched, wanted = ((f / "model.safetensors").read_bytes() for f in (folder, Hub.folder))
         assert folder.is_relative_to(tmp_path) and fetched == wanted
+        assert folder.name == Hub.commit
     fetched = [p for p in Hub.asked if p.endswith("/model.safetensors")]
     # a look at its size, then the file; nothing the second time
     assert 1 <= len(fetched) <= 2 and not (folder / "harm.bin").exists()
+    for model, name in (("owner/nano@v1.0", "89abcdef" * 5), ("owner/nano@no-such", None)):
+        code = f"from nanosport.model.folder import resolve; print(resolve({model!r}))"
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == (0 if name else 1)
+        if name:
+            assert Path(done.stdout.strip()).name == name
+        else:
+            refused = "ValueError: model owner/nano@no-such: no such folder, and the hub did not"
+            assert done.stderr.splitlines()[-1].startswith(refused)
     server.shutdown()
     server.server_close()

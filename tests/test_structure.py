@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("reading", "records", "video", "image", "files", "cli", "report")
+BASE = ("reading", "records", "video", "image", "files", "fields", "cli", "report")
 LAYERS = [
     ["kernels"],
     [f"nanosport.{name}" for name in BASE],
@@ -106,7 +106,7 @@ def test_the_code_stays_small():
     core = num_lines("*.py", "kernels/**/*.py", "nanosport/**/*.py") - plan - bench
     assert num_lines("rl.py") <= 400 and num_lines("train.py") <= 130
     assert num_lines("nanosport/bench/train.py") <= 250
-    assert plan <= 890 and core <= 7_120 and num_lines(*everything) <= 13_970
+    assert plan <= 890 and core <= 8_180 and num_lines(*everything) <= 15_100
 
 
 COMMANDS = "arena check convert difficulty distill look split teacher"

@@ -336,7 +336,7 @@ def test_patch_order_by_plain_loops():
                             pixels = (
                                 frame[c, top : top + 2, left : left + 2].flatten().double() / 255
                             )
-                            patch += 2 * ((pixels - cfg.mean[c]) / cfg.std[c]).tolist()
+                            patch += 2 * ((pixels - cfg.image_mean[c]) / cfg.image_std[c]).tolist()
                         rows.append(patch)
     assert torch.allclose(patches.double(), torch.tensor(rows, dtype=torch.double), atol=1e-6)
 

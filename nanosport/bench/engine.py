@@ -17,15 +17,15 @@ from statistics import median
 import numpy as np
 import torch
 
-from nanosport.cli import COUNT, ending
+from nanosport.cli import ending
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Piece, Sampling
-from nanosport.files import provenance, write_atomically
+from nanosport.fields import COUNT
+from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.model.cost import CARDS, decode_seconds
 from nanosport.model.folder import load_config, load_tokenizer
 from nanosport.model.qwen2_5_vl import Qwen25VL
 
-ASSETS = Path(__file__).parents[2] / "assets"
 TOKENS = 24
 """A turn has so many tokens."""
 

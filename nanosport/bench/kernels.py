@@ -32,7 +32,8 @@ if not torch.cuda.is_available():
 from kernels import policy_loss, policy_row
 from kernels.attention import varlen_attention
 from kernels.policy_loss import Objective, TokenInputs, fused_linear_policy_loss
-from nanosport.cli import COUNT, ending
+from nanosport.cli import ending
+from nanosport.fields import COUNT
 from nanosport.files import provenance, write_atomically
 from nanosport.model.qwen2_5_vl import Layer, rotate
 

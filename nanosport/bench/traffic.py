@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanosport.cli import COUNT, ending
+from nanosport.cli import ending
+from nanosport.fields import COUNT
 from nanosport.model.qwen2_5_vl import Layer, rotate
 
 WIDTH, HEADS, KV_HEADS, HEAD, INNER = 3584, 28, 4, 128, 18944

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 
 from nanosport.bench.theirs import DEVICE, Theirs, Work, fill
-from nanosport.cli import COUNT, ending, leave_group
-from nanosport.files import provenance, write_atomically
+from nanosport.cli import ending, leave_group
+from nanosport.fields import COUNT
+from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.model.cost import CARDS
 from nanosport.model.folder import load_config
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
@@ -41,7 +42,6 @@ from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, take_s
 from nanosport.train import dist
 
 GPU = DEVICE.type == "cuda"
-ASSETS = Path(__file__).parents[2] / "assets"
 NANO = Lengths(frame_tokens=9, label=2, prompt_text=11, turn_text=7, result_text=1)
 """The paper's lengths ÷ 28, as the nano model's width is the 7B's ÷ 28: attention, which grows with
 length ÷ width, then keeps about its share of the operations (13 % here, 8 % there; 77 % with a nano

@@ -1,24 +1,33 @@
 """Model folders in and out: config.json, safetensors (one file or shards), tokenizer, all as
 transformers has them."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from reprlib import repr as short
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from nanosport.fields import check, read_json, section
+from nanosport.files import ASSETS
+from nanosport.image import image_settings
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HUB_ID = r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?"
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
 COPIED = (
     "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-    "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "processor_config.json", *TOKENIZER_SETTINGS, "tokenizer.json", "vocab.json",
+    "merges.txt", "chat_template.json", "chat_template.jinja",
 )  # fmt: skip
 SINGLE_TOKENS = (
     "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -27,36 +36,59 @@ SINGLE_TOKENS = (
 
 
 def resolve(model: str) -> Path:
-    """The folder of a model: a path, or a Hugging Face hub id (`owner/name`), which is downloaded
-    once and cached."""
-    folder = Path(model).expanduser()
+    """The folder of a model: a path, or a Hugging Face hub id (`owner/name`, or a revision of it,
+    `owner/name@revision`), which is downloaded once and cached. What is shipped, `assets/…`, is
+    found from any folder. Raises ValueError where there is no such model."""
+    folder = Path(os.path.expanduser(model))
+    if not folder.exists() and model.startswith("assets/"):
+        folder = ASSETS.parent / folder
     if not folder.exists() and (old := aside(folder)).is_dir():
         folder = old  # a save was killed between its two renames
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             why = "the folder holds no config.json, so it is not a model folder"
             raise ValueError(f"model {model}: {why}")
+        say_which(folder)
         return folder
-    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+    hub_id = re.fullmatch(HUB_ID, model)
+    # whoever owns these names at the hub, ours are meant
+    if folder.exists() or hub_id is None or model.startswith(("assets/", "out/")):
         raise ValueError(f"model {model}: no such folder")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+    (name, revision), patterns = hub_id.groups(), ["*.safetensors", "*.json", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # whatever the network, the hub or its cache answers
         why = f"no such folder, and the hub did not give it ({first_line(error)})"
         raise ValueError(f"model {model}: {why}") from error
+    say_which(folder)
+    return folder
+
+
+def hub_commit(folder: Path) -> str | None:
+    """The commit of a folder in the hub's cache; None of another folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def say_which(folder: Path) -> None:
+    """Say which weights are taken where a folder has them twice."""
+    twice = (folder / WHOLE).is_file() and (folder / INDEX).is_file()
+    if twice and os.environ.get("RANK", "0") == "0":
+        why = f"is taken, as transformers does, and not what {INDEX} names"
+        print(f"note: {folder}: {WHOLE} {why}", file=sys.stderr)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """config.json, and the end-of-sequence ids of generation_config.json, for chat models stop at
     several."""
     folder = Path(folder)
-    cfg = ModelConfig.from_dict(read_json(folder / "config.json"))
-    if (folder / "generation_config.json").is_file():
-        more = as_ids(read_json(folder / "generation_config.json").get("eos_token_id"))
-        cfg = replace(cfg, eos_token_ids=tuple(dict.fromkeys((*cfg.eos_token_ids, *more))))
+    file, more = folder / "config.json", folder / "generation_config.json"
+    cfg = ModelConfig.from_dict(read_json(file), file)
+    if more.is_file():
+        ids = as_ids(read_json(more).get("eos_token_id"))
+        check(ModelConfig, "eos_token_ids", ids, more)
+        cfg = replace(cfg, eos_token_ids=tuple(dict.fromkeys((*cfg.eos_token_ids, *ids))))
     return cfg
 
 
@@ -66,19 +98,13 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.floa
     folder = Path(folder)
     with torch.device("meta"):
         model = Qwen25VL(load_config(folder))
-    state = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    # a copy: it must not stay mapped to a file that may be replaced
-                    weight = file.get_tensor(name).to(device, dtype, copy=True)
-                    state[published_name(name)] = weight
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
-    if model.cfg.tie_word_embeddings:
-        state.pop("lm_head.weight", None)  # some tools write the shared matrix twice
-    wanted = model.state_dict()
+    state, wanted = read_weights(folder, device, dtype), model.state_dict()
+    if model.cfg.tie_word_embeddings and "lm_head.weight" in state:  # some tools write it twice
+        head = state.pop("lm_head.weight")
+        if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
+            says = "config.json ties lm_head to the embeddings, the file has another lm_head.weight"
+            which = "set tie_word_embeddings to false, or take lm_head.weight out of the file"
+            raise ValueError(f"{folder}: {says}: {which}")
     if missing := wanted.keys() - state.keys():
         raise ValueError(f"{folder}: weights missing: {first_few(missing)}")
     if unexpected := state.keys() - wanted.keys():
@@ -90,16 +116,43 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.floa
     return model
 
 
+def read_weights(folder: Path, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of a folder's files by their published names. Raises ValueError where a file is
+    not whole, or a weight is there twice or not finite."""
+    state = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    # a copy: it must not stay mapped to a file that may be replaced
+                    weight = file.get_tensor(name).to(device, dtype, copy=True)
+                    if (published := published_name(name)) in state:
+                        why = "is there twice, in another file or under an older name"
+                        raise ValueError(f"{path}: {name} {why}")
+                    # both are NaN where one value is; of all checks by far the cheapest
+                    if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
+                        why = "holds NaN or infinity: take the model from before its run broke"
+                        raise ValueError(f"{path}: {name} is not finite: it {why}")
+                    state[published] = weight
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    return state
+
+
 def published_name(name: str) -> str:
     """The published name of a weight that a newer tool has saved under its module path."""
     return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files. Raises ValueError where one is missing."""
-    names = {"model.safetensors"}
-    if (folder / INDEX).is_file():
-        names = set(read_json(folder / INDEX).get("weight_map", {}).values())
+    """The safetensors files that transformers takes: the whole one, else those of the index. Raises
+    ValueError where one is missing, or is not in the folder (but links in it may lead outside)."""
+    names = {WHOLE}
+    if not (folder / WHOLE).is_file() and (index := folder / INDEX).is_file():
+        named = section(read_json(index), "weight_map", index).values()
+        if outside := [n for n in named if not isinstance(n, str) or n != Path(n).name]:
+            raise ValueError(f"{index}: weight_map {short(outside[0])}: must be a file beside it")
+        names = set(named)
     for name in sorted(names):
         if not (folder / name).is_file():
             raise ValueError(f"{folder}: {name} is missing")
@@ -107,9 +160,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def version(folder: Path) -> str:
-    """What changes when a model folder is trained anew: sizes and times of its weights."""
-    stats = ((path.name, path.stat()) for path in sorted(Path(folder).glob("*.safetensors")))
-    return " ".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
+    """What changes when a model folder is trained anew, and stays when it is copied: names, sizes
+    and a digest of its files of weights, the whole of 16 MiB, an even sample of larger ones."""
+    parts, block = [], 2**14
+    for path in weight_files(Path(folder)):
+        size, digest = path.stat().st_size, hashlib.sha256()
+        with open(path, "rb") as file:
+            for start in range(0, size, max(block, size // 1024)):
+                file.seek(start)
+                digest.update(file.read(block))
+        parts.append(f"{path.name}:{size}:{digest.hexdigest()[:16]}")
+    return " ".join(parts)
 
 
 def save_model(
@@ -196,17 +257,20 @@ def copy_settings(source: Path, folder: Path, dtype: str, max_pixels: int | None
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if max_pixels is not None:
-        settings = read_json(source / "preprocessor_config.json") | {"max_pixels": max_pixels}
+        file, settings = image_settings(source)
+        settings = settings | {"max_pixels": max_pixels}
         if size := settings.get("size"):
             settings["size"] = size | {"longest_edge": max_pixels}
-        write_json(folder / "preprocessor_config.json", settings)
+        nested = file.name == "processor_config.json"
+        whole = read_json(file) | {"image_processor": settings} if nested else settings
+        write_json(folder / file.name, whole)
 
 
 def with_dtype(config: dict, dtype: str) -> dict:
     """config.json as it was, but for the dtype it names: transformers loads with that one."""
     named = {key: dtype for key in ("dtype", "torch_dtype") if key in config}
-    parts = {key: with_dtype(part, dtype) for key, part in config.items() if isinstance(part, dict)}
-    return config | parts | named
+    sections = [key for key in ("text_config", "vision_config") if config.get(key)]
+    return config | {key: with_dtype(config[key], dtype) for key in sections} | named
 
 
 def move_into_place(new: Path, folder: Path) -> None:
@@ -237,6 +301,9 @@ def load_tokenizer(folder: str | Path):
     else:  # AutoTokenizer would make up a tokenizer of one token, without an error
         why = "no tokenizer (neither tokenizer.json nor vocab.json and merges.txt)"
         raise ValueError(f"{folder}: {why}")
+    for file in map(folder.joinpath, TOKENIZER_SETTINGS):
+        if file.is_file():
+            read_json(file)  # whose errors name the file
     try:
         tokenizer = tokenizer_class.from_pretrained(folder)
     except Exception as error:  # the library names no type for a file it cannot read
@@ -264,13 +331,6 @@ def tokenizer_mistake(tokenizer, cfg: ModelConfig) -> str | None:
     if (highest := max(tokenizer.get_vocab().values())) >= cfg.vocab_size:
         return f"it has id {highest}, the model {cfg.vocab_size} rows"
     return None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read as a JSON object ({error})") from error
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -41,6 +41,13 @@ class FrameEncoder:
     ):
         """frozen: the tower is not trained, so its features are kept, at most `cache_bytes` of
         them; else they carry gradients."""
+        if model is not None:
+            cuts = image.patch_size, image.temporal_patch_size, image.merge_size
+            tower = model.cfg.vision
+            takes = tower.patch_size, tower.temporal_patch_size, tower.spatial_merge_size
+            if cuts != takes:
+                what = f"patch_size, temporal_patch_size, merge_size {cuts}, in config.json {takes}"
+                raise ValueError(f"the image processor's settings are another model's: {what}")
         self.model, self.image, self.frozen = model, image, frozen
         self.cache_bytes, self.indexed_frames, self.cached_bytes = cache_bytes, indexed_frames, 0
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()

@@ -13,66 +13,83 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from kernels.attention import Keys, cached_attention, varlen_attention
+from nanosport.fields import Above, AtLeast, build, only, section
 from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, rotate, run_layer
 from nanosport.model.vision import VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    rms_norm_eps: float
-    rope_theta: float
-    mrope_section: tuple[int, int, int]
+    vocab_size: Annotated[int, AtLeast(1)]
+    hidden_size: Annotated[int, AtLeast(1)]
+    intermediate_size: Annotated[int, AtLeast(1)]
+    num_hidden_layers: Annotated[int, AtLeast(1)]
+    num_attention_heads: Annotated[int, AtLeast(1)]
+    num_key_value_heads: Annotated[int, AtLeast(1)]
+    rms_norm_eps: Annotated[float, Above(0)]
+    rope_theta: Annotated[float, Above(0)]
+    mrope_section: Annotated[tuple[int, int, int], AtLeast(0)]
     """How many rotary frequencies follow the time, height and width position; together half the
     head width."""
     tie_word_embeddings: bool
-    image_token_id: int
-    video_token_id: int
-    vision_start_token_id: int
-    vision_end_token_id: int
-    eos_token_ids: tuple[int, ...]
+    image_token_id: Annotated[int, AtLeast(0)]
+    video_token_id: Annotated[int, AtLeast(0)]
+    vision_start_token_id: Annotated[int, AtLeast(0)]
+    vision_end_token_id: Annotated[int, AtLeast(0)]
+    eos_token_ids: Annotated[tuple[int, ...], AtLeast(0)]
     vision: VisionConfig
 
     @classmethod
-    def from_dict(cls, raw: dict) -> "ModelConfig":
+    def from_dict(cls, raw: dict, where="config.json") -> "ModelConfig":
         """From config.json, flat as published or nested (`text_config`, `rope_parameters`) as in
-        transformers 5."""
-        text = {**raw, **(raw.get("text_config") or {})}
-        rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-        for name, value, implemented in (
-            ("model_type", raw.get("model_type"), ("qwen2_5_vl",)),
-            ("rope type", rope.get("rope_type", rope.get("type", "default")), ("default", "mrope")),
-            ("use_sliding_window", text.get("use_sliding_window") or False, (False,)),
-            ("hidden_act", text.get("hidden_act", "silu"), ("silu",)),
-        ):
-            if value not in implemented:
-                known = " and ".join(map(repr, implemented))
-                raise ValueError(f"config.json: {name} {value!r}: this code has only {known}")
+        transformers 5. Raises ValueError for the first field that is wrong, after `where`."""
+        text = {**raw, **section(raw, "text_config", where)}
+        rope = section(text, "rope_scaling", where) | section(text, "rope_parameters", where)
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        only(where, "model_type", raw.get("model_type"), "qwen2_5_vl")
+        only(where, "rope type", rope_type, "default", "mrope")
+        only(where, "use_sliding_window", text.get("use_sliding_window") or False, False)
+        only(where, "hidden_act", text.get("hidden_act", "silu"), "silu")
+        # transformers ties where either level says so
         tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-        values = {name: text[name] for name in cls.__dataclass_fields__ if name in text} | {
+        values = text | {
             "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1e6)),
-            "mrope_section": tuple(rope.get("mrope_section", (16, 24, 24))),
-            "tie_word_embeddings": bool(tied),
+            "mrope_section": rope.get("mrope_section", (16, 24, 24)),
+            "tie_word_embeddings": tied or False,
             "eos_token_ids": as_ids(text.get("eos_token_id")),
+            "vision": VisionConfig.from_dict(section(raw, "vision_config", where), where),
         }
-        try:
-            cfg = cls(**values, vision=VisionConfig.from_dict(raw["vision_config"]))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"config.json: a value is missing: {error}") from error
-        if 2 * sum(cfg.mrope_section) != cfg.head_dim:
-            rule = f"must sum to {cfg.head_dim}/2, half a head"
-            raise ValueError(f"config.json: mrope_section {cfg.mrope_section}: {rule}")
+        cfg = build(cls, values, where)
+        cfg.check_sizes(where)
         return cfg
+
+    def check_sizes(self, where="config.json") -> None:
+        """Raise ValueError for sizes that do not fit together."""
+        heads, half, v = self.num_attention_heads, f"{self.head_dim}/2, half a head", self.vision
+        odd_section = 2 * sum(self.mrope_section) != self.head_dim
+        square, tower = v.patch_size * v.spatial_merge_size, "vision_config"
+        for wrong, rule in (
+            (self.hidden_size % heads, "num_attention_heads: must divide hidden_size"),
+            (
+                heads % self.num_key_value_heads,
+                f"num_key_value_heads: must divide the {heads} heads",
+            ),
+            (odd_section, f"mrope_section {self.mrope_section}: must sum to {half}"),
+            (v.hidden_size % (4 * v.num_heads), f"{tower}: num_heads: must divide hidden_size / 4"),
+            (
+                v.out_hidden_size - self.hidden_size,
+                f"{tower}: out_hidden_size: must be hidden_size",
+            ),
+            (v.window_size < square, f"{tower}: window_size: must be at least {square}"),
+        ):
+            if wrong:
+                raise ValueError(f"{where}: {rule}")
 
     @property
     def head_dim(self) -> int:
@@ -83,7 +100,7 @@ def as_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
     """End-of-sequence ids, of which a config may have none, one or a list."""
     if eos is None:
         return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
 def mrope_positions(

@@ -12,45 +12,44 @@ temporal patch · patch²), D hidden, H heads, d head width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from kernels.attention import varlen_attention
+from nanosport.fields import Above, AtLeast, build, only, section
 from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, rotate, run_layer
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    depth: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    out_hidden_size: int
+    depth: Annotated[int, AtLeast(1)]
+    hidden_size: Annotated[int, AtLeast(1)]
+    intermediate_size: Annotated[int, AtLeast(1)]
+    num_heads: Annotated[int, AtLeast(1)]
+    out_hidden_size: Annotated[int, AtLeast(1)]
     """Width of the language model."""
-    patch_size: int
+    patch_size: Annotated[int, AtLeast(1)]
     """Pixels a side."""
-    window_size: int
+    window_size: Annotated[int, AtLeast(1)]
     """Pixels a side."""
-    fullatt_block_indexes: tuple[int, ...]
-    in_channels: int = 3
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    rope_theta: float = 10000.0
+    fullatt_block_indexes: Annotated[tuple[int, ...], AtLeast(0)]
+    in_channels: Annotated[int, AtLeast(1)] = 3
+    temporal_patch_size: Annotated[int, AtLeast(1)] = 2
+    spatial_merge_size: Annotated[int, AtLeast(1)] = 2
+    rope_theta: Annotated[float, Above(0)] = 10000.0
 
     @classmethod
-    def from_dict(cls, raw: dict) -> "VisionConfig":
+    def from_dict(cls, raw: dict, where="config.json") -> "VisionConfig":
         """From config.json's `vision_config`, published (`in_chans`) or of transformers 5
-        (`in_channels`)."""
-        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw}
-        known["in_channels"] = raw.get("in_channels", raw.get("in_chans", 3))
-        known["fullatt_block_indexes"] = tuple(raw["fullatt_block_indexes"])
-        known["rope_theta"] = (raw.get("rope_parameters") or {}).get("rope_theta", cls.rope_theta)
-        if raw.get("hidden_act", "silu") != "silu":
-            activation = raw["hidden_act"]
-            raise ValueError(f"vision_config.hidden_act {activation!r}: Qwen2.5-VL has 'silu'")
-        return cls(**known)
+        (`in_channels`). Raises ValueError for the first field that is wrong."""
+        where = f"{where}: vision_config"
+        rope = section(raw, "rope_parameters", where)
+        only(where, "hidden_act", raw.get("hidden_act", "silu"), "silu")
+        values = {"in_channels": raw.get("in_chans", 3)} | raw
+        return build(cls, values | {"rope_theta": rope.get("rope_theta", cls.rope_theta)}, where)
 
     @property
     def head_dim(self) -> int:

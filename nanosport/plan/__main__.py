@@ -13,16 +13,15 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from math import ceil
-from pathlib import Path
 from typing import Annotated, Literal
 
 import rl
 import train
 from nanosport import cli
-from nanosport.cli import Above, AtLeast, AtMost
+from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.image import ImageConfig, smart_resize
 from nanosport.model import cost
-from nanosport.model.folder import load_config
+from nanosport.model.folder import ASSETS, load_config
 from nanosport.model.qwen2_5_vl import ModelConfig
 from nanosport.plan import memory
 from nanosport.plan.memory import GIB, Moments
@@ -33,7 +32,6 @@ from nanosport.train.deal import Unit, make_units
 USABLE = 0.988
 """An H100 of "80 GB" reports 79.1 GiB."""
 PAPER_GPU_HOURS = 796  # on H20, both stages
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -136,8 +134,8 @@ def stages(cfg: Config) -> dict[str, Stage]:
     if not cfg.calls < policy.max_turns - 1:
         most = policy.max_turns - 1
         raise ValueError(f"--calls {cfg.calls}: must be below {most}, the turns that may call")
-    shape = sft.model if cfg.preset == "nano" else f"assets/qwen2.5-vl-{cfg.preset[:2]}"
-    folder = cfg.model or ROOT / shape
+    shape = "nano-backbone" if cfg.preset == "nano" else f"qwen2.5-vl-{cfg.preset[:2]}"
+    folder = cfg.model or ASSETS / shape
     model, image = load_config(folder), ImageConfig.from_folder(folder, sft.max_pixels)
     height, width = smart_resize(360, 640, image)
     frame_tokens = height * width // (image.patch_size * image.merge_size) ** 2

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nanosport import cli
-from nanosport.cli import MAY_CHANGE, MAY_GROW, Above, AtLeast, AtMost
+from nanosport.fields import MAY_CHANGE, MAY_GROW, Above, AtLeast, AtMost, marks_of
 from nanosport.train import checkpoint
 
 
@@ -14,7 +14,7 @@ class TrainingConfig:
     """Every flag is compared with the resumed run's, unless it is marked beside the flag."""
 
     model: Annotated[str | None, MAY_CHANGE]
-    """A model folder, or a Hugging Face hub id."""
+    """A model folder, or a Hugging Face hub id, of a revision if it ends in @REVISION."""
     data: Annotated[Path, MAY_CHANGE]
     """JSON lines. The default is rendered where it is missing."""
     out: Annotated[Path, MAY_CHANGE]
@@ -84,7 +84,7 @@ class TrainingConfig:
 
 def settings(cfg: TrainingConfig) -> dict[str, str]:
     """What a resumed run is compared with: every flag but those that may change."""
-    marks = cli.marks(type(cfg))
+    marks = marks_of(type(cfg))
     names = [field.name for field in fields(cfg) if MAY_CHANGE not in marks[field.name]]
     return {name: str(getattr(cfg, name)) for name in names}
 
@@ -95,16 +95,15 @@ def check_resumed(cfg: TrainingConfig, saved: dict[str, str], run: Path) -> list
 
     Raises ValueError that names the first flag which must not differ.
     """
-    marks, defaults, grown = cli.marks(type(cfg)), settings(type(cfg)()), []
+    marks, defaults, grown = marks_of(type(cfg)), settings(type(cfg)()), []
     for name, value in settings(cfg).items():
         before = saved.get(name, defaults[name])
         if value == before:
             continue
         flag = cli.flag(name)
         if MAY_GROW not in marks[name] or int(value) < int(before):
-            advice = (
-                "it may grow, not shrink" if MAY_GROW in marks[name] else "resume with the same"
-            )
+            may_grow = MAY_GROW in marks[name]
+            advice = "it may grow, not shrink" if may_grow else "resume with the same"
             raise ValueError(f"{flag} {value}: the run in {run} has {before}; {advice}")
         schedule = f"the learning rate's schedule goes on over all {value} steps"
         grown.append(f"{flag} grows from {before} to {value}: {schedule}")

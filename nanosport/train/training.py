@@ -20,7 +20,15 @@ from nanosport.cli import Preempted
 from nanosport.env.endpoint import EndpointError
 from nanosport.files import checksum
 from nanosport.image import ImageConfig
-from nanosport.model.folder import COPIED, aside, first_few, load_model, resolve, weight_files
+from nanosport.model.folder import (
+    COPIED,
+    aside,
+    first_few,
+    hub_commit,
+    load_model,
+    resolve,
+    weight_files,
+)
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
 from nanosport.train import checkpoint, dist, optim
@@ -79,6 +87,7 @@ class Training:
         if cfg.resume and checkpoint.latest(cfg.out):
             self._resume()
         if self.run:
+            self.run.about["model_commit"] = hub_commit(self.source)
             self.run.about["began_with"] = self.began_with
         self.image = ImageConfig.from_folder(self.source, cfg.max_pixels)
         self.encoder = FrameEncoder(self.model, self.image, cfg.frozen)
