@@ -262,6 +262,7 @@ def make_default_data() -> None:
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     if not cfg.modes:
         raise ValueError("--modes: name at least one of tool, no-tool")
     rank = dist.start()[0] if cli.num_processes() > 1 else 0

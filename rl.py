@@ -132,9 +132,8 @@ class Config(TrainingConfig):
                 "--rollout-cap weighs tokens, --loss gspo whole sequences: leave one of them out"
             )
         if self.updates > self.num_prompts:
-            raise ValueError(
-                f"--updates {self.updates}: must be at most --num-prompts {self.num_prompts}"
-            )
+            rule = f"must be at most --num-prompts {self.num_prompts}"
+            raise ValueError(f"--updates {self.updates}: {rule}")
 
     @property
     def objective(self) -> Objective:

@@ -289,6 +289,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     began = time.time()
     (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
     jobs = [

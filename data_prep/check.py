@@ -283,6 +283,7 @@ def sum_up(report: Path, last: dict[Clip, int]) -> dict[Clip, int]:
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     last, out, report = last_windows(cfg.records), cfg.clean, cfg.report
     videos = {cfg.records.parent / clip.video for clip in last}
     for path in (out, report):

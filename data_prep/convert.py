@@ -73,10 +73,7 @@ class Tally:
         lines = [f"kept      {self.kept:8,}", f"skipped   {self.skipped.total():8,}"]
         for reason, count in self.skipped.most_common(SHOWN):
             skip = self.example[reason]
-            example = re.sub(
-                r"[\x00-\x1f\x7f-\x9f]", "?", f"{skip.where}: {skip.why}"
-            )  # no escape codes of the data's on a terminal
-            lines.append(f"  {count:8,}  e.g. {example}")
+            lines.append(f"  {count:8,}  e.g. {skip.where}: {skip.why}")
         if len(self.skipped) > SHOWN:
             lines.append(
                 f"  {sum(n for _, n in self.skipped.most_common()[SHOWN:]):8,}  for "
@@ -125,6 +122,7 @@ def record_lines(
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     if cfg.source not in source_names():
         raise ValueError(f"{cfg.source}: no such source; there are {', '.join(source_names())}")
     root, out = cfg.root.resolve(), cfg.out.resolve()

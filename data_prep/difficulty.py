@@ -76,12 +76,14 @@ def measure(
 def main(cfg: Config) -> None:
     from nanosport.model.folder import resolve, version  # not before it is needed, as above
 
+    cli.check(cfg)
     questions = read_questions(cfg.data)
-    cli.not_the_input(cfg.out, cfg.data, cfg.model, *{question.video for question in questions})
     names = ("model", "samples", "temperature", "max_new_tokens", "seed")
     folder = resolve(cfg.model)
     settings = {name: str(getattr(cfg, name)) for name in names} | {"weights": version(folder)}
     kept = cfg.out.with_name(cfg.out.name + ".rates.jsonl")
+    for path in (cfg.out, kept):
+        cli.not_the_input(path, cfg.data, cfg.model, *{question.video for question in questions})
     rates = read_rates(kept, settings)
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     for line in dict.fromkeys(measure(cfg, folder, questions, rates, kept)):

@@ -296,11 +296,14 @@ def trajectories(cfg: Config, questions: list[Question], passed: dict[int, dict]
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     cache = cfg.out.with_name(cfg.out.name + ".answers")
     limits = {k: getattr(cfg, k) for k in ("timeout_s", "wait_s", "per_minute")}
     judge, endpoint = judge_of(cfg.judge_url, cfg.judge, cache, **limits), None
     questions = read_questions(cfg.data)
-    cli.not_the_input(cfg.out, cfg.data, cfg.teacher, *{question.video for question in questions})
+    counts = cfg.out.with_name(cfg.out.name + ".json")
+    for path in (cfg.out, counts):
+        cli.not_the_input(path, cfg.data, cfg.teacher, *{question.video for question in questions})
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     if cfg.url:
         limits |= {"price_in": cfg.price_in, "price_out": cfg.price_out}
@@ -324,8 +327,7 @@ def main(cfg: Config) -> None:
     tally = {name: {**e.tally, "cost": round(e.cost, 4)} for name, e in asked.items() if e}
     report |= {"episodes": dict(faults), "endpoints": tally}
     report |= {"config": {k: str(v) for k, v in asdict(cfg).items()}, **provenance()}
-    path = cfg.out.with_name(cfg.out.name + ".json")
-    write_atomically(path, json.dumps(report, indent=1) + "\n")
+    write_atomically(counts, json.dumps(report, indent=1) + "\n")
     for why, count in faults.most_common():
         print(f"{count:8} of {faults.total()} episodes: {why}")
     if not lines:

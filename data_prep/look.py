@@ -211,6 +211,7 @@ def row_body(row: dict, question: Question, folder: Path) -> str:
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     cli.not_the_input(cfg.out, cfg.data)
     picked, counts = survey(cfg.data, cfg.rows, cfg.seed)
     videos = (cfg.data.parent / question.video for _, _, question in picked)

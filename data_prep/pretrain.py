@@ -462,11 +462,11 @@ def train_stage(cfg: Config, source: Path, stage: int, image: ImageConfig) -> Qw
 
 def main(cfg: Config) -> None:
     torch.manual_seed(cfg.seed)
-    if cfg.start is not None:
-        cli.not_the_input(cfg.out, cfg.start)
     source, done = start(cfg)
     if len(done) >= len(STAGES):
         raise ValueError(f"--start {source}: has been through all stages already")
+    if cfg.start is not None:
+        cli.not_the_input(cfg.out, cfg.start)
     image = ImageConfig.from_folder(source)
     for stage in range(len(done) + 1, len(STAGES) + 1):
         # from the folder every time: a stage goes on from the same bits whether or not the ones

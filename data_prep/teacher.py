@@ -154,14 +154,15 @@ def read_plans(path: Path) -> dict[str, Plan]:
 
 
 def main(cfg: Config) -> None:
+    cli.check(cfg)
     if cfg.wrong_window + cfg.guess > 1:
         raise ValueError("--wrong-window and --guess together must not pass 1")
+    out, read = cfg.data / "trajectories.jsonl", cfg.data / "sft.jsonl"
+    cli.not_the_input(out, read, flag="--data")
     plans = read_plans(cfg.data / "sft_plans.jsonl")
     rng = np.random.default_rng([cfg.seed, 5])
     lines, opened = [], {}
-    for question in tqdm(
-        read_questions(cfg.data / "sft.jsonl") * cfg.draws, desc="teacher", unit="trajectory"
-    ):
+    for question in tqdm(read_questions(read) * cfg.draws, desc="teacher", unit="trajectory"):
         key = str(Path(question.video).relative_to(cfg.data))
         if key not in opened:
             opened[key] = Video(question.video)
@@ -169,7 +170,6 @@ def main(cfg: Config) -> None:
         lines.append(
             json.dumps({"question": {**asdict(question), "video": key}, "messages": messages})
         )
-    out = cfg.data / "trajectories.jsonl"
     write_atomically(out, "\n".join(lines) + "\n")
     print(f"{len(lines)} trajectories in {out}")
 

@@ -56,8 +56,8 @@ def check(config) -> None:
     """Raise ValueError where a value is outside the bounds that are marked beside its flag, a
     number is not finite, or a text is none.
 
-    `run` calls it, and so does what a run shares with other code; in `__post_init__`, tyro would
-    print it as a parse error.
+    `run` calls it for every command, and a `main` for whoever calls it in Python; in
+    `__post_init__`, tyro would print it as a parse error.
     """
     for name, its_marks in marks_of(type(config)).items():
         values = getattr(config, name)
@@ -134,7 +134,7 @@ def ending(command: Callable[[], None]) -> None:
         leave(f"error: {error}", 1)
     except OSError as error:  # a full disk, a missing folder, a file that may not be written
         if isinstance(error, BrokenPipeError) and unread():
-            sys.exit(141)  # as a shell says it of a command that SIGPIPE has ended
+            leave("", 141)  # as a shell says it of a command that SIGPIPE has ended
         leave(f"error: {why(error)}", 1)
     except Preempted as stop:
         leave(str(stop), 143)
@@ -200,14 +200,15 @@ def tell_torchrun(line: str) -> None:
 
 
 def leave(message: str, code: int) -> None:
-    """Print `message` and end this process.
+    """Print `message`, where there is one, and end this process.
 
     One of several processes ends at once: it must not wait for the others, which wait for it.
     torchrun then ends them too.
     """
     several = num_processes() > 1
     line = f"[rank {os.environ['RANK']}] {message}" if several else message
-    print(printable(line), file=sys.stderr, flush=True)
+    if message:
+        print(printable(line), file=sys.stderr, flush=True)
     if several:
         tell_torchrun(line)
         let_go()

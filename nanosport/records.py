@@ -241,8 +241,7 @@ def parse_row(row: dict) -> Question:
     """The question of a line, which is a bare question or a trajectory. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("must be a JSON object")
-    messages = row.get("messages", [])
-    if not isinstance(messages, list) or not all(map(is_text, messages)):
+    if not isinstance(messages := row.get("messages", []), list):
         raise ValueError("messages: must be a list of texts")
     question = parse_question(row.get("question") if "messages" in row else row)
     for k, message in enumerate(messages, 1):

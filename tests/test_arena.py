@@ -321,7 +321,6 @@ GOOD = {
         (json.dumps({"question": [], "messages": []}), "JSON object"),
         (json.dumps({"messages": []}), "question"),
         ("{", "not a question"),
-        ("", "not a question"),
         ("[]", "JSON object"),
         ("null", "JSON object"),
         ('""', "JSON object"),

@@ -552,8 +552,18 @@ def overwriting(folder: Path):
         out = {"out" if module is evaluation else "page": model / "config.json"}
         yield module, module.Config(model=str(model), **flags, **out)
     yield check, check.Config(data, link)
+    for suffix, module in ((".json", distill), (".rates.jsonl", difficulty)):
+        beside = folder / f"x{suffix}"
+        beside.hardlink_to(data)
+        model_flag = {"teacher" if module is distill else "model": str(model)}
+        yield module, module.Config(data=beside, out=folder / "x", **model_flag)
+    (folder / "trajectories.jsonl").symlink_to(data)
+    (folder / "sft.jsonl").symlink_to(data)
+    yield teacher, teacher.Config(folder)
     yield infer, infer.Config(clip.parent, "Who?", page=clip)
-    yield pretrain, pretrain.Config(model, start=model)
+    (folder / "pre").mkdir()
+    (folder / "pre" / "pretrain.json").write_text('{"stages": []}')
+    yield pretrain, pretrain.Config(folder / "pre", start=folder / "pre")
     (folder / "run").mkdir()
     (folder / "run" / "log.jsonl").hardlink_to(data)
     yield train, train.Config(str(model), data, folder / "run")

@@ -24,7 +24,6 @@ from data_prep.sources import (
     shuffle_options,
     template,
 )
-from nanosport import cli
 from nanosport.records import parse_question, read_questions
 from tests.helpers.source_folders import LATER_MATCH, WRITE, finediving, put, run, sportu, touch
 
@@ -443,7 +442,6 @@ def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
             )
         )
         with pytest.raises(ValueError, match=words):
-            cli.check(convert.Config(**cfg))
             convert.main(convert.Config(**cfg))
     for file in (data / "soccer").iterdir():
         file.unlink()

@@ -346,7 +346,7 @@ def test_half_a_character_in_bytes_is_named_too(tmp_path):
             .replace(b"}", b', "window": [0, 9%s]}' % (b"9" * 5000)),
             "4300",
         ),
-        (json.dumps({"messages": [3], "question": question("a", "q")}).encode(), "list of texts"),
+        (json.dumps({"messages": [3], "question": question("a", "q")}).encode(), "expected string"),
         (json.dumps({"messages": [ANSWER]}).encode(), "the question must be a JSON object"),
     ],
 )
