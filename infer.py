@@ -142,9 +142,10 @@ def main(cfg: Config) -> None:
     )
     check_prompt(question, encoder, sampler.tokenizer, [limits])
     video = encoder.open(question.clip)
-    if is_lost(folder, video):
-        print(f"note    {ARENA_ONLY}", file=sys.stderr if cfg.json else sys.stdout)
+    note = ARENA_ONLY if is_lost(folder, video) else None
     if not cfg.json:
+        if note:
+            print(f"note    {note}")
         overview = ", ".join(map(str, video.sample(num_frames)))
         print(f"video   {video.num_frames} frames, seen first: {overview}")
 
@@ -158,7 +159,8 @@ def main(cfg: Config) -> None:
         cfg.page.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cfg.page, episode_page(episode))
     if cfg.json:
-        print(json.dumps(as_json(episode, seconds) | {"model_commit": hub_commit(folder)}))
+        more = {"model_commit": hub_commit(folder), "note": note}
+        print(json.dumps(as_json(episode, seconds) | more))
     else:
         print(answer_line(episode, cfg.options))
         print(f"{len(episode.frames)} frames looked at, {seconds:.1f} s")
