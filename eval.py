@@ -80,7 +80,7 @@ class Config:
     """So many questions are played at a time."""
     judge_url: str | None = None
     """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers;
-    else the F1 of their words does."""
+    else the words that they share do, in order."""
     judge: str = ""
     """The judge's name there. The key is read from JUDGE_API_KEY; verdicts are kept in
     out/answers."""
@@ -184,6 +184,7 @@ def run_mode(
     episodes = [episode for episode in episodes if episode is not None]
 
     scores = by_rule = [accuracy(e.answer, e.question) for e in episodes]
+    before = judge.endpoint.tally["by_rule"] if judge else 0
     if judge is not None:
         scores = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
     scored, _ = dist.gather_items(list(zip(episodes, scores, by_rule)))
@@ -192,7 +193,8 @@ def run_mode(
         raise ValueError(f"{cfg.data}: every video is lost; is the disk there?")
     episodes, scores, by_rule = map(list, zip(*scored))
     more = {"judge_and_rule": agreement(by_rule, scores)} if judge else {}
-    if declined := int(dist.total([judge.endpoint.tally["by_rule"] if judge else 0])[0]):
+    declined = judge.endpoint.tally["by_rule"] - before if judge else 0
+    if declined := int(dist.total([declined])[0]):
         more["by_rule"] = declined
     more |= {"lost": lost} if lost else {}
     outcomes = [outcome(episode, score) for episode, score in zip(episodes, scores)]

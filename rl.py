@@ -83,11 +83,10 @@ class Config(TrainingConfig):
     overview, and elsewhere doing without it is; the questions then need a pass_rate (python -m
     data_prep.difficulty)."""
     solved_rate: Share = 0.75
-    """v2: the base model succeeds where its pass rate is at least this. At 0.5 a fifth of the
-    arena's guesses would count as knowledge."""
+    """v2: the base model succeeds where its pass rate is at least this; guesses reach 0.5."""
     judge_url: Annotated[str | None, MAY_CHANGE] = None
     """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers;
-    else the F1 of their words does."""
+    else the words that they share do, in order."""
     judge: str = ""
     """The judge's name there. The key is read from JUDGE_API_KEY; verdicts are kept in
     `out`/answers."""
@@ -131,6 +130,8 @@ class Config(TrainingConfig):
             raise ValueError(
                 "--rollout-cap weighs tokens, --loss gspo whole sequences: leave one of them out"
             )
+        if self.judge_url and self.judge_wait_s >= self.stuck_after_s:
+            raise ValueError(f"--judge-wait-s {self.judge_wait_s}: must be below --stuck-after-s")
         if self.updates > self.num_prompts:
             rule = f"must be at most --num-prompts {self.num_prompts}"
             raise ValueError(f"--updates {self.updates}: {rule}")

@@ -15,6 +15,9 @@ def stop(*_) -> None:
 
 
 # Python starts one of our commands, and imports this first; cli.ending then listens to Ctrl-C
-starting = sys.argv[:1] == ["-m"] or sys.argv and Path(sys.argv[0]).resolve() in SCRIPTS
+module = [after for m, after in zip(sys.orig_argv, sys.orig_argv[1:]) if m == "-m"][:1]
+ours = module and module[0].partition(".")[0] in ("nanosport", "data_prep")
+starting = sys.argv[:1] == ["-m"] and ours
+starting = starting or sys.argv and Path(sys.argv[0]).resolve() in SCRIPTS
 if starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, stop)

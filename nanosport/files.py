@@ -45,7 +45,7 @@ def replacing(path: Path):
             yield path
         return
     path = path.resolve() if path.is_symlink() else path
-    new = path.with_name(f".partial.{path.name}")
+    new = path.with_name(f".partial.{os.getpid()}.{path.name}")
     try:
         with named(path, new):
             yield new

@@ -43,8 +43,9 @@ class ImageConfig:
         only(file, "resample", raw.get("resample", 3), 3)  # bicubic
         size = section(raw, "size", file)
         bounds = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-        values = {field.name: raw.get(field.name) for field in fields(cls)}
-        values |= {n: size.get(old) for n, old in bounds.items() if values[n] is None}
+        values = {new: size[old] for new, old in bounds.items() if size.get(old) is not None}
+        names = [field.name for field in fields(cls)]
+        values |= {name: raw[name] for name in names if raw.get(name) is not None}
         config = build(cls, values | ({"max_pixels": max_pixels} if max_pixels else {}), file)
         if config.min_pixels > config.max_pixels:
             where = "--max-pixels" if max_pixels else f"{file}: max_pixels"

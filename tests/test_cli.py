@@ -32,10 +32,10 @@ ROOT = Path(__file__).parents[1]
 CLIPS = ROOT.parent / "shared" / "data" / "clips"
 
 
-def call(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
+def call(*arguments, cwd=ROOT, **environment):
+    command = [sys.executable, *map(str, arguments)]
+    options = {"cwd": cwd, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, env=os.environ | environment, **options)
 
 
 @pytest.fixture(scope="module")
@@ -490,9 +490,12 @@ def listen() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def test_ctrl_c_is_left_alone_where_the_code_is_a_library():
-    done = call("-c", "import signal, nanosport.cli; print(signal.getsignal(signal.SIGINT))")
-    assert "default_int_handler" in done.stdout
+def test_ctrl_c_is_left_alone_where_the_code_is_a_library(tmp_path):
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "import nanosport.cli; print(signal.getsignal(signal.SIGINT))"
+    assert "default_int_handler" in call("-c", code).stdout
+    (tmp_path / "theirs.py").write_text(code)
+    assert "default_int_handler" in call("-m", "theirs", PYTHONPATH=f"{ROOT}:{tmp_path}").stdout
 
 
 # What is written, and where.
@@ -582,3 +585,11 @@ def test_no_command_writes_over_what_it_reads(clip, tmp_path):
         with pytest.raises(ValueError, match="is read; choose another|would be written over"):
             module.main(cfg)
         assert all(path.read_bytes() == raw for path, raw in before.items()), cfg
+
+
+def test_two_processes_may_write_one_file(tmp_path):
+    code = "from pathlib import Path; from nanosport.files import write_atomically as write\n"
+    code += f"for _ in range(300): write(Path({str(tmp_path / 'answer')!r}), 'B')"
+    writers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["answer"]

@@ -347,7 +347,7 @@ def test_requests_keep_to_their_rate(server, tmp_path, monkeypatch):
     slow = Endpoint(server.url, "nano", tmp_path, per_minute=60)
     for sample in range(3):
         ask(slow, sample)
-    assert waits[0] == 0 and 0 < waits[1] <= 1 and 0.5 < waits[2] <= 2
+    assert sum(waits[:1]) <= 1 and 1 < sum(waits) <= 3
 
 
 def test_reasoning_that_a_server_sends_apart_is_put_back():
@@ -503,11 +503,29 @@ def test_what_a_judge_declines_is_scored_by_rule_and_counted(capsys):
     said = ["a", "b", "c", "red 7 refuse", "red 7 ramble", None]
     assert judge.answers(said, [OPEN] * 6) == pytest.approx([0.75] * 3 + [2 / 3] * 2 + [0])
     tally = judge.endpoint.tally
-    assert (tally["graded"], tally["by_rule"], tally["in_vain"]) == (3, 2, 4)
+    assert (tally["graded"], tally["by_rule"]) == (3, 2)
     assert "scored by rule: 2 answers; http://x/v1, choosy: status 400" in capsys.readouterr().err
     assert judge.answers(["red 7 refuse"], [OPEN]) == pytest.approx([2 / 3])
     with pytest.raises(EndpointError, match="400"):  # one that grades nothing is of no use
         judge.answers(["refuse"] * 3, [OPEN] * 3)
+
+
+def test_ctrl_c_does_not_wait_for_requests(monkeypatch):
+    """Whoever waits for a judge that is away is let go."""
+    judge = Judge(Endpoint("http://127.0.0.1:9/v1", "away", Path("unused"), wait_s=600))
+
+    def interrupted(answer, question):
+        if answer == "stop":
+            threading.Event().wait(0.5)
+            raise KeyboardInterrupt
+        return judge._grade("", question, answer)
+
+    monkeypatch.setattr(Judge, "answer", lambda self, *asked: interrupted(*asked))
+    monkeypatch.setattr(time, "sleep", lambda seconds: threading.Event().wait(seconds))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        judge.answers(["stop", "a"], [OPEN] * 2)
+    assert time.monotonic() - began < 10
 
 
 def test_agreement_is_cohens_kappa():

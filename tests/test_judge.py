@@ -105,6 +105,8 @@ def test_eval_asks_the_judge_about_open_answers_once(strict, questions, tmp_path
 
 
 def test_eval_ends_in_one_line_where_the_judge_rambles(questions, tmp_path):
+    rows = [json.loads(line) | {"answer": "a zebra"} for line in questions.open()]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))  # all are asked about
     with ChatServer(NANO) as server:  # taught nothing about grades
         cfg = evaluation.Config(
             str(GUESSER),
@@ -186,3 +188,8 @@ def test_an_evaluation_counts_what_is_scored_by_rule(strict, learning, tmp_path)
     evaluation.main(replace(cfg, judge_url=strict.url, judge="nano"))
     (row,) = json.loads((tmp_path / "report.json").read_text())["rows"].values()
     assert row["by_rule"] == 1
+
+
+def test_a_judge_is_not_waited_for_until_the_run_counts_as_stuck(learning):
+    with pytest.raises(ValueError, match="--judge-wait-s 60.*: must be below --stuck-after-s"):
+        rl.main(replace(learning, judge_wait_s=60.0, stuck_after_s=60.0))

@@ -17,6 +17,7 @@ import eval as evaluation
 import infer
 import rl
 import train
+from nanosport.files import ASSETS
 from nanosport.image import ImageConfig
 from nanosport.model.folder import (
     hub_commit,
@@ -28,6 +29,7 @@ from nanosport.model.folder import (
     version,
 )
 from nanosport.model.frames import FrameEncoder
+from nanosport.model.qwen2_5_vl import ModelConfig
 from tests.helpers.clips import write
 from tests.helpers.hub_cache import hub_cache
 
@@ -440,3 +442,12 @@ def test_a_garbled_file_is_named(folder, name):
 def test_end_of_sequence_ids_are_checked_in_both_files(folder, ids):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
     refused("generation_config.json: eos_token_ids .*: must be a list", load_config, folder)
+
+
+def test_settings_that_are_not_there_have_transformers_defaults(tmp_path):
+    """A preprocessor's file that names some of them; a text_config whose token ids are null."""
+    (tmp_path / "preprocessor_config.json").write_text('{"max_pixels": 500000}')
+    assert ImageConfig.from_folder(tmp_path) == ImageConfig(max_pixels=500_000)
+    raw = json.loads((ASSETS / "qwen2.5-vl-7b/config.json").read_text())
+    inner = {"image_token_id": None, "video_token_id": None}
+    assert ModelConfig.from_dict(raw | {"text_config": inner}) == ModelConfig.from_dict(raw)

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
@@ -85,8 +86,8 @@ class Endpoint:
     """How often a request is repeated after a time-out, a lost connection, a garbled reply, 429 or
     5xx. It waits 1, 2, 4, … seconds, or what the server asks for."""
     wait_s: float = 0.0
-    """A service that is away (no connection, a time-out, 429, 5xx) is asked again for so long at
-    least."""
+    """A service that is away (no connection, a time-out, 429, 5xx) is asked again for so long. 0:
+    as often as `retries` says."""
     per_minute: float = 0.0
     """Requests a minute at most; 0 for no limit."""
     price_in: float = 0.0
@@ -96,8 +97,8 @@ class Endpoint:
     key_name: str = "OPENAI_API_KEY"
     """The environment variable that holds its key."""
     tally: Counter = field(default_factory=Counter)
-    """calls, cached, retries, prompt_tokens, completion_tokens; requests that a judge has graded,
-    or was asked in_vain, and answers that are scored by_rule in its place."""
+    """calls, cached, retries, prompt_tokens, completion_tokens; answers that a judge
+    has graded, and those that are scored by_rule in its place."""
 
     def __post_init__(self):
         if "@" in self.url:
@@ -173,7 +174,7 @@ class Endpoint:
             except TryAgain as error:
                 why, pause_s, away = str(error), error.pause_s, error.away
             left_s = began + self.wait_s - time.monotonic() if away else 0.0
-            if attempt >= self.retries and left_s <= 0:
+            if left_s <= 0 and (attempt >= self.retries or away and self.wait_s > 0):
                 break
             self.count(retries=1)
             if attempt == 3 and left_s > 0 and not self._told:
@@ -182,9 +183,15 @@ class Endpoint:
                 print(f"\n{self._name}: {wait}", file=sys.stderr)
             backoff_s = 2.0 ** min(attempt, 7) * random.uniform(0.75, 1.25)
             attempt += 1
-            time.sleep(min(120.0, max(pause_s, backoff_s)))
+            self._pause(min(120.0, max(pause_s, backoff_s)))
         tries = f"no answer after {attempt + 1} tries ({why})"
         raise EndpointError(f"{self._name}: {tries}; start again later, its answers are kept")
+
+    def _pause(self, seconds: float) -> None:
+        """Wait, but not long after `close`."""
+        for _ in range(parts := ceil(seconds)):
+            if not self._closed.is_set():
+                time.sleep(seconds / parts)
 
     def _post(self, body: bytes) -> dict:
         """Send a request once. Raises TryAgain where another try may help, else EndpointError."""
@@ -222,7 +229,7 @@ class Endpoint:
             with self._lock:
                 at_s = max(self._next_s, time.monotonic())
                 self._next_s = at_s + 60 / self.per_minute
-            time.sleep(max(0.0, at_s - time.monotonic()))
+            self._pause(at_s - time.monotonic())
 
     def _read(self, raw: bytes) -> dict:
         """{text, finish_reason, usage} of a reply's bytes. Raises TryAgain."""

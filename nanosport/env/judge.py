@@ -39,6 +39,10 @@ class NoGrade(EndpointError):
     """The judge was asked three times and gave none."""
 
 
+PATIENCE = 3
+"""A judge may decline so many answers more than it grades."""
+
+
 @dataclass(frozen=True)
 class Judge:
     """A language model with a fixed rubric; its verdicts lie in the endpoint's cache."""
@@ -58,7 +62,7 @@ class Judge:
         """The score of each answer. One that the judge declines is scored by rule, and counted in
         the endpoint's tally as `by_rule`.
 
-        Raises EndpointError where the service fails, or where it is asked in vain too often.
+        Raises EndpointError where the service fails, or declines too many.
         """
         declined: list[EndpointError] = []
 
@@ -70,12 +74,15 @@ class Judge:
                 return accuracy(answer, question)
 
         with ThreadPoolExecutor(self.workers) as pool:
-            scores = list(pool.map(score, answers, questions))
+            try:
+                scores = list(pool.map(score, answers, questions))
+            except BaseException:  # Ctrl-C too: the others must not be waited for
+                self.endpoint.close()
+                raise
         if declined:
-            tries = sum(len(TEMPERATURES) if isinstance(e, NoGrade) else 1 for e in declined)
-            self.endpoint.count(by_rule=len(declined), in_vain=tries)
+            self.endpoint.count(by_rule=len(declined))
             tally = self.endpoint.tally
-            if tally["in_vain"] >= tally["graded"] + len(TEMPERATURES):
+            if tally["by_rule"] >= tally["graded"] + PATIENCE:
                 raise declined[0]
             print(f"\nscored by rule: {len(declined)} answers; {declined[0]}", file=sys.stderr)
         return scores

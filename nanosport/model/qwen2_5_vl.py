@@ -49,7 +49,8 @@ class ModelConfig:
     def from_dict(cls, raw: dict, where="config.json") -> "ModelConfig":
         """From config.json, flat as published or nested (`text_config`, `rope_parameters`) as in
         transformers 5. Raises ValueError for the first field that is wrong, after `where`."""
-        text = {**raw, **section(raw, "text_config", where)}
+        inner = section(raw, "text_config", where)
+        text = raw | {name: value for name, value in inner.items() if value is not None}
         rope = section(text, "rope_scaling", where) | section(text, "rope_parameters", where)
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         only(where, "model_type", raw.get("model_type"), "qwen2_5_vl")

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from nanosport.cli import ending
 from nanosport.files import checksum, write_atomically
 from nanosport.model.folder import load_model, save_model, sync
 from nanosport.model.qwen2_5_vl import Qwen25VL
@@ -242,12 +243,12 @@ def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> Non
 
 def export(folder: Path, out: Path) -> None:
     """A run's model alone, in bfloat16, with how it was made (made.json): what assets/ holds."""
+    made = (folder.parent / "run.json").read_text()
     save_model(load_model(folder), out, source=folder, dtype=torch.bfloat16)
-    write_atomically(out / "made.json", (folder.parent / "run.json").read_text())
+    write_atomically(out / "made.json", made)
 
 
 if __name__ == "__main__":  # python -m nanosport.train.checkpoint out/rl/model out/nano
-    try:
-        export(Path(sys.argv[1]), Path(sys.argv[2]))
-    except (ValueError, OSError, IndexError) as error:
-        sys.exit(f"error: {error}; usage: python -m nanosport.train.checkpoint RUN/model OUT")
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m nanosport.train.checkpoint RUN/model OUT")
+    ending(lambda: export(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -64,7 +64,7 @@ class Stages:
                 print(
                     f"error: rank {self.rank} is stuck in step {self.step}, {self.stage}, for "
                     f"{spent:.0f} s (--stuck-after-s {self.stuck_after_s:g}); below is where. "
-                    "The last checkpoint is whole: --resume goes on from it",
+                    "--resume goes on from the last checkpoint, if there is one",
                     file=sys.stderr,
                 )
                 # the real stderr: a test's stand-in has no file behind it

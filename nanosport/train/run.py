@@ -13,7 +13,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from nanosport.cli import not_the_input
 from nanosport.files import append, provenance, write_atomically
 from nanosport.model.folder import check_replaceable
 from nanosport.train.checkpoint import latest
@@ -27,8 +26,6 @@ class Run:
         self.folder, self.model = Path(folder), Path(folder) / "model"
         self.log, self.json = self.folder / "log.jsonl", self.folder / "run.json"
         self.checkpoints = self.folder / "checkpoints"
-        for path in (self.log, self.json):
-            not_the_input(path, config.data)
         config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
         self.about, self.opened = {**provenance(), "config": config}, time.time()
 
