@@ -46,6 +46,8 @@ class ImageConfig:
         values = {new: size[old] for new, old in bounds.items() if size.get(old) is not None}
         names = [field.name for field in fields(cls)]
         values |= {name: raw[name] for name in names if raw.get(name) is not None}
+        if "max_pixels" not in values:  # published models differ, and so do programs' defaults
+            raise ValueError(f"{file}: max_pixels is missing, and longest_edge of size with it")
         config = build(cls, values | ({"max_pixels": max_pixels} if max_pixels else {}), file)
         if config.min_pixels > config.max_pixels:
             where = "--max-pixels" if max_pixels else f"{file}: max_pixels"
