@@ -14,10 +14,13 @@ def stop(*_) -> None:
     os._exit(130)
 
 
-# Python starts one of our commands, and imports this first; cli.ending then listens to Ctrl-C
-module = [after for m, after in zip(sys.orig_argv, sys.orig_argv[1:]) if m == "-m"][:1]
-ours = module and module[0].partition(".")[0] in ("nanosport", "data_prep")
-starting = sys.argv[:1] == ["-m"] and ours
-starting = starting or sys.argv and Path(sys.argv[0]).resolve() in SCRIPTS
-if starting and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, stop)
+def starts_us() -> bool:
+    """Whether Python is starting one of our commands, which imports this package first."""
+    if sys.argv[:1] == ["-m"]:
+        after = [name for m, name in zip(sys.orig_argv, sys.orig_argv[1:]) if m == "-m"]
+        return bool(after) and after[0].partition(".")[0] in ("nanosport", "data_prep")
+    return bool(sys.argv) and Path(sys.argv[0]).resolve() in SCRIPTS
+
+
+if starts_us() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, stop)  # until cli.ending listens

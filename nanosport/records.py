@@ -15,6 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from nanosport.fields import unique
 from nanosport.reading import number, time_span
 
 DIMENSIONS = ("recognition", "rules", "assessment", "commentary")
@@ -195,20 +196,11 @@ def read_lines(
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    item = parse(json.loads(line.strip(), object_pairs_hook=_once))
+                    item = parse(json.loads(line.strip(), object_pairs_hook=unique))
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: not {what}: {error}") from None
                 yield Line(number, offset), item
             offset += len(line)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object. Raises ValueError where it has a field twice."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)}: is there twice")
-    return row
 
 
 def record_row(question: Question, folder: Path) -> dict:

@@ -333,8 +333,8 @@ def test_half_a_character_in_bytes_is_named_too(tmp_path):
 @pytest.mark.parametrize(
     "line, why",
     [
-        (b'{"id": "q", "id": "r"}', "id: is there twice"),
-        (b'{"question": {"id": "q", "sport": "", "sport": ""}, "messages": []}', "sport: is there"),
+        (b'{"id": "q", "id": "r"}', "the key 'id' is there twice"),
+        (b'{"question": {"id": "q", "sport": "", "sport": ""}, "messages": []}', "the key 'sport' is there"),
         (b"[" * 100_000, "recursion"),
         (b'{"messages": ' + b'{"a":' * 100_000, "recursion"),
         (json.dumps(question("a", "q")).encode().replace(b"}", b', "tolerance": 1e999}'), "toler"),
