@@ -334,7 +334,10 @@ def test_half_a_character_in_bytes_is_named_too(tmp_path):
     "line, why",
     [
         (b'{"id": "q", "id": "r"}', "the key 'id' is there twice"),
-        (b'{"question": {"id": "q", "sport": "", "sport": ""}, "messages": []}', "the key 'sport' is there"),
+        (
+            b'{"question": {"id": "q", "sport": "", "sport": ""}, "messages": []}',
+            "the key 'sport' is there",
+        ),
         (b"[" * 100_000, "recursion"),
         (b'{"messages": ' + b'{"a":' * 100_000, "recursion"),
         (json.dumps(question("a", "q")).encode().replace(b"}", b', "tolerance": 1e999}'), "toler"),
