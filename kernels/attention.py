@@ -6,7 +6,7 @@
 Segments may share what they begin with (the prompt of a group of rollouts): then it is a segment of
 its own, computed once, and the others see it before themselves, through Keys.
 
-T tokens of all segments, S keys they see (or cached tokens), B rows, H query heads, K key/value
+T tokens of all segments, S keys they see (or cached tokens), R rows, H query heads, K key/value
 heads (H = K·G), d head width.
 """
 
@@ -38,7 +38,8 @@ class Keys:
     kernel takes it, and its gradients add up by themselves.
     """
 
-    index_S: torch.Tensor
+    index_S: torch.Tensor | None
+    """None: the keys are given in this order."""
     cu_seqlens: torch.Tensor
     longest: int
 
@@ -67,7 +68,8 @@ def varlen_attention(
     """
     cu_keys, max_keys = cu_seqlens, max_seqlen
     if keys is not None:
-        k_TKd, v_TKd = k_TKd.index_select(0, keys.index_S), v_TKd.index_select(0, keys.index_S)
+        if keys.index_S is not None:
+            k_TKd, v_TKd = k_TKd.index_select(0, keys.index_S), v_TKd.index_select(0, keys.index_S)
         cu_keys, max_keys = keys.cu_seqlens, keys.longest
     # the flash kernels know no float32
     if not (q_THd.is_cuda and q_THd.dtype in (torch.bfloat16, torch.float16)):
@@ -134,20 +136,14 @@ def sdpa_of_one_shape(q, k, v, length: int, num_keys: int, causal, scale):
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def cached_attention(q_BTHd, k_BKSd, v_BKSd, mask_B1TS):
-    """T new queries a row over that row's S cached keys, the new ones among them; the mask is added
-    to the scores."""
-    B, T, H, d = q_BTHd.shape
-    if T == 1:
-        # the heads that share a key head become its queries: no key is copied, and the one mask row
-        # serves them all
-        q_BKGd = q_BTHd.view(B, k_BKSd.shape[1], -1, d)
-        out_BKGd = F.scaled_dot_product_attention(q_BKGd, k_BKSd, v_BKSd, attn_mask=mask_B1TS)
-        return out_BKGd.reshape(B, T, H, d)
-    # with a mask, only the math path knows GQA
-    k_BHSd, v_BHSd = (repeat_heads(x, H, dim=1) for x in (k_BKSd, v_BKSd))
-    q_BHTd = q_BTHd.transpose(1, 2)
-    return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, mask_B1TS).transpose(1, 2)
+def cached_attention(q_RHd, k_RKSd, v_RKSd, mask_RS):
+    """One new query a row over that row's S cached keys; the mask is added to the scores."""
+    # the heads that share a key head become its queries: no key is copied, and the one mask row
+    # serves them all
+    q_RKGd = q_RHd.unflatten(1, (k_RKSd.shape[1], -1))
+    mask_R11S = mask_RS[:, None, None]
+    out_RKGd = F.scaled_dot_product_attention(q_RKGd, k_RKSd, v_RKSd, attn_mask=mask_R11S)
+    return out_RKGd.flatten(1, 2)
 
 
 def repeat_heads(x, num_heads: int, dim: int):

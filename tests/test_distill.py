@@ -684,8 +684,8 @@ def test_a_local_checkpoint_teaches_too_and_goes_on_where_it_stopped(
     answers = sorted((tmp_path / "t.jsonl.answers").glob("*/*.json"))
     assert len(answers) == 6
     answers[0].unlink()
-    ran, prefill = [], OwnSampler.prefill
-    monkeypatch.setattr(OwnSampler, "prefill", lambda *a: ran.append(1) or prefill(*a))
+    ran, turns = [], OwnSampler.turns
+    monkeypatch.setattr(OwnSampler, "turns", lambda self: ran.append(1) or turns(self))
     distill.main(cfg)
     assert len(ran) == 1 and cfg.out.read_bytes() == first
 
@@ -798,8 +798,8 @@ def test_pass_rates_are_measured_once_and_feed_reward_v2(records, tmp_path, monk
     kept = cfg.out.with_name("measured.jsonl.rates.jsonl")
     whole, done = kept.read_text(), cfg.out.read_bytes()
     kept.write_text("\n".join(whole.splitlines()[:6]) + '\n{"id": "cut of')
-    calls, prefill = [], OwnSampler.prefill
-    monkeypatch.setattr(OwnSampler, "prefill", lambda *a: calls.append(1) or prefill(*a))
+    calls, turns = [], OwnSampler.turns
+    monkeypatch.setattr(OwnSampler, "turns", lambda self: calls.append(1) or turns(self))
     difficulty.main(cfg)
     assert len(calls) == 1 and cfg.out.read_bytes() == done
     with pytest.raises(ValueError, match="measured under"):

@@ -155,7 +155,7 @@ def test_the_tokens_that_are_counted_are_the_prompts(folder, players, limits, ki
     encoder, sampler = players
     asked = question(folder / "a.mp4", "q", **kind) | {"options": ()}
     asked = Question(**asked | ({"kind": "open"} if not kind else {}))
-    opened = Conversation(asked, encoder, sampler.tokenizer, limits, look=False)
+    opened = Conversation(asked, encoder, sampler.tokenizer, limits)
     exact = len(opened.open().ids)
     fits = Limits(limits.num_frames, max_tokens=exact, use_tool=limits.use_tool)
     check_prompt(asked, encoder, sampler.tokenizer, [fits])
@@ -274,7 +274,7 @@ def test_labels_carry_times_for_spans_where_the_rate_varies(tmp_path, players):
 
     def said(path: Path, kind: str) -> str:
         asked = Question("q", str(path), "soccer", "rules", "When?", (), "1-2", kind=kind)
-        opened = Conversation(asked, encoder, sampler.tokenizer, Limits(), look=False)
+        opened = Conversation(asked, encoder, sampler.tokenizer, Limits())
         return sampler.tokenizer.decode(opened.open().ids)
 
     assert "frame 39 at 5.90 s:" in said(uneven, "span") and "a second." not in said(uneven, "span")

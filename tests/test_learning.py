@@ -76,7 +76,7 @@ def test_turns_end_where_only_the_end_of_turn_ends_them(arena_folder):
     torch.manual_seed(0)
     texts = []
     for question in read_questions(arena_folder / "test.jsonl"):
-        conversation = Conversation(question, encoder, tokenizer, Limits(), look=False)
+        conversation = Conversation(question, encoder, tokenizer, Limits())
         frames_FCHW = encoder.open(question.clip).frames(conversation.env.overview)
         patches_PC, grids = preprocess(frames_FCHW, encoder.image)
         ids_1T = torch.tensor([conversation.open().ids])

@@ -13,6 +13,7 @@ from kernels.policy_loss import linear_logprobs
 from nanosport.engine import own
 from nanosport.engine.own import Draft, OwnSampler
 from nanosport.engine.sampler import Generated, Piece, Sampling
+from nanosport.engine.step import draw
 from nanosport.env.env import Limits
 from nanosport.env.prompt import IMAGE_PAD, SYSTEM, VISION_END, VISION_START
 from nanosport.env.reward import format_valid, gated_reward
@@ -21,7 +22,7 @@ from nanosport.env.tools import STOPS, tool_call
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_positions
+from nanosport.model.qwen2_5_vl import mrope_positions
 from nanosport.records import Episode, read_questions
 from nanosport.train.pack import pack
 
@@ -191,7 +192,7 @@ def test_a_bad_call_is_answered_with_an_error_and_the_episode_goes_on(
 ):
     bad = f"<think>x</think>\n{tool_call(20, 9000)}"
     conversation, piece = play([bad], questions[0], encoder, tokenizer)
-    assert conversation.env.status is None and piece.features_ND is None
+    assert conversation.env.status is None and piece.features is None
     said = tokenizer.decode(piece.ids, skip_special_tokens=False)
     assert (
         "<tool_response>\nerror: the interval must lie inside 0 to" in said
@@ -233,41 +234,6 @@ def test_a_repeated_interval_is_a_format_error(questions, encoder, tokenizer):
 def test_replay_refuses_what_is_no_trajectory(turns, why, questions, encoder, tokenizer):
     with pytest.raises(ValueError, match=f"{questions[0].id}.*{why}"):
         replay(questions[0], turns, encoder, tokenizer, Limits())
-
-
-def test_cached_decode_and_positions_equal_the_whole_forward_pass(
-    questions, encoder, tokenizer, model
-):
-    """Over two tool calls: the conversation fed piece by piece, and all at once."""
-    conversation = Conversation(questions[0], encoder, tokenizer, Limits())
-    prompt, transcript = conversation.open(), conversation.transcript
-    sampler = make_sampler(model, tokenizer)
-    state = sampler.prefill([prompt] * 2)
-    positions, start = mrope_positions(prompt.ids, prompt.grids, model.cfg)
-    parts = [positions]
-    for text in (FIRST, SECOND):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        answer = conversation.take(Generated(tuple(ids), (0.0,) * len(ids), True))
-        for piece in (Piece(ids), answer):
-            sampler.append(state, [piece, Piece(ids[:5])])  # a neighbour of another length
-            positions, start = mrope_positions(piece.ids, piece.grids, model.cfg, start)
-            parts.append(positions)
-            assert state.next_start_B[0] == start
-    frames = conversation.env.frames
-    grids = [encoder.grid(questions[0].clip)] * len(frames)
-    whole, end = mrope_positions(transcript.ids, grids, model.cfg)
-    assert torch.equal(torch.cat(parts, 1), whole) and end == start
-    features = encoder.features([(questions[0].clip, i) for i in frames])
-    with torch.no_grad():
-        hidden = model.hidden(
-            torch.tensor(transcript.ids),
-            whole,
-            torch.tensor([0, len(transcript.ids)], dtype=torch.int32),
-            features,
-        )
-        torch.testing.assert_close(
-            state.logits_BV[0], hidden[-1] @ model.head_weight_VD.T, atol=1e-4, rtol=1e-4
-        )
 
 
 @pytest.fixture(scope="module")
@@ -343,64 +309,40 @@ def test_a_rollout_is_the_same_whatever_it_is_batched_with(
     assert [e.ids for e in other] != [e.ids for e in together[:8]]
 
 
-@pytest.mark.parametrize("entries", [2**26, 60_000, 1_500, 1])
-def test_long_pieces_in_several_passes_give_the_same(
-    entries, model, tokenizer, encoder, questions, monkeypatch
+@pytest.mark.parametrize("pairs", [60_000, 1_500, 1])
+def test_long_pieces_in_several_packs_give_the_same(
+    pairs, model, tokenizer, encoder, questions, monkeypatch
 ):
-    """Frames that a pass's end cuts through included; a pass never has more entries than allowed,
-    but for one token's."""
-    sampler, widest = make_sampler(model, tokenizer), []
-    talk = Conversation(questions[0], encoder, tokenizer, Limits())
-    prompt = talk.open()
-    say = tokenizer.encode(FIRST, add_special_tokens=False)
-    shown = talk.take(Generated(tuple(say), (0.0,) * len(say), True))
-    rows = [[prompt, prompt], [Piece(say), Piece(say[:3])], [shown, Piece(say[:1])]]
-    straight = sampler.prefill(rows[0])
-    for pieces in rows[1:]:
-        sampler.append(straight, pieces)
-
-    def decode(ids_BT, positions_3BT, num_new_B, cache, features_ND=None):
-        out = Qwen25VL.decode(model, ids_BT, positions_3BT, num_new_B, cache, features_ND)
-        widest.append((ids_BT.numel() * int(cache.lengths_B.max()), ids_BT.shape[1]))
-        return out
-
-    monkeypatch.setattr(own, "MASK_ENTRIES", entries)
-    monkeypatch.setattr(model, "decode", decode)
-    state = sampler.prefill(rows[0])
-    for pieces in rows[1:]:
-        sampler.append(state, pieces)
-    assert all(count <= entries or tokens == 1 for count, tokens in widest)
-    assert torch.equal(state.next_start_B, straight.next_start_B)
-    assert torch.equal(state.cache.lengths_B, straight.cache.lengths_B)
-    torch.testing.assert_close(state.logits_BV, straight.logits_BV, atol=1e-4, rtol=1e-4)
+    """Frames that a pack's end cuts through included; a row of a pack never has more pairs than
+    allowed, but for one token's."""
+    sampler, seen = make_sampler(model, tokenizer, temperature=0.7), []
+    play = (encoder, questions[:1], Limits(max_turns=2), 4)
+    straight = rollout(sampler, *play)
+    compute = sampler._compute
+    sampler._compute = lambda pack: (
+        seen.extend((n, row.length + n) for row, n in pack) or compute(pack)
+    )
+    monkeypatch.setattr(own, "PACK_PAIRS", pairs)
+    packed = rollout(sampler, *play)
+    assert seen and all(new * keys <= pairs or new == 1 for new, keys in seen)
+    assert [e.ids for e in packed] == [e.ids for e in straight]
+    for a, b in zip(packed, straight):
+        np.testing.assert_allclose(a.sampled_logp, b.sampled_logp, rtol=0, atol=1e-4)
 
 
-def test_the_frames_of_a_groups_prompt_are_held_once(model, tokenizer, encoder, questions):
-    sampler, opened = make_sampler(model, tokenizer), []
-    open_ = sampler.open
-    sampler.open = lambda prompt, streams: opened.append(prompt) or open_(prompt, streams)
-    joined = []
+def test_a_groups_prompt_is_read_once(model, tokenizer, encoder, questions):
+    sampler, asked = make_sampler(model, tokenizer), []
     features, encoder.features = (
         encoder.features,
-        lambda names: joined.append(names) or features(names),
+        lambda names: asked.append(names) or features(names),
     )
     try:
-        rollout(sampler, encoder, questions[:2], Limits(max_turns=1), 4)
+        episodes = rollout(sampler, encoder, questions[:2], Limits(max_turns=1), 4)
     finally:
         del encoder.features
-    assert len(opened) == len(joined) == 2
-
-
-def test_the_order_of_rows_does_not_matter(model, tokenizer, encoder, questions):
-    sampler = make_sampler(model, tokenizer, temperature=1.0)
-    prompts = [Conversation(q, encoder, tokenizer, Limits()).open() for q in questions[:4]]
-    state = sampler.prefill(prompts)
-    order = [2, 0, 3, 1]
-    straight = sampler.generate(
-        state.select(range(4)), [np.random.default_rng(k) for k in range(4)]
-    )
-    mixed = sampler.generate(state.select(order), [np.random.default_rng(k) for k in order])
-    assert [straight[k].ids for k in order] == [turn.ids for turn in mixed]
+    assert len(asked) == 2
+    prompts = [episode.ids[: episode.mask.index(1)] for episode in episodes[::4]]
+    assert sampler.counts["tokens read"] == sum(map(len, prompts)) - 2  # each but its last token
 
 
 def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer, questions):
@@ -408,8 +350,6 @@ def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer
     model = load_model(taught_folder)
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
     piece = Conversation(questions[0], encoder, tokenizer, Limits()).open()
-    sampler = make_sampler(model, tokenizer, temperature=1.0)
-    state = sampler.prefill([piece])
     pads = [model.cfg.image_token_id, model.cfg.video_token_id]
     with (
         torch.no_grad()
@@ -419,14 +359,15 @@ def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer
             mrope_positions(piece.ids, piece.grids, model.cfg)[0],
         )
         last_D = model.hidden(
-            ids_T, positions, torch.tensor([0, len(ids_T)], dtype=torch.int32), piece.features_ND
+            ids_T, positions, torch.tensor([0, len(ids_T)], dtype=torch.int32), piece.features()
         )[-1]
         model.model.embed_tokens.weight[pads] = 50 * last_D / last_D.norm()
+    assert int((last_D @ model.head_weight_VD.T).argmax()) in pads
     for temperature in (0.0, 1.0, 3.0):
         sampler = make_sampler(model, tokenizer, temperature=temperature)
-        state = sampler.prefill([piece]).select([0] * 8)
-        assert set(state.logits_BV.argmax(-1).tolist()) <= set(pads)
-        turns = sampler.generate(state, [np.random.default_rng(k) for k in range(8)])
+        sampler.open(piece, [np.random.default_rng(k) for k in range(8)])
+        turns = [turn for _, turn in sampler.turns()]
+        assert len(turns) == 8
         assert not set(sampler.banned.tolist()) & {i for turn in turns for i in turn.ids}
         assert all(np.isfinite(turn.sampled_logp).all() for turn in turns)
 
@@ -513,7 +454,7 @@ def test_an_action_that_ends_at_the_limit_counts(model, tokenizer):
     """The last token allowed completes the stop text: there is an action, though no end."""
     sampler = make_sampler(model, tokenizer)
     for num_tokens in (48, 4):
-        draft = Draft()
+        draft = Draft(np.zeros(num_tokens + 1))
         for token in tokenizer.encode(f"B{STOPS[1]}", add_special_tokens=False)[:num_tokens]:
             sampler._take(draft, token, -0.5)
         said = draft.generated()
@@ -560,7 +501,7 @@ def test_top_p_and_greedy(model, tokenizer):
     def shares(**sampling):
         sampler = make_sampler(model, tokenizer, **sampling)
         assert not set(top) & set(sampler.banned.tolist())
-        token_B, logp_B = sampler._sample(logits_BV, draws)
+        token_B, logp_B = draw(logits_BV, draws, sampler.sampling, sampler.banned)
         counts = torch.bincount(token_B, minlength=len(p)) / 4000
         return counts[top].tolist(), token_B, logp_B
 

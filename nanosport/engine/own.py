@@ -1,60 +1,54 @@
 """The project's own sampler: batched generation over a KV cache, nothing to install.
 
-It runs the open conversations together, a turn of each at a time. A group's prompt is computed
-once, and its cache copied for each member. Each conversation draws from its own random stream, so
-its tokens do not depend on what else is in the batch.
+Each conversation is a row that comes and goes by itself. What it has not read yet is computed in
+packs, up to a budget of tokens, beside the rows that speak (on a CPU when all have spoken: there
+a pack costs as much as its tokens). A group's prompt is computed once. Where the cache is full, the
+youngest row is put back, and computed again when there is room. A row draws from its own random
+stream, so its tokens do not depend on what else is in the batch.
 
-Letters: B rows (conversations), T tokens, V vocabulary, D hidden.
+Letters: T packed tokens, D hidden, V vocabulary.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import count
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from kernels.attention import Keys, varlen_attention
+from nanosport.engine.pages import PAGE, Cached, Pages, WidePages
 from nanosport.engine.sampler import Generated, Piece, Sampling
+from nanosport.engine.step import Launched, Step
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import KVCache, Qwen25VL, mrope_positions
+from nanosport.model.qwen2_5_vl import (
+    Qwen25VL,
+    join_projections,
+    mrope_cos_sin,
+    mrope_positions,
+    mrope_tables,
+)
 
-MASK_ENTRIES = 2**26
-"""Queries × keys of one pass, over all rows: longer pieces are computed in several passes, so that
-memory grows with their length, not with its square."""
-
-
-class State:
-    """B conversations in flight: their cache, next M-RoPE positions, and next tokens' logits."""
-
-    def __init__(self, cache: KVCache, next_start_B: torch.Tensor, logits_BV: torch.Tensor):
-        self.cache, self.next_start_B, self.logits_BV = cache, next_start_B, logits_BV
-
-    def __len__(self) -> int:
-        return len(self.next_start_B)
-
-    def select(self, rows: Sequence[int]) -> "State":
-        """Copy these rows, in this order; a row may come often."""
-        rows = list(rows)
-        return State(self.cache.select(rows), self.next_start_B[rows], self.logits_BV[rows])
-
-    def put(self, rows: Sequence[int], part: "State") -> None:
-        """Write back what `select(rows)` has copied; its logits are not needed any more."""
-        self.cache.put(rows, part.cache)
-        self.next_start_B[rows] = part.next_start_B
-
-    def make_room(self, num_tokens: int) -> None:
-        """Let each row take so many more tokens."""
-        room = int(self.cache.lengths_B.max()) + num_tokens
-        if room > self.cache.capacity:
-            self.cache = self.cache.grow(room)
+PACK_TOKENS = 8192
+"""A pack has at most so many new tokens."""
+PACK_PAIRS = 2**26
+"""And a row of it at most so many pairs of a new token and one that it may see: memory grows with a
+conversation's length, not with its square, whatever attention there is."""
+POOL_SHARE = 0.6
+"""The cache takes this share of the GPU memory that is left; packs, frames and logits need the
+rest."""
 
 
 class Draft:
     """A turn while it is being sampled."""
 
-    def __init__(self):
+    def __init__(self, draws: np.ndarray):
+        self.draws = draws
+        """One for each token that it may have, and one to spare."""
         self.ids, self.sampled_logp = [], []
         self.closed = False
         """Whether a stop text has been said: one token more, and the turn has ended."""
@@ -65,12 +59,92 @@ class Draft:
         return Generated(ids, sampled_logp, self.closed or self.stopped, int(self.stopped))
 
 
+class Row(Cached):
+    """A conversation: all its tokens, of which the first `length` are in the cache.
+
+    A row can speak when all but its last token are there: that one is the next step's input.
+    """
+
+    def __init__(self, number: int, stream: np.random.Generator):
+        super().__init__()
+        self.number, self.stream = number, stream
+        self.ids: list[int] = []
+        self.positions_3T = np.empty((3, 0), dtype=np.int64)
+        """Of what has come in pieces; what is being said counts on from there."""
+        self.next_start = 0
+        self.pieces: list[tuple[int, Piece]] = []
+        """Those with frames, and where they begin."""
+        self.draft: Draft | None = None
+        """None while the row waits to be answered."""
+        self.group: list[Row] = [self]
+        """The rows that begin alike, with so many tokens before the last of their prompt."""
+        self.shared = 0
+
+    def add(self, piece: Piece, cfg, num_draws: int) -> None:
+        """Go on with a piece, and speak after it."""
+        start = self.positions_3T.shape[1]
+        said = np.arange(self.next_start, self.next_start + len(self.ids) - start)
+        positions_3T, self.next_start = mrope_positions(
+            piece.ids, piece.grids, cfg, self.next_start + len(said)
+        )
+        parts = self.positions_3T, np.tile(said, (3, 1)), positions_3T.numpy()
+        self.positions_3T = np.concatenate(parts, axis=1)
+        if piece.grids:
+            self.pieces.append((len(self.ids), piece))
+        self.ids += piece.ids
+        self.draft = Draft(np.append(self.stream.random(num_draws), 0.0))
+
+    @property
+    def num_unread(self) -> int:
+        """Tokens to compute before it can speak."""
+        return len(self.ids) - 1 - self.length
+
+    @property
+    def can_speak(self) -> bool:
+        return self.draft is not None and self.num_unread == 0 and bool(self.pages)
+
+    @property
+    def room(self) -> int:
+        """How long it can get in this turn, and by the step that is launched ahead of its end."""
+        return len(self.ids) + len(self.draft.draws) - len(self.draft.ids)
+
+    def positions(self, start: int, end: int) -> np.ndarray:
+        """positions_3T of its tokens start … end − 1."""
+        known = self.positions_3T.shape[1]
+        said = self.next_start + np.arange(max(start, known), max(end, known)) - known
+        return np.concatenate((self.positions_3T[:, start:end], np.tile(said, (3, 1))), axis=1)
+
+    @property
+    def last_position(self) -> int:
+        """Of its last token, which is text: the same on all axes."""
+        return self.next_start + len(self.ids) - self.positions_3T.shape[1] - 1
+
+    def features(self, start: int, end: int, image_id: int) -> list[torch.Tensor]:
+        """The features of the image tokens among its tokens start … end − 1."""
+        parts = []
+        for first, piece in self.pieces:
+            is_image = np.array(piece.ids) == image_id
+            before = is_image[: max(0, start - first)].sum()
+            count = is_image[: max(0, end - first)].sum() - before
+            if count:
+                parts.append(piece.features()[before : before + count])
+        return parts
+
+
 class OwnSampler:
     """A Sampler (see sampler.py) over a model in this process."""
 
-    def __init__(self, model: Qwen25VL, tokenizer, sampling: Sampling):
+    def __init__(
+        self,
+        model: Qwen25VL,
+        tokenizer,
+        sampling: Sampling,
+        make_pages: Callable[[], Pages] | None = None,
+    ):
+        """make_pages: makes the cache; else it is what the device likes."""
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.device = model.head_weight_VD.device
+        self.on_gpu = self.device.type == "cuda"
         self.banned = banned_ids(model, tokenizer).to(self.device)
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.end_ids = {end, *model.cfg.eos_token_ids}
@@ -78,142 +152,215 @@ class OwnSampler:
         last_letters = {stop[-1] for stop in sampling.stops}
         vocabulary = tokenizer.get_vocab().items()
         self.closing_ids = {i for token, i in vocabulary if last_letters & set(token)}
+        if self.on_gpu:
+            join_projections(model)
 
-        self.numbers = count()
-        self.streams: dict[int, np.random.Generator] = {}  # of every open conversation
-        self.prompts: list[tuple[Piece, list[int]]] = []  # opened, not computed yet
-        self.answers: dict[int, Piece] = {}  # said, not computed yet
-        self.rows: list[int] = []  # the conversation of each row of the state
-        self.state: State | None = None
+        self.make_pages = make_pages or self._pages_of_device
+        self.pages: Pages | None = None
+        self.num_opened = 0
+        self.rows: dict[int, Row] = {}  # the open conversations, the oldest first
+        self.steps: dict[tuple[int, int], Step] = {}
+        self.step: Step | None = None
+        self.batch: list[Row | None] = []  # the row of each slot of the step; None: it has left
+        self.launched: deque[Launched] = deque()
+        self.counts: Counter[str] = Counter()
+        """What was done: tokens read and said, steps, rows put back."""
 
     # The seam.
 
     def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
-        opened = {next(self.numbers): stream for stream in streams}
-        self.streams |= opened
-        self.prompts.append((prompt, list(opened)))
-        return list(opened)
+        numbers = range(self.num_opened, self.num_opened + len(streams))
+        self.num_opened += len(streams)
+        group = [Row(number, stream) for number, stream in zip(numbers, streams)]
+        for row in group:
+            row.add(prompt, self.model.cfg, self.sampling.max_new_tokens)
+            row.group, row.shared = group, len(prompt.ids) - 1
+        self.rows |= zip(numbers, group)
+        return list(numbers)
 
     def turns(self) -> Iterator[tuple[int, Generated]]:
-        while self._advance():
-            streams = [self.streams[number] for number in self.rows]
-            yield from zip(self.rows, self.generate(self.state, streams))
+        self.pages = self.pages or self.make_pages()
+        while any(row.draft is not None for row in self.rows.values()):
+            self._read()
+            for row in self._speak():
+                said, row.draft = row.draft.generated(), None
+                yield row.number, said
 
     def say(self, number: int, piece: Piece) -> None:
-        self.answers[number] = piece
+        self.rows[number].add(piece, self.model.cfg, self.sampling.max_new_tokens)
 
     def close(self, number: int) -> None:
-        self.streams.pop(number, None)
-        self.answers.pop(number, None)
+        row = self.rows.pop(number, None)
+        if row is not None:
+            row.group.remove(row)
+            self._put_back(row)
+
+    def sleep(self) -> None:
+        for row in self.rows.values():
+            self._put_back(row)
+        self.pages, self.step = None, None
+        self.steps.clear()
+        self.launched.clear()
+        self.batch = []
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         own = dict(self.model.named_parameters())
         for name, weight in weights:
             own[name].data.copy_(weight)
 
-    def _advance(self) -> bool:
-        """Compute what was said, or the prompts of new conversations; False where there is none."""
-        going_on = [row for row, number in enumerate(self.rows) if number in self.answers]
-        self.rows = [self.rows[row] for row in going_on]
-        if self.rows:
-            self.state = self.state.select(going_on)
-            self.append(self.state, [self.answers.pop(number) for number in self.rows])
-            return True
+    # Reading.
 
-        # one row for each prompt, then a copy of it for each member of its group
-        self.state, prompts, self.prompts = None, self.prompts, []
-        if prompts:
-            self.state = self.prefill([prompt for prompt, _ in prompts])
-            members = [(row, n) for row, (_, group) in enumerate(prompts) for n in group]
-            members = [(row, number) for row, number in members if number in self.streams]
-            self.rows = [number for _, number in members]
-            self.state = self.state.select([row for row, _ in members])
-        return bool(self.rows)
+    def _read(self) -> None:
+        """Compute what rows have not read yet: a pack, or on a CPU all, when no row can speak."""
+        while self.on_gpu or not any(self.batch):
+            unread = [row for row in self.rows.values() if row.draft and not row.can_speak]
+            pack = self._next_pack(unread)
+            if pack:
+                self._compute(pack)
+            if self.on_gpu or not pack:
+                return
 
-    # The engine.
-
-    @torch.no_grad()
-    def prefill(self, prompts: Sequence[Piece]) -> State:
-        """Compute prompts, a row each."""
-        head_VD = self.model.head_weight_VD
-        cache = KVCache(self.model.cfg, len(prompts), 0, self.device, head_VD.dtype)
-        logits_BV = torch.zeros(len(prompts), len(head_VD), device=self.device)
-        state = State(cache, torch.zeros(len(prompts), dtype=torch.long), logits_BV)
-        self.append(state, prompts)
-        return state
-
-    @torch.no_grad()
-    def append(self, state: State, pieces: Sequence[Piece]) -> None:
-        """Feed each row its piece; `state` is updated."""
-        cfg = self.model.cfg
-        lengths_B = torch.tensor([len(piece.ids) for piece in pieces])
-        width = int(lengths_B.max())
-        ids_BT = torch.zeros(len(pieces), width, dtype=torch.long)
-        positions_3BT = torch.zeros(3, len(pieces), width, dtype=torch.long)
-        for b, piece in enumerate(pieces):
-            start = int(state.next_start_B[b])
-            positions_3T, next_start = mrope_positions(piece.ids, piece.grids, cfg, start)
-            ids_BT[b, : lengths_B[b]] = torch.tensor(piece.ids)
-            positions_3BT[:, b, : lengths_B[b]] = positions_3T
-            state.next_start_B[b] = next_start
-
-        # room for the turn that follows too: the cache is copied once, not twice
-        num_keys = int(state.cache.lengths_B.max()) + width
-        if num_keys > state.cache.capacity:
-            state.make_room(width + self.sampling.max_new_tokens)
-        is_image_BT = ids_BT == cfg.image_token_id
-        step = max(1, MASK_ENTRIES // (len(pieces) * num_keys))
-        for start in range(0, width, step):
-            part = slice(start, start + step)
-            num_new_B = (lengths_B - start).clamp(0, step)
-            hidden_BTD = self.model.decode(
-                ids_BT[:, part].to(self.device),
-                positions_3BT[:, :, part].to(self.device),
-                num_new_B.to(self.device),
-                state.cache,
-                features_of(pieces, is_image_BT, part),
-            )
-            ends = [b for b, n in enumerate(lengths_B.tolist()) if start < n <= start + step]
-            state.logits_BV[ends] = self._logits(hidden_BTD[ends, num_new_B[ends] - 1])
-
-    @torch.no_grad()
-    def generate(self, state: State, streams: Sequence[np.random.Generator]) -> list[Generated]:
-        """Sample one turn for every row of `state`, which is updated; row b draws from
-        streams[b]."""
-        num_tokens = self.sampling.max_new_tokens
-        draws_BT = torch.from_numpy(np.stack([stream.random(num_tokens) for stream in streams]))
-        draws_BT = draws_BT.to(self.device)
-        state.make_room(num_tokens)
-
-        # rows still at work go on in a copy once half have ended: the last must not carry them all
-        drafts, part, rows = [Draft() for _ in streams], state, list(range(len(state)))
-        for step in range(num_tokens):
-            self._add_token(part, [drafts[row] for row in rows], draws_BT[rows, step])
-            running = [k for k, row in enumerate(rows) if not drafts[row].stopped]
-            if not running:
+    def _next_pack(self, unread: Sequence[Row]) -> list[tuple[Row, int]]:
+        """(row, tokens to compute now) for the oldest rows, which have room for all their turn."""
+        pack, budget = [], PACK_TOKENS
+        for row in unread:
+            if budget == 0:
                 break
-            if 2 * len(running) <= len(rows):
-                if part is not state:
-                    state.put(rows, part)
-                part, rows = part.select(running), [rows[k] for k in running]
-        if part is not state:
-            state.put(rows, part)
-        return [draft.generated() for draft in drafts]
+            if not row.length:
+                read = [other for other in row.group if other.length >= row.shared > 0]
+                if not read and row.group[0] is not row:
+                    continue  # the first of its group reads for all
+                if not self._make_room(row, read[0] if read else None):
+                    break
+            elif not self._make_room(row, None):
+                break
+            if row.num_unread:
+                longest = PACK_PAIRS // len(row.ids)
+                pack.append((row, min(row.num_unread, budget, max(1, longest))))
+                budget -= pack[-1][1]
+        return pack
 
-    def _add_token(self, state: State, drafts: Sequence[Draft], draw_B: torch.Tensor) -> None:
-        """Sample the next token of each draft that has not stopped, and compute it."""
-        token_B, logp_B = self._sample(state.logits_BV, draw_B)
-        # the token that ends a turn is computed too: the cache then holds all that was said
-        num_new_B = torch.tensor([not draft.stopped for draft in drafts], dtype=torch.long)
-        for draft, token, logp in zip(drafts, token_B.tolist(), logp_B.tolist()):
-            if not draft.stopped:
-                self._take(draft, token, logp)
-        positions_3B1 = state.next_start_B.expand(3, -1)[..., None].to(self.device)
-        hidden_BTD = self.model.decode(
-            token_B[:, None], positions_3B1, num_new_B.to(self.device), state.cache
+    def _make_room(self, row: Row, source: Row | None) -> bool:
+        """Give a row the pages of its turn, if need be those of younger rows. source: a row that it
+        begins like."""
+        while True:
+            if source is not None and source.length >= row.shared:
+                given = self.pages.fork(row, source, row.shared, row.room)
+            else:
+                given = self.pages.reserve(row, row.room)
+            if given:
+                return True
+            holders = [other for other in self.rows.values() if other.pages]
+            if not holders or holders == [row]:
+                size, room = self.pages.size, row.room
+                raise ValueError(
+                    f"a conversation needs room for {room} tokens, but the cache has "
+                    f"{size * (len(self.pages.users) - 1)}: a GPU with more memory left, or "
+                    f"smaller --max-pixels, is needed"
+                )
+            if holders[-1].number <= row.number:
+                return False
+            self._put_back(holders[-1])
+            self.counts["rows put back"] += 1
+
+    def _put_back(self, row: Row) -> None:
+        """Take a row out of the cache."""
+        if row in self.batch:
+            self.batch[self.batch.index(row)] = None
+        if self.pages is not None:
+            self.pages.release(row)
+
+    @torch.no_grad()
+    def _compute(self, pack: Sequence[tuple[Row, int]]) -> None:
+        """Compute the next tokens of some rows, into the cache."""
+        spans = [(row, row.length, row.length + count) for row, count in pack]
+        cfg, model = self.model.cfg, self.model
+        ids = [i for row, start, end in spans for i in row.ids[start:end]]
+        positions = np.concatenate([row.positions(start, end) for row, start, end in spans], axis=1)
+        own = np.concatenate([self.pages.slots(row, start, end) for row, start, end in spans])
+        seen = [self.pages.slots(row, 0, end) for row, _, end in spans]
+        keys = Keys.of(seen, self.device)
+        new_places, seen_places = (
+            self.pages.places(slots)
+            for slots in (torch.from_numpy(own).to(self.device), keys.index_S)
         )
-        state.next_start_B = state.next_start_B + num_new_B
-        state.logits_BV = self._logits(hidden_BTD[:, 0])
+        keys, lengths = replace(keys, index_S=None), [count for _, count in pack]
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device)
+
+        def attend(layer, q_THd, k_TKd, v_TKd):
+            self.pages.write(layer, new_places, k_TKd, v_TKd)
+            kv = self.pages.read(layer, seen_places)
+            return varlen_attention(q_THd, *kv, cu_seqlens, max(lengths), causal=True, keys=keys)
+
+        features = [f for span in spans for f in span[0].features(*span[1:], cfg.image_token_id)]
+        features_ND = torch.cat(features) if features else None
+        x_TD = model.embed(torch.tensor(ids).to(self.device), features_ND)
+        positions_3T = torch.from_numpy(positions).to(self.device)
+        cos_sin = mrope_cos_sin(positions_3T, mrope_tables(cfg, self.device), x_TD.dtype)
+        model.run_layers(x_TD, cos_sin, attend)
+        for row, _, end in spans:
+            row.length = end
+        self.counts["tokens read"] += len(ids)
+
+    # Speaking.
+
+    def _speak(self) -> list[Row]:
+        """Launch a step, and return the rows whose turn has ended with an earlier one.
+
+        On a GPU a step is read when the next one is on its way.
+        """
+        ready = [row for row in self.rows.values() if row.can_speak]
+        if self._is_stale(ready):
+            if self.launched:  # its tokens are the next input
+                return self._take_step()
+            self._line_up(ready)
+        if not ready:
+            return []
+        self.launched.append(self.step.launch())
+        self.counts["steps"] += 1
+        return self._take_step() if len(self.launched) > self.on_gpu else []
+
+    def _is_stale(self, ready: Sequence[Row]) -> bool:
+        """Whether the step should be loaded with other rows. On a CPU those who have left go with
+        it, until they are many: to move rows costs as much as some steps."""
+        left = self.batch.count(None)
+        came = len(ready) > len(self.batch) - left
+        return came or left > (0 if self.on_gpu else len(self.batch) // 6)
+
+    def _line_up(self, ready: Sequence[Row]) -> None:
+        self.batch = self.pages.line_up(ready)
+        if not ready:
+            return
+        num_rows, width = len(ready), max(len(row.pages) for row in ready)
+        if self.on_gpu:
+            num_rows, width = ladder(num_rows), ladder(max(width, 64))
+        self.step = self.steps.get((num_rows, width))
+        if self.step is None:
+            how = self.sampling, self.banned, num_rows, width
+            self.step = Step(self.model, self.pages, *how)
+            if self.on_gpu:
+                self.step.capture(self.graph_pool)
+                self.steps[num_rows, width] = self.step
+        states = [
+            (row.ids[-1], row.last_position, row.length, len(row.draft.ids)) for row in self.batch
+        ]
+        self.step.load(
+            states, [row.pages for row in self.batch], [row.draft.draws for row in self.batch]
+        )
+
+    def _take_step(self) -> list[Row]:
+        """Read a step's tokens; return the rows whose turn ends there."""
+        ended = []
+        for slot, (row, token, logp) in enumerate(zip(self.batch, *self.launched.popleft().read())):
+            if row is not None:
+                self._take(row.draft, int(token), logp)
+                row.ids.append(int(token))
+                row.length += 1
+                if row.draft.stopped or len(row.draft.ids) == self.sampling.max_new_tokens:
+                    ended.append(row)
+                    self.batch[slot] = None
+        self.counts["tokens said"] += sum(row is not None for row in self.batch) + len(ended)
+        return ended
 
     def _take(self, draft: Draft, token: int, logp: float) -> None:
         """Add a token to its turn, and see whether it ends there."""
@@ -222,32 +369,6 @@ class OwnSampler:
         draft.stopped = draft.closed or token in self.end_ids
         draft.closed = draft.closed or self._closes(draft.ids)
 
-    def _logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
-        return (hidden_BD @ self.model.head_weight_VD.T).float()
-
-    def _sample(self, logits_BV: torch.Tensor, draw_B: torch.Tensor) -> tuple:
-        """(token_B, logp_B): the inverse of the cumulative distribution at draw_B ∈ [0, 1)."""
-        temperature, top_p = self.sampling.temperature, self.sampling.top_p
-        logits_BV = (logits_BV / (temperature or 1.0)).index_fill(1, self.banned, float("-inf"))
-        log_p_BV = logits_BV.log_softmax(-1)
-        if temperature == 0:
-            token_B = log_p_BV.argmax(-1)
-            return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
-
-        # top-p: only the most likely tokens, the first of which reach that probability together
-        p_BV = log_p_BV.double().exp()
-        if top_p < 1:
-            sorted_BV, order_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-            outside_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
-            p_BV = p_BV.masked_fill(outside_BV.gather(1, order_BV.argsort(-1)), 0.0)
-
-        # a draw below the total meets a token with a probability above 0: banned ones add nothing
-        cumulative_BV = p_BV.cumsum(-1)
-        total_B1 = cumulative_BV[:, -1:]
-        point_B1 = (draw_B[:, None] * total_B1).minimum(total_B1 * (1 - 1e-12))
-        token_B = torch.searchsorted(cumulative_BV, point_B1, right=True)[:, 0]
-        return token_B, log_p_BV.gather(1, token_B[:, None])[:, 0]
-
     def _closes(self, ids: list[int]) -> bool:
         """Whether the last id completes a stop text."""
         if ids[-1] not in self.closing_ids:
@@ -255,19 +376,21 @@ class OwnSampler:
         tail = self.tokenizer.decode(ids[-12:], skip_special_tokens=False)
         return any(stop in tail for stop in self.sampling.stops)
 
+    def _pages_of_device(self) -> Pages:
+        cfg, dtype = self.model.cfg, self.model.head_weight_VD.dtype
+        if not self.on_gpu:
+            return WidePages(cfg, self.device, dtype)
+        self.graph_pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
+        left = POOL_SHARE * torch.cuda.mem_get_info(self.device)[0]
+        num_pages = int(left) // Pages.page_bytes(cfg, PAGE, dtype)
+        return Pages(cfg, num_pages, PAGE, self.device, dtype)
 
-def features_of(
-    pieces: Sequence[Piece], is_image_BT: torch.Tensor, part: slice
-) -> torch.Tensor | None:
-    """The features of the image tokens in these columns, row by row."""
-    before_B = is_image_BT[:, : part.start].sum(1).tolist()
-    count_B = is_image_BT[:, part].sum(1).tolist()
-    chosen = [
-        piece.features_ND[before : before + count]
-        for piece, before, count in zip(pieces, before_B, count_B)
-        if piece.features_ND is not None
-    ]
-    return torch.cat(chosen) if any(count_B) else None
+
+def ladder(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …: so few graphs serve any number of rows."""
+    power = 1 << max(0, (count - 1).bit_length())
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
 def load_sampler(

@@ -10,7 +10,7 @@ run them together, and hands on each turn when it has ended.
         sampler.close(number)                     # or it has ended
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,8 +25,9 @@ class Piece:
     ids: Sequence[int]
     grids: Sequence[tuple[int, int, int]] = ()
     """(1, height, width) in patches, one for each frame."""
-    features_ND: torch.Tensor | None = None
-    """The vision tower's features of the frames, in order."""
+    features: Callable[[], torch.Tensor] | None = None
+    """Returns the vision tower's features_ND of the frames, in order. A sampler asks when it reads
+    the piece, and once more where it has to read it again."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class Sampler(Protocol):
 
     def close(self, number: int) -> None:
         """End a conversation. One that is closed already is left alone."""
+
+    def sleep(self) -> None:
+        """Give back the memory that only open conversations need."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take new weights by their published names."""

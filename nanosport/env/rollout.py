@@ -24,23 +24,14 @@ if TYPE_CHECKING:  # a command's --help must not wait for the model's code
 class Conversation:
     """An episode in progress: its rules, and its tokens."""
 
-    def __init__(
-        self,
-        question: Question,
-        encoder: "FrameEncoder",
-        tokenizer,
-        limits: Limits,
-        look: bool = True,
-    ):
-        """look: encode the frames; not needed where nothing is generated."""
+    def __init__(self, question: Question, encoder: "FrameEncoder", tokenizer, limits: Limits):
         video = encoder.open(question.clip)
         self.end_id = tokenizer.convert_tokens_to_ids(prompt.END)
         self.env = Env(question, video, limits)
-        self.transcript = Transcript(question.clip, encoder, tokenizer, look)
+        self.transcript = Transcript(question.clip, encoder, tokenizer)
 
-    def open(self, look: bool = True) -> Piece:
-        """Say everything before the first turn. look: encode the overview, which one member of a
-        group does for all."""
+    def open(self) -> Piece:
+        """Say everything before the first turn."""
         env, transcript = self.env, self.transcript
         sizes = [transcript.tokens_per_frame] * len(env.overview)
         text = prompt.opening(
@@ -52,7 +43,7 @@ class Conversation:
             env.fps,
             env.times_s,
         )
-        return transcript.observe(text, env.overview, look)
+        return transcript.observe(text, env.overview)
 
     def take(self, said: Generated) -> Piece | None:
         """Read one turn of the model's; return what comes back, or None where the episode ends."""
@@ -112,7 +103,7 @@ def rollout(
     try:
         for q, question in enumerate(questions, first):
             group = [Conversation(question, encoder, sampler.tokenizer, limits) for _ in members]
-            prompt = [conversation.open(look=k == 0) for k, conversation in enumerate(group)][0]
+            prompt = [conversation.open() for conversation in group][0]
             streams = [np.random.default_rng([*seed, q, member]) for member in members]
             playing |= zip(sampler.open(prompt, streams), group, strict=True)
 
@@ -137,7 +128,7 @@ def replay(
 
     Raises ValueError where the turns are not one whole, valid trajectory.
     """
-    conversation = Conversation(question, encoder, tokenizer, limits, look=False)
+    conversation = Conversation(question, encoder, tokenizer, limits)
     conversation.open()
     env = conversation.env
     for k, message in enumerate(messages, 1):

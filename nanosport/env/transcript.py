@@ -5,6 +5,7 @@ never decoded and encoded again.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nanosport.engine.sampler import Generated, Piece
@@ -17,9 +18,8 @@ if TYPE_CHECKING:  # a command's --help must not wait for the model's code
 class Transcript:
     """Ids, mask and log-probs of a conversation about one clip."""
 
-    def __init__(self, clip: Clip, encoder: "FrameEncoder", tokenizer, look: bool = True):
-        """look: encode the frames; not needed where nothing is generated."""
-        self.clip, self.encoder, self.tokenizer, self.look = clip, encoder, tokenizer, look
+    def __init__(self, clip: Clip, encoder: "FrameEncoder", tokenizer):
+        self.clip, self.encoder, self.tokenizer = clip, encoder, tokenizer
         self.grid = encoder.grid(clip)
         self.tokens_per_frame = encoder.tokens_per_frame(clip)
         self.ids: list[int] = []
@@ -30,17 +30,15 @@ class Transcript:
         self.turn_tokens: list[tuple[int, int]] = []
         """First and one past the last id of each of the model's turns."""
 
-    def observe(self, text: str, frames: Sequence[int] = (), look: bool = True) -> Piece:
+    def observe(self, text: str, frames: Sequence[int] = ()) -> Piece:
         """Add what the environment says, with the frames that its placeholders stand for: mask 0.
-        look: encode these frames."""
+        They are encoded when whoever reads the piece asks for their features."""
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         self.ids += ids
         self.mask += [0] * len(ids)
         self.sampled_logp += [0.0] * len(ids)
-        features_ND = None
-        if frames and self.look and look:
-            features_ND = self.encoder.features([(self.clip, index) for index in frames])
-        return Piece(ids, [self.grid] * len(frames), features_ND)
+        features = partial(self.encoder.features, [(self.clip, index) for index in frames])
+        return Piece(ids, [self.grid] * len(frames), features if frames else None)
 
     def add_turn(self, said: Generated) -> str:
         """Add what the model says, its end of turn included, mask 1, and return its text."""

@@ -24,9 +24,33 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(width, inner, bias)
         self.up_proj = nn.Linear(width, inner, bias)
         self.down_proj = nn.Linear(inner, width, bias)
+        self.joined = None
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply((self.gate_proj, self.up_proj), x, self.joined)
+        return self.down_proj(F.silu(gate) * up)
+
+
+def apply(linears, x, joined=None):
+    """Each layer's product with x; joined: what `join` has made of them, for one product."""
+    if joined is None:
+        return [linear(x) for linear in linears]
+    return F.linear(x, *joined).split([linear.out_features for linear in linears], dim=-1)
+
+
+@torch.no_grad()
+def join(linears):
+    """(weight, bias or None) of one layer in place of several with the same input. Their own
+    weights become parts of it, so that what is written into them is written there."""
+    parts = [[linear.weight for linear in linears]]
+    if linears[0].bias is not None:
+        parts.append([linear.bias for linear in linears])
+    joined = []
+    for own in parts:
+        joined.append(torch.cat([weight.data for weight in own]))
+        for weight, part in zip(own, joined[-1].split([len(weight) for weight in own])):
+            weight.data = part
+    return tuple(joined)
 
 
 def inverse_frequencies(theta: float, dim: int, device) -> torch.Tensor:

@@ -1,16 +1,15 @@
 """Qwen2.5-VL in plain PyTorch: the same function, and the same weight names, as the published
 checkpoints.
 
-Two ways lead through the same layers: `hidden` takes whole sequences packed end to end (training,
-log-probs), `decode` appends new tokens to a cache (generation). Both return hidden states; whoever
-needs logits applies the head, to the rows that need it.
+Tokens come packed end to end. `hidden` takes whole sequences (training, log-probs); generation
+runs the same layers with an attention of its own, over a cache (`run_layers`). Both return hidden
+states; whoever needs logits applies the head, to the rows that need it.
 
-Letters: B rows, T tokens, S cached tokens, D hidden, H heads, K key/value heads, d head width,
-V vocabulary, N vision tokens.
+Letters: T tokens, D hidden, H heads, K key/value heads, d head width, V vocabulary, N vision
+tokens.
 """
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Annotated
@@ -18,9 +17,17 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from kernels.attention import Keys, cached_attention, varlen_attention
+from kernels.attention import Keys, varlen_attention
 from nanosport.fields import Above, AtLeast, build, only, section
-from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, rotate, run_layer
+from nanosport.model.layers import (
+    MLP,
+    RMSNorm,
+    apply,
+    inverse_frequencies,
+    join,
+    rotate,
+    run_layer,
+)
 from nanosport.model.vision import VisionConfig, VisionTower
 
 
@@ -140,16 +147,18 @@ def mrope_positions(
     return torch.cat(parts, dim=1), start
 
 
-def mrope_cos_sin(positions_3T, cfg: ModelConfig, dtype):
-    """cos and sin, (…T, 1, d): each frequency follows one of the three positions. T may be several
-    dimensions."""
-    device = positions_3T.device
-    section = torch.tensor(cfg.mrope_section, device=device)
-    axes = torch.arange(3, device=device).repeat_interleave(section)
-    inv_freq = inverse_frequencies(cfg.rope_theta, cfg.head_dim, device)
-    angles_Td = positions_3T.movedim(0, -1)[..., axes].float() * inv_freq
+def mrope_tables(cfg: ModelConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(axis, frequency), d/2 each: which of the three positions turns a channel, and how fast."""
+    axes = torch.arange(3).repeat_interleave(torch.tensor(cfg.mrope_section))
+    return axes.to(device), inverse_frequencies(cfg.rope_theta, cfg.head_dim, device)
+
+
+def mrope_cos_sin(positions_3T, tables, dtype):
+    """cos and sin, (T, 1, d): each frequency follows one of the three positions."""
+    axes, inv_freq = tables
+    angles_Td = positions_3T.T[:, axes].float() * inv_freq
     cos, sin = angles_Td.cos().to(dtype), angles_Td.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1)[..., None, :], torch.cat((sin, sin), dim=-1)[..., None, :]
+    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((sin, sin), dim=-1)[:, None]
 
 
 class Attention(nn.Module):
@@ -160,16 +169,17 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
         self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
         self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        self.joined = None
 
     def forward(self, x, attend):
         projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in projections)
+        q, k, v = apply(projections, x, self.joined)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 class Layer(nn.Module):
-    """x is (T, D) packed or (B, T, D); `attend` rotates q and k and knows which tokens see
-    which."""
+    """x is (T, D), packed; `attend` rotates q and k and knows which tokens see which."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -191,48 +201,6 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-
-
-class KVCache:
-    """Keys and values of B rows, each filled to its own length; `decode` appends to it."""
-
-    def __init__(
-        self, cfg: ModelConfig, batch: int, capacity: int, device="cpu", dtype=torch.float32
-    ):
-        """capacity: the tokens that a row can hold."""
-        # One slot more than that: padding is written there. Zeros, because 0 · NaN of a masked slot
-        # would be NaN.
-        shape = (cfg.num_hidden_layers, batch, cfg.num_key_value_heads, capacity + 1, cfg.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths_B = torch.zeros(batch, dtype=torch.long, device=device)
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[3] - 1
-
-    def select(self, rows) -> "KVCache":
-        """A copy with these rows in this order; a row may come often (a group of rollouts) or not
-        at all (finished)."""
-        rows = torch.as_tensor(rows, dtype=torch.long, device=self.k.device)
-        k, v = self.k.index_select(1, rows), self.v.index_select(1, rows)
-        return self._with(k, v, self.lengths_B[rows])
-
-    def put(self, rows, part: "KVCache") -> None:
-        """Write the rows of `part`, a selection of as much capacity, back into these."""
-        rows = torch.as_tensor(rows, dtype=torch.long, device=self.k.device)
-        self.k[:, rows], self.v[:, rows], self.lengths_B[rows] = part.k, part.v, part.lengths_B
-
-    def grow(self, capacity: int) -> "KVCache":
-        """A copy with room for `capacity` tokens a row."""
-        extra = (0, 0, 0, max(0, capacity - self.capacity))
-        k, v = nn.functional.pad(self.k, extra), nn.functional.pad(self.v, extra)
-        return self._with(k, v, self.lengths_B.clone())
-
-    def _with(self, k, v, lengths_B) -> "KVCache":
-        cache = copy(self)
-        cache.k, cache.v, cache.lengths_B = k, v, lengths_B
-        return cache
 
 
 class Qwen25VL(nn.Module):
@@ -278,57 +246,26 @@ class Qwen25VL(nn.Module):
         all images in order. keys: what each segment sees where they share what they begin with.
         """
         x_TD = self.embed(ids_T, features_ND)
-        cos, sin = mrope_cos_sin(positions_3T, self.cfg, x_TD.dtype)
         max_seqlen = int(cu_seqlens.diff().max())
 
-        def attend(q, k, v):
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        def attend(layer, q, k, v):
             return varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal=True, keys=keys)
 
-        for index, layer in enumerate(self.model.layers):
-            x_TD = run_layer(layer, x_TD, attend, index, self.recompute_every)
-        return self.model.norm(x_TD)
+        cos_sin = mrope_cos_sin(positions_3T, mrope_tables(self.cfg, x_TD.device), x_TD.dtype)
+        return self.run_layers(x_TD, cos_sin, attend)
 
     forward = hidden  # what DDP and FSDP wrap
 
-    @torch.no_grad()
-    def decode(
-        self, ids_BT, positions_3BT, num_new_B, cache: KVCache, features_ND=None
-    ) -> torch.Tensor:
-        """hidden_BTD of new tokens, which are appended to `cache`.
+    def run_layers(self, x_TD, cos_sin, attend) -> torch.Tensor:
+        """hidden_TD of embedded tokens, after the final norm. attend(layer, q, k, v): the attention
+        of rotated queries and keys; generation keeps them in its cache there."""
+        for index, layer in enumerate(self.model.layers):
 
-        Row b has num_new_B[b] ≤ T new tokens, then padding (any text id, any position), which
-        leaves no trace and whose output means nothing. features_ND follow the image tokens row by
-        row.
-        """
-        past_B, end_B, device = cache.lengths_B, cache.lengths_B + num_new_B, ids_BT.device
-        num_slots = int(end_B.max())
-        if num_slots > cache.capacity:
-            tokens = f"{num_slots} tokens in a cache of capacity {cache.capacity}"
-            raise ValueError(f"{tokens}: grow it first")
-        x_BTD = self.embed(ids_BT, features_ND)
-        cos, sin = mrope_cos_sin(positions_3BT, self.cfg, x_BTD.dtype)
+            def rotated(q, k, v, index=index):
+                return attend(index, rotate(q, *cos_sin), rotate(k, *cos_sin), v)
 
-        # where keys and values are written (padding: in the spare slot), and who sees which
-        new_T = torch.arange(ids_BT.shape[1], device=device)
-        slot_BT = past_B[:, None] + new_T
-        write_BT = torch.where(new_T < num_new_B[:, None], slot_BT, cache.capacity)
-        row_B1 = torch.arange(len(past_B), device=device)[:, None]
-        unseen_BTS = torch.arange(num_slots, device=device) > slot_BT[..., None]
-        mask_B1TS = torch.zeros(unseen_BTS.shape, device=device, dtype=x_BTD.dtype)
-        mask_B1TS = mask_B1TS.masked_fill_(unseen_BTS, float("-inf"))[:, None]
-
-        for layer, k_BKSd, v_BKSd in zip(self.model.layers, cache.k, cache.v, strict=True):
-
-            def attend(q, k, v, k_BKSd=k_BKSd, v_BKSd=v_BKSd):
-                k_BKSd[row_B1, :, write_BT] = rotate(k, cos, sin)
-                v_BKSd[row_B1, :, write_BT] = v
-                seen = k_BKSd[:, :, :num_slots], v_BKSd[:, :, :num_slots]
-                return cached_attention(rotate(q, cos, sin), *seen, mask_B1TS)
-
-            x_BTD = layer(x_BTD, attend)
-        cache.lengths_B = end_B
-        return self.model.norm(x_BTD)
+            x_TD = run_layer(layer, x_TD, rotated, index, self.recompute_every)
+        return self.model.norm(x_TD)
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02):
@@ -341,3 +278,12 @@ class Qwen25VL(nn.Module):
             else:
                 weight.normal_(0.0, std)
         return self
+
+
+def join_projections(model: Qwen25VL) -> None:
+    """Make one product of each layer's q, k and v, and of its gate and up: for generation, whose
+    products are as quick as their weights are read."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.joined = join((attention.q_proj, attention.k_proj, attention.v_proj))
+        mlp.joined = join((mlp.gate_proj, mlp.up_proj))

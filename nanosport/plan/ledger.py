@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kernels import attention, policy_loss
+from kernels import attention, paged_attention, policy_loss
 
 LARGE = 1 << 20
 """Integers are fake only in such numbers."""
@@ -116,6 +116,7 @@ def counting(on_gpu: bool) -> Iterator[Ledger]:
     if on_gpu:
         stand_ins += [
             (FakeTensor, "is_cuda", True),
+            (paged_attention, "split_attention", lambda q_RHd, *_: torch.empty_like(q_RHd)),
             (attention, "flash_attn_varlen_func", None),  # torch's own takes fake tensors
             (policy_loss, "CHUNK_BYTES", {"cpu": policy_loss.CHUNK_BYTES["cuda"]}),
             (policy_loss, "fill_rows", lambda *_: None),  # the Triton kernel allocates nothing

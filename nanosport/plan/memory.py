@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from itertools import count
 from math import ceil
 from types import SimpleNamespace
 
@@ -17,8 +16,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import rl
 import train
 from nanosport import cli
-from nanosport.engine.own import OwnSampler
+from nanosport.engine.own import PACK_TOKENS, OwnSampler, Row
+from nanosport.engine.pages import PAGE, Pages
 from nanosport.engine.sampler import Sampling
+from nanosport.engine.step import Step
 from nanosport.model.cost import num_weights
 from nanosport.model.frames import CACHE_BYTES, CHUNK
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
@@ -150,38 +151,44 @@ def follow(model: Qwen25VL, ledger: Ledger) -> None:
 
 @lru_cache
 def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.Config) -> Moments:
-    """The sampler in a rollout of `prompts` groups, whose rows are padded to the longest: all turns
-    are as long as they may be. Half of the rows go on to a turn's third token, in a copy."""
-    policy, ended = shape_of(model, torch.bfloat16), count()
+    """The sampler in a rollout of `prompts` groups, all of whose turns are as long as they may be:
+    the pages of the fullest turn, and on top a pack of results, or a step of all rows."""
+    longest, most = lengths.prompt + run.max_new_tokens, 0
+    for turn in range(run.max_turns):
+        rows = ceil(prompts * run.group_size * lengths.still_going(turn, run.max_turns))
+        # an episode that reaches episode_tokens with the result has ended
+        longest = min(longest, run.episode_tokens)
+        whole = lengths.prompt // PAGE
+        most = max(most, prompts * whole + rows * (ceil(longest / PAGE) - whole))
+        longest += lengths.result + run.max_new_tokens
+
+    policy, texts = shape_of(model, torch.bfloat16), Texts(model, lengths)
     tokenizer = SimpleNamespace(get_vocab=dict, convert_tokens_to_ids=lambda token: 0)
-    texts = Texts(model, lengths)
+    sampling, result = Sampling(max_new_tokens=run.max_new_tokens), lengths.result
     with counting(on_gpu=True) as ledger:
         ledger.enter("rollout copy")
-        sampling = Sampling(max_new_tokens=run.max_new_tokens)
         sampler = OwnSampler(policy.to_empty(device="cpu"), tokenizer, sampling)
-        sampler.end_ids, sampler._closes = set(), lambda ids: len(ids) > 1 or next(ended) % 2 == 0
-
-        ledger.enter("prefill", "prefill 0")
-        prompt = texts.piece(lengths.overview, lengths.prompt_text)
-        result = texts.piece(lengths.frames_per_call, lengths.result_text)
-        state, longest = sampler.prefill([prompt] * prompts), lengths.prompt
-        for turn in range(run.max_turns):
-            share = lengths.still_going(turn, run.max_turns)
-            rows = ceil(prompts * run.group_size * share)
-            ledger.enter("KV cache", f"select {turn}")
-            state = state.select([row * len(state) // rows for row in range(rows)])
-            if turn:
-                ledger.enter("KV cache", f"grow {turn}")
-                state.make_room(lengths.result + run.max_new_tokens)
-                ledger.enter("prefill", f"prefill {turn}")
-                sampler.append(state, [result] * rows)
-            ledger.enter("decode", f"decode {turn}")
-            sampler.generate(state, [np.random.default_rng(0)] * rows)
-            # an episode that reaches episode_tokens with the result has ended
-            longest = min(longest + run.max_new_tokens, run.episode_tokens - lengths.result)
-            state.cache.lengths_B.fill_(longest)
-            longest += lengths.result
-    return ledger.peaks
+        pack, length = [], min(longest, run.episode_tokens) // PAGE * PAGE
+        ledger.enter("a pack's pages")
+        num_pages = max(1, PACK_TOKENS // result) * length // PAGE
+        sampler.pages = Pages(model, num_pages, PAGE, "cpu", torch.bfloat16)
+        while sampler.pages.free:
+            pack.append((Row(0, np.random.default_rng(0)), result))
+            text, shown = length - result, texts.piece(lengths.frames_per_call, lengths.result_text)
+            for piece in (texts.piece(0, text), shown):
+                pack[-1][0].add(piece, model, run.max_new_tokens)
+            sampler.pages.reserve(pack[-1][0], length)
+            pack[-1][0].length = text
+        ledger.enter("prefill")
+        sampler._compute(pack)
+        pack.clear()
+        ledger.enter("decode")
+        rows = prompts * run.group_size
+        Step(policy, sampler.pages, sampling, sampler.banned, rows, length // PAGE).run()
+    pages = {"KV cache": most * Pages.page_bytes(model, PAGE, torch.bfloat16)}
+    return {
+        name: ledger.peaks[name] | {"a pack's pages": 0} | pages for name in ("prefill", "decode")
+    }
 
 
 @lru_cache

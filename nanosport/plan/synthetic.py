@@ -3,6 +3,7 @@ without a folder, videos or a sampler: what the planner counts and the benchmark
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isqrt
 from types import SimpleNamespace
 
@@ -97,7 +98,8 @@ class Texts:
         """Frames and text as a sampler is given them."""
         shape = (num_frames * self.lengths.frame_tokens, self.cfg.hidden_size)
         ids = self.frames(num_frames) + self.text(num_text)
-        return Piece(ids, [self.grid] * num_frames, torch.empty(shape, dtype=torch.bfloat16))
+        features = partial(torch.empty, shape, dtype=torch.bfloat16)
+        return Piece(ids, [self.grid] * num_frames, features)
 
 
 def make_episodes(

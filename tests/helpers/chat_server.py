@@ -109,7 +109,9 @@ class ChatServer:
                 )
             text += "<|im_end|>\n"
         ids = self.tokenizer.encode(text + "<|im_start|>assistant\n", add_special_tokens=False)
-        piece = Piece(ids, grids, self.model.encode(torch.cat(patches), grids) if grids else None)
+        piece = Piece(
+            ids, grids, (lambda: self.model.encode(torch.cat(patches), grids)) if grids else None
+        )
         num_tokens = min(body["max_tokens"], 160)
         sampling = Sampling(body["temperature"], max_new_tokens=num_tokens, stops=STOPS)
         sampler = OwnSampler(self.model, self.tokenizer, sampling)

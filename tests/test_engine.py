@@ -1,0 +1,160 @@
+"""The sampler's engine: whatever the schedule, its tokens are those of a plain forward pass."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from nanosport.engine import own
+from nanosport.engine.own import OwnSampler
+from nanosport.engine.pages import Pages, WidePages
+from nanosport.engine.sampler import Piece, Sampling
+from nanosport.engine.step import Step, draw
+from nanosport.files import ASSETS
+from nanosport.model.folder import load_tokenizer
+from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, mrope_positions
+
+NUM_NEW = 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ASSETS / "nano-sft")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    raw = {
+        "model_type": "qwen2_5_vl", "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+        "tie_word_embeddings": False, "vocab_size": len(tokenizer), "image_token_id": 5,
+        "video_token_id": 6, "vision_start_token_id": 3, "vision_end_token_id": 4,
+        "eos_token_id": 2,
+        "vision_config": {
+            "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "in_chans": 3,
+            "out_hidden_size": 32, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+            "window_size": 8, "fullatt_block_indexes": [0], "tokens_per_second": 2,
+        },
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen25VL(ModelConfig.from_dict(raw)).init_weights(std=0.3).requires_grad_(False)
+
+
+class Talk:
+    """What a conversation should hold, kept beside the sampler."""
+
+    def __init__(self):
+        self.ids, self.grids, self.features, self.turns = [], [], [], []
+
+    def hear(self, piece: Piece) -> None:
+        self.ids += piece.ids
+        self.grids += piece.grids
+        self.features += [piece.features()] if piece.features else []
+
+    def check(self, model, sampler, seed) -> None:
+        """Each turn against a forward pass without a cache, with the draws of its stream."""
+        positions_3T, _ = mrope_positions(self.ids, self.grids, model.cfg)
+        features_ND = torch.cat(self.features) if self.features else None
+        bounds = torch.tensor([0, len(self.ids)], dtype=torch.int32)
+        hidden_TD = model.hidden(torch.tensor(self.ids), positions_3T, bounds, features_ND)
+        stream = np.random.default_rng(seed)
+        for start, said in self.turns:
+            draws = torch.from_numpy(stream.random(NUM_NEW))[: len(said.ids)]
+            logits = hidden_TD[start - 1 : start - 1 + len(said.ids)] @ model.head_weight_VD.T
+            token, logp = draw(logits, draws, sampler.sampling, sampler.banned)
+            assert token.tolist() == list(said.ids)
+            torch.testing.assert_close(torch.tensor(said.sampled_logp), logp, rtol=0, atol=5e-5)
+
+
+def random_piece(rng, model, longest: int = 40) -> Piece:
+    """Text, with up to two frames between."""
+    ids, grids = rng.integers(10, 200, rng.integers(1, longest)).tolist(), []
+    for _ in range(rng.integers(0, 3)):
+        h, w = (2 * rng.integers(1, 4, 2)).tolist()
+        ids += [3, *[5] * (h * w // 4), 4, *rng.integers(10, 200, rng.integers(1, 4)).tolist()]
+        grids.append((1, h, w))
+    features_ND = torch.from_numpy(rng.normal(size=(ids.count(5), 32))).float()
+    return Piece(ids, grids, (lambda: features_ND) if grids else None)
+
+
+def play(sampler, model, rng, num_groups: int, on_turn=lambda: None) -> list[tuple]:
+    """Play random episodes of up to three turns; return each with the seed of its stream."""
+    talks, done, waiting = {}, [], list(range(num_groups))
+
+    def open_some() -> None:
+        for group in [waiting.pop() for _ in range(min(len(waiting), rng.integers(1, 3)))]:
+            prompt, size = random_piece(rng, model), int(rng.integers(1, 4))
+            streams = [np.random.default_rng([group, member]) for member in range(size)]
+            for member, number in enumerate(sampler.open(prompt, streams)):
+                talks[number] = Talk(), [group, member]
+                talks[number][0].hear(prompt)
+
+    open_some()
+    while talks or waiting:
+        if waiting and not talks:
+            open_some()
+        for number, said in sampler.turns():
+            on_turn()
+            talk, seed = talks[number]
+            talk.turns.append((len(talk.ids), said))
+            talk.ids += said.ids
+            if len(talk.turns) == 3 or rng.random() < 0.3:
+                sampler.close(number)
+                done.append(talks.pop(number))
+            else:
+                piece = random_piece(rng, model)
+                talk.hear(piece)
+                sampler.say(number, piece)
+            if waiting and rng.random() < 0.3:  # others come in the middle
+                open_some()
+    return done
+
+
+def make_sampler(model, tokenizer, pages: Pages | None, sampling: Sampling, like_gpu: bool):
+    """like_gpu: with a GPU's schedule: packs beside steps, a step launched ahead, a ladder."""
+    sampler = OwnSampler(model, tokenizer, sampling, (lambda: pages) if pages else None)
+    sampler.on_gpu = like_gpu
+    sampler.end_ids = set(range(0, len(tokenizer), 5))  # turns of any length
+    return sampler
+
+
+@pytest.fixture
+def no_graphs(monkeypatch):
+    monkeypatch.setattr(Step, "capture", lambda step, pool: None)
+    monkeypatch.setattr(OwnSampler, "graph_pool", None, raising=False)
+
+
+COUNTS = Counter()
+
+
+@pytest.mark.parametrize("part", range(20))
+def test_tokens_and_logprobs_are_those_of_a_plain_pass(
+    part, model, tokenizer, monkeypatch, no_graphs
+):
+    """Ten schedules: other lengths, packs, pages, admissions, temperatures; rows are put back."""
+    for number in range(10 * part, 10 * part + 10):
+        rng = np.random.default_rng(number)
+        monkeypatch.setattr(own, "PACK_TOKENS", int(rng.choice([1, 7, 50, 8192])))
+        monkeypatch.setattr(own, "PACK_PAIRS", int(rng.choice([1, 500, 2**26])))
+        size, like_gpu = int(rng.choice([1, 8, 16])), bool(rng.random() < 0.7)
+        # the longest talk has about 200 tokens: the smallest pool holds little more
+        num_pages = int(rng.choice([300, 400, 5000])) // size
+        pages = WidePages(model.cfg, "cpu", torch.float32)
+        if like_gpu or rng.random() < 0.5:
+            pages = Pages(model.cfg, num_pages, size, "cpu", torch.float32)
+        sampling = Sampling(float(rng.choice([0, 0.8, 1.5])), float(rng.choice([1, 0.9])), NUM_NEW)
+        sampler = make_sampler(model, tokenizer, pages, sampling, like_gpu)
+        done = play(sampler, model, rng, int(rng.integers(1, 6)))
+        for talk, seed in done:
+            talk.check(model, sampler, seed)
+        assert pages.num_used == 0 and not sampler.rows and not pages.users[1:].any()
+        COUNTS.update(sampler.counts)
+        COUNTS["turns"] += sum(len(talk.turns) for talk, _ in done)
+        COUNTS["schedules"] += 1
+
+
+def test_the_schedules_were_as_hard_as_they_should_be():
+    assert COUNTS["schedules"] == 200 and COUNTS["turns"] > 1500
+    assert COUNTS["rows put back"] > 100, COUNTS
