@@ -48,6 +48,7 @@ from nanosport.train.metrics import (
     check_rollouts,
     log_row,
     rollout_stats,
+    take_work,
 )
 from nanosport.train.pack import Batch
 from nanosport.train.training import Training
@@ -201,8 +202,10 @@ class Rollouts:
     rewards: list[Reward]
     homes: list[int]
     """The rank that has sampled each episode."""
-    replaced: int = 0
+    replaced: int
     """So many questions stand in for one whose video is lost."""
+    work: dict[str, float]
+    """What this rank's sampler has done."""
 
 
 def collect(training: Training, actors: Actors, records: Records, step: int) -> Rollouts:
@@ -219,6 +222,8 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
             drawn = (cfg.group_size, (cfg.seed, step), first + start)
             play = partial(actors.play, records, drawn)
             episodes += records.take(mine[start : start + size], play)
+        work = take_work(actors.sampler.counts, actors.encoder.counts)
+        actors.sampler.sleep()
 
     rewards: list[Reward] = []
     with training.stage("judge"), training.serving():
@@ -235,7 +240,7 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
         training.stop_inside(step)
     episodes, rewards = map(list, zip(*pairs))
     replaced = records.num_replaced(picked, episodes[:: cfg.group_size])
-    return Rollouts(episodes, rewards, homes, replaced)
+    return Rollouts(episodes, rewards, homes, replaced, work)
 
 
 @dataclass(frozen=True)
@@ -338,12 +343,6 @@ def read_data(cfg: Config) -> list[tuple[Question, list[str]]]:
     return rows
 
 
-def make_default_data() -> None:
-    """Render the arena, where it is missing."""
-    if not Config.data.exists():
-        arena.main(arena.Config())
-
-
 def main(cfg: Config) -> None:
     if cfg.model is None:
         left_by_sft = Path("out/sft/model")
@@ -356,7 +355,7 @@ def main(cfg: Config) -> None:
             f"processes × {cfg.updates} updates"
         )
     if cfg.data == Config.data:
-        dist.once(make_default_data)
+        dist.once(lambda: cfg.data.exists() or arena.main(arena.Config()))
     rows = read_data(cfg)
     training.state["starved"] = 0
     training.load()
@@ -391,7 +390,7 @@ def main(cfg: Config) -> None:
 
         balance = sum(part.balance for part in parts) / len(parts)
         totals = means.over_ranks(training.device)
-        row = log_row(step, stats, totals, updates, balance, rollouts.replaced)
+        row = log_row(step, stats, totals, updates, balance, rollouts.replaced) | rollouts.work
         check_gap(row, cfg.max_logprob_gap)
         training.log(row, shown=("reward", "accuracy", "tool_rate", "format_rate"))
 

@@ -101,30 +101,40 @@ def smart_resize(height: int, width: int, cfg: ImageConfig) -> tuple[int, int]:
 def preprocess(
     frames_FCHW: torch.Tensor, cfg: ImageConfig
 ) -> tuple[torch.Tensor, tuple[tuple[int, int, int], ...]]:
-    """uint8 frames to (patches_PC float32, (1, h, w) each), bit for bit as Qwen2VLImageProcessor.
+    """uint8 frames to (patches_PC float32, (1, h, w) each): Qwen2VLImageProcessor, bit for bit."""
+    return cut(resize(frames_FCHW, cfg).to(frames_FCHW.device), cfg)
+
+
+def resize(frames_FCHW: torch.Tensor, cfg: ImageConfig) -> torch.Tensor:
+    """uint8 frames in the size that the model sees, still bytes, on the CPU."""
+    shape = frames_FCHW.shape
+    assert frames_FCHW.dtype == torch.uint8 and len(shape) == 4 and shape[1] == 3, shape
+    size = smart_resize(*shape[2:], cfg)
+    if shape[0] == 0:
+        return frames_FCHW.new_empty(0, 3, *size)
+    # In uint8, as published (a float resize differs by up to one level), hence on the CPU: the GPU
+    # has no such kernel.
+    return F.interpolate(frames_FCHW.cpu(), size, mode="bicubic", antialias=True)
+
+
+def cut(
+    frames_FCHW: torch.Tensor, cfg: ImageConfig
+) -> tuple[torch.Tensor, tuple[tuple[int, int, int], ...]]:
+    """Resized frames, wherever they are, to normalized (patches_PC float32, (1, h, w) each).
 
     Each frame is an image of its own, doubled in time. Patches come by merge block; in a patch the
     order is channel, time, row, column.
     """
-    shape, device = frames_FCHW.shape, frames_FCHW.device
-    assert frames_FCHW.dtype == torch.uint8 and len(shape) == 4 and shape[1] == 3, shape
-    (f, c, *size), p, m = shape, cfg.patch_size, cfg.merge_size
-    height, width = smart_resize(*size, cfg)
-    h, w = height // p, width // p
-    if f == 0:
-        return torch.empty(0, c * cfg.temporal_patch_size * p * p, device=device), ()
-
-    # In uint8, as published (a float resize differs by up to one level), hence on the CPU: the GPU
-    # has no such kernel.
-    x = F.interpolate(frames_FCHW.cpu(), (height, width), mode="bicubic", antialias=True)
+    (f, c, height, width), p, m = frames_FCHW.shape, cfg.patch_size, cfg.merge_size
+    h, w, device = height // p, width // p, frames_FCHW.device
     norm = cfg.image_mean, cfg.image_std
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255.0 for v in norm)
-    x = (x.to(device).float() - mean) / std
+    x = (frames_FCHW.float() - mean) / std
 
     # F, block row, block column, row and column in the block, C, time, p, p
     x = x.view(f, c, h // m, m, p, w // m, m, p).permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(6)
     x = x.expand(-1, -1, -1, -1, -1, -1, cfg.temporal_patch_size, -1, -1)
-    return x.reshape(f * h * w, -1), ((1, h, w),) * f
+    return x.reshape(f * h * w, c * cfg.temporal_patch_size * p * p), ((1, h, w),) * f
 
 
 def encode_png(picture_HWC: np.ndarray) -> bytes:

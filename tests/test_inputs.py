@@ -168,13 +168,13 @@ def test_the_tokens_that_are_counted_are_the_prompts(folder, players, limits, ki
 @pytest.mark.parametrize("text", ["w " * 30_000, "goal" * 250_000, "?" * 60_000])
 def test_a_long_question_is_refused_before_anything_is_decoded(text, folder, tmp_path, players):
     encoder, sampler = players
-    before = encoder.num_decoded
+    before = encoder.counts["frames_decoded"]
     for asked in ({"question": text}, {"options": ["x", text], "answer": "A"}):
         row = question(folder / "a.mp4", "q", **asked)
         asked = Question(**row | {"options": tuple(row["options"])})
         with pytest.raises(TooLong, match="tokens, at most 16,384"):
             check_prompt(asked, encoder, sampler.tokenizer, [Limits()])
-    assert encoder.num_decoded == before
+    assert encoder.counts["frames_decoded"] == before
     with pytest.raises(TooLong, match="tokens, at most 16,384"):
         infer.main(infer.Config(folder / "a.mp4", text))
 

@@ -34,8 +34,10 @@ def run(*command: str, **env: str) -> str:
 def test_every_kernel_compiles_for_a100_and_h100_without_spills():
     pytest.importorskip("triton")
     lines = run(sys.executable, "tests/helpers/compile_kernels.py").splitlines()
-    assert len(lines) == 2 * 2 * 4 * 2 and all(line.endswith(" 0 bytes spilled") for line in lines)
-    registers = [int(line.split(": ")[1].split()[0]) for line in lines]
+    assert len(lines) == 2 * (2 * 4 * 2 + 2 * 3) and all(
+        line.endswith(" 0 bytes spilled") for line in lines
+    )
+    registers = [int(line.split(": ")[1].split()[0]) for line in lines if "decode" not in line]
     assert max(registers) <= 64, "four programs of 256 threads no longer fit on a multiprocessor"
 
 

@@ -1,7 +1,6 @@
 """Our Qwen2.5-VL is the same function as transformers', and passes on the same
 gradients."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

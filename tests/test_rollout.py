@@ -550,7 +550,7 @@ def test_frames_are_encoded_once(model, taught_folder, tokenizer, questions):
     for _ in range(3):
         episode = replay(questions[0], [FIRST, SECOND, ANSWER], encoder, tokenizer, Limits())
         pack([episode], encoder, model.cfg)
-    assert encoder.num_decoded == len(set(episode.frames))
+    assert encoder.counts["frames_decoded"] == len(set(episode.frames))
     three = 3 * next(iter(encoder.cache.values())).nbytes
     small = FrameEncoder(model, ImageConfig.from_folder(taught_folder), cache_bytes=three)
     keys = [(questions[0].clip, i) for i in episode.frames]

@@ -9,6 +9,7 @@ stream, so its tokens do not depend on what else is in the batch.
 Letters: T packed tokens, D hidden, V vocabulary.
 """
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -38,6 +39,9 @@ PACK_TOKENS = 8192
 PACK_PAIRS = 2**26
 """And a row of it at most so many pairs of a new token and one that it may see: memory grows with a
 conversation's length, not with its square, whatever attention there is."""
+READ_AFTER = 8
+"""On a GPU a row that was shown frames reads them so many steps later, which gives their decoding
+time; by steps, not by the clock, so that a seed gives the same packs."""
 POOL_SHARE = 0.6
 """The cache takes this share of the GPU memory that is left; packs, frames and logits need the
 rest."""
@@ -76,6 +80,8 @@ class Row(Cached):
         """Those with frames, and where they begin."""
         self.draft: Draft | None = None
         """None while the row waits to be answered."""
+        self.due = 0
+        """It reads when so many steps have been made, or when no row can speak."""
         self.group: list[Row] = [self]
         """The rows that begin alike, with so many tokens before the last of their prompt."""
         self.shared = 0
@@ -91,6 +97,8 @@ class Row(Cached):
         self.positions_3T = np.concatenate(parts, axis=1)
         if piece.grids:
             self.pieces.append((len(self.ids), piece))
+        if piece.expect is not None:
+            piece.expect()
         self.ids += piece.ids
         self.draft = Draft(np.append(self.stream.random(num_draws), 0.0))
 
@@ -102,6 +110,10 @@ class Row(Cached):
     @property
     def can_speak(self) -> bool:
         return self.draft is not None and self.num_unread == 0 and bool(self.pages)
+
+    @property
+    def must_read(self) -> bool:
+        return self.draft is not None and not self.can_speak
 
     @property
     def room(self) -> int:
@@ -164,7 +176,8 @@ class OwnSampler:
         self.batch: list[Row | None] = []  # the row of each slot of the step; None: it has left
         self.launched: deque[Launched] = deque()
         self.counts: Counter[str] = Counter()
-        """What was done: tokens read and said, steps, rows put back."""
+        """tokens_read, tokens_said, decode_steps, rows_put_back, pages (in use at most),
+        seconds_read, seconds_speak."""
 
     # The seam.
 
@@ -182,12 +195,17 @@ class OwnSampler:
         self.pages = self.pages or self.make_pages()
         while any(row.draft is not None for row in self.rows.values()):
             self._read()
-            for row in self._speak():
+            began = time.monotonic()
+            ended = self._speak()
+            self.counts["seconds_speak"] += time.monotonic() - began
+            for row in ended:
                 said, row.draft = row.draft.generated(), None
                 yield row.number, said
 
     def say(self, number: int, piece: Piece) -> None:
-        self.rows[number].add(piece, self.model.cfg, self.sampling.max_new_tokens)
+        row = self.rows[number]
+        row.add(piece, self.model.cfg, self.sampling.max_new_tokens)
+        row.due = self.counts["decode_steps"] + READ_AFTER * bool(piece.grids)
 
     def close(self, number: int) -> None:
         row = self.rows.pop(number, None)
@@ -213,10 +231,15 @@ class OwnSampler:
     def _read(self) -> None:
         """Compute what rows have not read yet: a pack, or on a CPU all, when no row can speak."""
         while self.on_gpu or not any(self.batch):
-            unread = [row for row in self.rows.values() if row.draft and not row.can_speak]
+            began, unread = time.monotonic(), [row for row in self.rows.values() if row.must_read]
+            if any(row.can_speak for row in self.rows.values()):
+                unread = [row for row in unread if row.due <= self.counts["decode_steps"]]
             pack = self._next_pack(unread)
             if pack:
                 self._compute(pack)
+                if self.on_gpu:  # else its time would be the next step's
+                    torch.cuda.synchronize()
+            self.counts["seconds_read"] += time.monotonic() - began
             if self.on_gpu or not pack:
                 return
 
@@ -249,6 +272,7 @@ class OwnSampler:
             else:
                 given = self.pages.reserve(row, row.room)
             if given:
+                self.counts["pages"] = max(self.counts["pages"], self.pages.num_used)
                 return True
             holders = [other for other in self.rows.values() if other.pages]
             if not holders or holders == [row]:
@@ -261,7 +285,7 @@ class OwnSampler:
             if holders[-1].number <= row.number:
                 return False
             self._put_back(holders[-1])
-            self.counts["rows put back"] += 1
+            self.counts["rows_put_back"] += 1
 
     def _put_back(self, row: Row) -> None:
         """Take a row out of the cache."""
@@ -300,7 +324,7 @@ class OwnSampler:
         model.run_layers(x_TD, cos_sin, attend)
         for row, _, end in spans:
             row.length = end
-        self.counts["tokens read"] += len(ids)
+        self.counts["tokens_read"] += len(ids)
 
     # Speaking.
 
@@ -317,7 +341,7 @@ class OwnSampler:
         if not ready:
             return []
         self.launched.append(self.step.launch())
-        self.counts["steps"] += 1
+        self.counts["decode_steps"] += 1
         return self._take_step() if len(self.launched) > self.on_gpu else []
 
     def _is_stale(self, ready: Sequence[Row]) -> bool:
@@ -359,7 +383,7 @@ class OwnSampler:
                 if row.draft.stopped or len(row.draft.ids) == self.sampling.max_new_tokens:
                     ended.append(row)
                     self.batch[slot] = None
-        self.counts["tokens said"] += sum(row is not None for row in self.batch) + len(ended)
+        self.counts["tokens_said"] += sum(row is not None for row in self.batch) + len(ended)
         return ended
 
     def _take(self, draft: Draft, token: int, logp: float) -> None:

@@ -39,7 +39,6 @@ class Pages:
         self.v_LPKSd = torch.zeros(shape, device=device, dtype=dtype)
         self.users = np.zeros(num_pages + 1, dtype=np.int64)
         self.free = list(range(num_pages, 0, -1))
-        self.most_used = 0
 
     @staticmethod
     def page_bytes(cfg: ModelConfig, size: int, dtype: torch.dtype) -> int:
@@ -62,7 +61,6 @@ class Pages:
         taken = [self.free.pop() for _ in range(needed)]
         self.users[taken] = 1
         row.pages += taken
-        self.most_used = max(self.most_used, self.num_used)
         return True
 
     def fork(self, row: Cached, source: Cached, shared: int, length: int) -> bool:

@@ -10,6 +10,7 @@ run them together, and hands on each turn when it has ended.
         sampler.close(number)                     # or it has ended
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,6 +29,8 @@ class Piece:
     features: Callable[[], torch.Tensor] | None = None
     """Returns the vision tower's features_ND of the frames, in order. A sampler asks when it reads
     the piece, and once more where it has to read it again."""
+    expect: Callable[[], None] | None = None
+    """Begins to decode the frames: a sampler calls it when the piece comes."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Sampler(Protocol):
     sampling: Sampling
     banned: torch.Tensor
     """Ids that it never samples: the loss leaves them out of its probabilities too."""
+    counts: Counter[str]
+    """What it has done, by the log's names; whoever reads it clears it."""
 
     def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
         """Open a conversation for each random stream, all with one prompt; return their numbers."""

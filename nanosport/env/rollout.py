@@ -118,6 +118,7 @@ def rollout(
     finally:  # a video that cannot be used must not leave its neighbours open
         for number in playing:
             sampler.close(number)
+        encoder.expect_no_more()
     return [conversation.episode() for conversation in playing.values()]
 
 

@@ -37,8 +37,11 @@ class Transcript:
         self.ids += ids
         self.mask += [0] * len(ids)
         self.sampled_logp += [0.0] * len(ids)
-        features = partial(self.encoder.features, [(self.clip, index) for index in frames])
-        return Piece(ids, [self.grid] * len(frames), features if frames else None)
+        if not frames:
+            return Piece(ids)
+        names, encoder = [(self.clip, index) for index in frames], self.encoder
+        grids = [self.grid] * len(frames)
+        return Piece(ids, grids, partial(encoder.features, names), partial(encoder.expect, names))
 
     def add_turn(self, said: Generated) -> str:
         """Add what the model says, its end of turn included, mask 1, and return its text."""

@@ -1,18 +1,21 @@
 """(clip, frame index) → vision features: a frozen tower decodes and encodes each frame once.
 
 The eight rollouts of a question look at the same overview and often at the same windows, and the
-trainer looks at them again: all of them are served from one bounded cache.
+trainer looks at them again: all of them are served from one bounded cache. Frames that will be
+asked for are decoded ahead, in threads.
 """
 
 import os
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import groupby
 
 import torch
 
-from nanosport.image import ImageConfig, check_shape, preprocess, smart_resize
+from nanosport.image import ImageConfig, check_shape, cut, resize, smart_resize
 from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import Clip
 from nanosport.video import Video, VideoError
@@ -21,6 +24,8 @@ CHUNK = 64
 """Frames go through the tower so many at a time."""
 INDEXED_FRAMES = 5_000_000
 """Files stay indexed up to so many frames, about 200 bytes each: 55 hours at 25 a second."""
+DECODERS = 4
+"""Threads that decode ahead."""
 CACHE_BYTES = 8 << 30
 """Features are kept up to this size, on the device: 4,000 frames of 640×360 for a 7B model."""
 
@@ -55,7 +60,11 @@ class FrameEncoder:
         self.num_indexed, self.lock = 0, threading.Lock()
         self.unusable: dict[str, VideoError] = {}
         """Files that cannot be used, or not any more, and why."""
-        self.num_decoded = 0
+        self.decoders = ThreadPoolExecutor(DECODERS)
+        self.coming: dict[FrameName, tuple[Future, int]] = {}
+        """Frames that are decoded ahead: by whom, and their place in what comes."""
+        self.counts: Counter[str] = Counter()
+        """frames_decoded, frames_cached (served without), seconds_video (waited for decoding)."""
 
     def open(self, clip: Clip) -> Video:
         """Return the clip's video. A file is indexed once for all its clips, and the indices of the
@@ -107,6 +116,20 @@ class FrameEncoder:
         _, height, width = self.grid(clip)
         return height * width // self.image.merge_size**2
 
+    def expect(self, names: Sequence[FrameName]) -> None:
+        """Begin to decode frames whose features will be asked for."""
+        missing = {n for n in names if n not in self.cache and n not in self.coming}
+        for clip, run in groupby(in_order(missing), key=lambda name: name[0]):
+            indices = [index for _, index in run]
+            future = self.decoders.submit(self._decode, clip, indices)
+            self.coming |= {(clip, index): (future, k) for k, index in enumerate(indices)}
+
+    def expect_no_more(self) -> None:
+        """Drop what is still decoded ahead."""
+        for future, _ in self.coming.values():
+            future.cancel()
+        self.coming.clear()
+
     def features(self, names: Sequence[FrameName]) -> torch.Tensor:
         """Return features_ND of the frames, in their order."""
         if not names:  # no rows, but the way through a trained tower, which all ranks go together
@@ -116,9 +139,10 @@ class FrameEncoder:
             return self.model.encode(blank_PC, [grid])[:0]
         if not self.frozen:
             return self._encode(names)
-        missing = sorted({n for n in names if n not in self.cache}, key=lambda n: (str(n[0]), n[1]))
+        missing = in_order({n for n in names if n not in self.cache})
         for start in range(0, len(missing), CHUNK):
             self._remember(missing[start : start + CHUNK])
+        self.counts["frames_cached"] += len(names) - len(missing)
         features = [self.cache[name] for name in names]
 
         # the frames used last stay
@@ -137,18 +161,30 @@ class FrameEncoder:
         self.cached_bytes += sum(part.nbytes for part in parts)
 
     def _encode(self, names: Sequence[FrameName]) -> torch.Tensor:
-        patches, grids = [], []
+        patches, grids, began = [], [], time.monotonic()
         for clip, run in groupby(names, key=lambda name: name[0]):
-            indices = [index for _, index in run]
-            try:
-                frames_FCHW = self.open(clip).frames(indices)
-            except Exception as error:
-                raise self._lose(clip.video, error) from error
-            patches_PC, its_grids = preprocess(frames_FCHW, self.image)
-            self.num_decoded += len(indices)
+            frames_FCHW = self._frames(clip, [index for _, index in run])
+            patches_PC, its_grids = cut(frames_FCHW.to(self.device), self.image)
             patches.append(patches_PC)
             grids += its_grids
-        return self.model.encode(torch.cat(patches).to(self.device), grids)
+        self.counts["seconds_video"] += time.monotonic() - began
+        return self.model.encode(torch.cat(patches), grids)
+
+    def _frames(self, clip: Clip, indices: Sequence[int]) -> torch.Tensor:
+        """Resized frames_FCHW, which have been decoded ahead or are decoded now."""
+        coming = [self.coming.pop((clip, index), None) for index in indices]
+        if None in coming:
+            return self._decode(clip, indices)
+        return torch.stack([future.result()[k] for future, k in coming])
+
+    def _decode(self, clip: Clip, indices: Sequence[int]) -> torch.Tensor:
+        try:
+            frames_FCHW = resize(self.open(clip).frames(indices), self.image)
+        except Exception as error:
+            raise self._lose(clip.video, error) from error
+        with self.lock:
+            self.counts["frames_decoded"] += len(indices)
+        return frames_FCHW
 
     @property
     def device(self) -> torch.device:
@@ -158,3 +194,8 @@ class FrameEncoder:
         """Drop all features: the tower has changed."""
         self.cache.clear()
         self.cached_bytes = 0
+
+
+def in_order(names: set[FrameName]) -> list[FrameName]:
+    """Clip by clip, so that a video's frames are decoded in one go."""
+    return sorted(names, key=lambda name: (str(name[0]), name[1]))

@@ -1,5 +1,6 @@
 """What RL's log says of a step. docs/metrics.md says what each figure means."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,20 @@ class TokenMeans:
             "logprob_gap_after_image": sums["gap_image"] / max(1.0, image_tokens),
             "tokens": int(tokens),
         }
+
+
+WORK = (
+    "tokens_read", "decode_steps", "rows_put_back", "pages", "frames_decoded", "frames_cached",
+    "seconds_read", "seconds_speak", "seconds_video",
+)  # fmt: skip
+
+
+def take_work(*counters: Counter) -> dict[str, float]:
+    """What a rank's sampler and encoder have done in a step; they begin to count anew."""
+    counts = sum(counters, Counter())
+    for counter in counters:
+        counter.clear()
+    return {name: counts[name] for name in WORK}
 
 
 def log_row(

@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.paged_decode import decode_kernel, tiles
 from kernels.policy_row import BLOCK, NUM_WARPS, row_kernel
 
 INTEGERS = ("V", "row_stride", "out_stride")
@@ -23,21 +24,32 @@ INTEGERS = ("V", "row_stride", "out_stride")
 
 def compile_row(arch: int, dtype: str, flags: dict, aligned: bool) -> tuple[int, int]:
     """(registers, stack bytes) of one variant."""
-    signature, attrs = {}, {}
+    types = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64"}
+    types |= {name: "i32" for name in INTEGERS}
     constants = flags | {"BLOCK": BLOCK}
-    for k, name in enumerate(row_kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64"}.get(name, "*fp32")
+    return compiled(row_kernel, arch, types, constants, INTEGERS if aligned else (), NUM_WARPS)
+
+
+def compile_decode(arch: int, dtype: str, heads: int, width: int) -> tuple[int, int]:
+    types = {name: f"*{dtype}" for name in ("q_ptr", "k_ptr", "v_ptr")}
+    types |= {name: "*i32" for name in ("table_ptr", "length_ptr")}
+    types |= {name: "i32" for name in ("num_key_heads", "table_width", "splits")}
+    constants = {"G": heads, "D": width, "PAGE": 64} | tiles(heads, width)
+    return compiled(decode_kernel, arch, types, constants, (), constants.pop("num_warps"))
+
+
+def compiled(kernel, arch, types, constants, aligned, num_warps) -> tuple[int, int]:
+    """Pointers are aligned, and to float32 unless `types` says otherwise; so are plain numbers."""
+    signature, attrs = {}, {}
+    for k, name in enumerate(kernel.arg_names):
+        is_pointer = name.endswith("_ptr")
+        kind = types.get(name, "*fp32" if is_pointer else "fp32")
+        signature[name] = "constexpr" if name in constants else kind
+        if is_pointer or name in aligned:
             attrs[(k,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "i32" if name in INTEGERS else "fp32"
-            if aligned and name in INTEGERS:
-                attrs[(k,)] = [["tt.divisibility", 16]]
-    source = ASTSource(row_kernel, signature, constants, attrs)
+    source = ASTSource(kernel, signature, constants, attrs)
     binary = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": NUM_WARPS}
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps}
     ).asm["cubin"]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -67,6 +79,13 @@ def main() -> None:
         print(
             f"sm_{arch} {dtype} aligned={aligned} {on}: {registers} registers, {stack} bytes spilled"
         )
+        spills += stack > 0
+    for arch, dtype, (heads, width) in itertools.product(
+        (80, 90), ("bf16", "fp32"), ((7, 128), (8, 128), (2, 32))
+    ):
+        registers, stack = compile_decode(arch, dtype, heads, width)
+        shape = f"decode {heads} heads of {width}"
+        print(f"sm_{arch} {dtype} {shape}: {registers} registers, {stack} bytes spilled")
         spills += stack > 0
     if spills:
         sys.exit(f"{spills} variants spill")
