@@ -12,7 +12,7 @@ length shaping, filtering of groups.
 
 from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -202,9 +202,9 @@ class Rollouts:
     rewards: list[Reward]
     homes: list[int]
     """The rank that has sampled each episode."""
-    replaced: int
+    replaced: int = 0
     """So many questions stand in for one whose video is lost."""
-    work: dict[str, float]
+    work: dict[str, float] = field(default_factory=dict)
     """What this rank's sampler has done."""
 
 

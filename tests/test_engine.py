@@ -1,6 +1,7 @@
 """The sampler's engine: whatever the schedule, its tokens are those of a plain forward pass."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from nanosport.engine.step import Step, draw
 from nanosport.files import ASSETS
 from nanosport.model.folder import load_tokenizer
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, join_projections, mrope_positions
+from tests.helpers.fake_card import CARD, FakeCard, move
 
 NUM_NEW = 6
 
@@ -271,3 +273,85 @@ def test_a_ladder_of_few_sizes_holds_any_number():
     sizes = [own.ladder(n) for n in range(1, 300)]
     assert all(n <= size < 1.51 * n + 1 for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 18
+
+
+@pytest.fixture
+def card(no_graphs):
+    with FakeCard() as fake:
+        yield fake
+
+
+def on_card(model) -> Qwen25VL:
+    twin = Qwen25VL(model.cfg)
+    twin.load_state_dict(model.state_dict())
+    move(twin)
+    return twin
+
+
+def make_on_card(model, tokenizer, sampling: Sampling, num_pages: int = 400) -> OwnSampler:
+    twin = on_card(model)
+    pages = Pages(model.cfg, num_pages, 16, CARD, torch.float32)
+    return make_sampler(twin, tokenizer, pages, sampling, like_gpu=True)
+
+
+def test_the_fake_card_refuses_what_a_card_refuses(card):
+    there = torch.zeros(3, device=CARD)
+    with pytest.raises(RuntimeError, match="of the card and of the host"):
+        there + torch.ones(3)
+    with pytest.raises(RuntimeError, match="of the card and of the host"):
+        there[torch.tensor([0, 1])]
+    assert (there + 1).tolist() == [1, 1, 1] and card.counts["waits"] == 1
+    assert int((there + 1).sum()) == 3 and card.counts["waits"] == 2
+    there.copy_(torch.ones(3))
+    assert there.to("cpu", non_blocking=True).sum() == 3
+    assert (card.counts["to card"], card.counts["to host"]) == (1, 2)
+
+
+def test_on_a_card_a_token_costs_no_copy_to_it_and_no_wait(card, model, tokenizer):
+    """And a step is read when the next one is on its way."""
+    sampling = Sampling(0.8, 0.9, max_new_tokens=12)
+    sampler = make_on_card(model, tokenizer, sampling)
+    sampler.end_ids = set()
+    sampler.pages = sampler.make_pages()
+    for k in range(5):
+        sampler.open(Piece([20 + k, *range(30, 40 + k)]), [np.random.default_rng(k)])
+    while not all(row.can_speak for row in sampler.rows.values()):
+        sampler._read()
+    sampler._speak()
+    assert card.counts["to card"] > 5 and len(sampler.launched) == 1
+    for _ in range(8):
+        card.counts.clear()
+        sampler._read()
+        sampler._speak()
+        assert card.counts["to card"] == card.counts["waits"] == 0
+        assert card.counts["to host"] == 1 and len(sampler.launched) == 1
+        # on a real card a graph makes one launch of them
+        assert card.counts["launches"] < 170
+    row = next(iter(sampler.rows.values()))
+    assert len(row.draft.ids) == 8 and row.length == len(row.ids) - 1
+
+
+def test_on_a_card_the_same_is_said(card, model, tokenizer):
+    """Packs, steps, shared prompts, frames and rows put back, without a tensor in the wrong
+    place."""
+    rng = np.random.default_rng(5)
+    sampler = make_on_card(model, tokenizer, Sampling(0.8, max_new_tokens=NUM_NEW), 16)
+    open_, say = sampler.open, sampler.say
+    sampler.open = lambda prompt, streams: open_(with_features_there(prompt), streams)
+    sampler.say = lambda number, piece: say(number, with_features_there(piece))
+    done = play(sampler, model, rng, 6)
+    assert sampler.counts["rows_put_back"] > 0 and len(done) >= 6
+    for talk, seed in done:
+        talk.check(model, with_host_bans(sampler), seed)
+    assert sampler.pages.num_used == 0
+
+
+def with_features_there(piece: Piece) -> Piece:
+    if piece.features is None:
+        return piece
+    return replace(piece, features=lambda: piece.features().to(CARD))
+
+
+def with_host_bans(sampler: OwnSampler) -> OwnSampler:
+    sampler.banned = sampler.banned.cpu()
+    return sampler

@@ -285,5 +285,7 @@ def join_projections(model: Qwen25VL) -> None:
     products are as quick as their weights are read."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
+        if attention.joined is not None:
+            return  # another sampler of the same model has done it
         attention.joined = join((attention.q_proj, attention.k_proj, attention.v_proj))
         mlp.joined = join((mlp.gate_proj, mlp.up_proj))

@@ -164,31 +164,25 @@ def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.
 
     policy, texts = shape_of(model, torch.bfloat16), Texts(model, lengths)
     tokenizer = SimpleNamespace(get_vocab=dict, convert_tokens_to_ids=lambda token: 0)
-    sampling, result = Sampling(max_new_tokens=run.max_new_tokens), lengths.result
+    sampling = Sampling(max_new_tokens=run.max_new_tokens)
+    num_frames = PACK_TOKENS // (lengths.frame_tokens + lengths.label)
     with counting(on_gpu=True) as ledger:
         ledger.enter("rollout copy")
         sampler = OwnSampler(policy.to_empty(device="cpu"), tokenizer, sampling)
-        pack, length = [], min(longest, run.episode_tokens) // PAGE * PAGE
+        row, before = Row(0, np.random.default_rng(0)), min(longest, run.episode_tokens)
+        for piece in (texts.piece(0, before), texts.piece(num_frames, 1)):
+            row.add(piece, model, run.max_new_tokens)
         ledger.enter("a pack's pages")
-        num_pages = max(1, PACK_TOKENS // result) * length // PAGE
-        sampler.pages = Pages(model, num_pages, PAGE, "cpu", torch.bfloat16)
-        while sampler.pages.free:
-            pack.append((Row(0, np.random.default_rng(0)), result))
-            text, shown = length - result, texts.piece(lengths.frames_per_call, lengths.result_text)
-            for piece in (texts.piece(0, text), shown):
-                pack[-1][0].add(piece, model, run.max_new_tokens)
-            sampler.pages.reserve(pack[-1][0], length)
-            pack[-1][0].length = text
+        sampler.pages = Pages(model, ceil(row.room / PAGE), PAGE, "cpu", torch.bfloat16)
+        sampler.pages.reserve(row, row.room)
+        row.length = before
         ledger.enter("prefill")
-        sampler._compute(pack)
-        pack.clear()
+        sampler._compute([(row, row.num_unread)])
         ledger.enter("decode")
-        rows = prompts * run.group_size
-        Step(policy, sampler.pages, sampling, sampler.banned, rows, length // PAGE).run()
-    pages = {"KV cache": most * Pages.page_bytes(model, PAGE, torch.bfloat16)}
-    return {
-        name: ledger.peaks[name] | {"a pack's pages": 0} | pages for name in ("prefill", "decode")
-    }
+        shape = prompts * run.group_size, len(row.pages)
+        Step(policy, sampler.pages, sampling, sampler.banned, *shape).run()
+    pages = {"KV cache": most * Pages.page_bytes(model, PAGE, torch.bfloat16), "a pack's pages": 0}
+    return {name: ledger.peaks[name] | pages for name in ("prefill", "decode")}
 
 
 @lru_cache

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from nanosport.train import optim
+from nanosport.train.metrics import WORK
 
 ROOT = Path(__file__).parents[2]
-CLOCKED = ("seconds", "balance")  # what may differ between two runs of one thing
+CLOCKED = ("seconds", "balance", *WORK)  # what may differ between two runs of one thing
 
 
 def log(run: Path) -> list[dict]:
-    """The lines of a run's log without what a clock measured."""
+    """The lines of a run's log without what a clock measured, or one rank has done."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
 
