@@ -42,9 +42,9 @@ conversation's length, not with its square, whatever attention there is."""
 READ_AFTER = 8
 """On a GPU a row that was shown frames reads them so many steps later, which gives their decoding
 time; by steps, not by the clock, so that a seed gives the same packs."""
-POOL_SHARE = 0.6
-"""The cache takes this share of the GPU memory that is left; packs, frames and logits need the
-rest."""
+POOL_SHARE, POOL_TOKENS = 0.6, 2**22
+"""The cache takes this share of the GPU memory that is left, up to so many tokens; packs, frames
+and logits need the rest."""
 
 
 class Draft:
@@ -407,7 +407,7 @@ class OwnSampler:
         self.graph_pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
         left = POOL_SHARE * torch.cuda.mem_get_info(self.device)[0]
-        num_pages = int(left) // Pages.page_bytes(cfg, PAGE, dtype)
+        num_pages = min(int(left) // Pages.page_bytes(cfg, PAGE, dtype), POOL_TOKENS // PAGE)
         return Pages(cfg, num_pages, PAGE, self.device, dtype)
 
 
