@@ -25,6 +25,7 @@ from nanosport.model.frames import FrameEncoder
 from nanosport.model.qwen2_5_vl import mrope_positions
 from nanosport.records import Episode, read_questions
 from nanosport.train.pack import pack
+from nanosport.video import VideoError
 
 QWEN = Path(__file__).parents[2] / "shared" / "data" / "qwen" / "Qwen2.5-VL-7B-Instruct"
 FIRST = f"<think>between 20 and 60.</think>\n{tool_call(20, 60)}"
@@ -342,7 +343,7 @@ def test_a_groups_prompt_is_read_once(model, tokenizer, encoder, questions):
         del encoder.features
     assert len(asked) == 2
     prompts = [episode.ids[: episode.mask.index(1)] for episode in episodes[::4]]
-    assert sampler.counts["tokens read"] == sum(map(len, prompts)) - 2  # each but its last token
+    assert sampler.counts["tokens_read"] == sum(map(len, prompts)) - 2  # each but its last token
 
 
 def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer, questions):
@@ -521,9 +522,8 @@ def test_top_p_and_greedy(model, tokenizer):
     torch.testing.assert_close(logp_B, p.log()[token_B], atol=1e-5, rtol=0)
     extremes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     sampler = make_sampler(model, tokenizer)
-    assert not set(sampler._sample(logits_BV[:2], extremes)[0].tolist()) & set(
-        sampler.banned.tolist()
-    )
+    drawn, _ = draw(logits_BV[:2], extremes, sampler.sampling, sampler.banned)
+    assert not set(drawn.tolist()) & set(sampler.banned.tolist())
 
 
 def test_greedy_does_not_depend_on_the_seed(model, tokenizer, encoder, questions):
@@ -569,3 +569,53 @@ def test_sampling_out_of_range(wrong):
         replace(Sampling(), **wrong)
     with pytest.raises(ValueError, match="max_turns 0"):
         Limits(max_turns=0)
+
+
+def test_frames_are_decoded_ahead_once_and_are_the_same(model, taught_folder, questions):
+    image, clip = ImageConfig.from_folder(taught_folder), questions[0].clip
+    plain, ahead = FrameEncoder(model, image), FrameEncoder(model, image)
+    names = [(clip, index) for index in (40, 3, 90, 3)]
+    for _ in range(2):
+        ahead.expect(names)
+    assert len(ahead.coming) == 3
+    assert torch.equal(ahead.features(names), plain.features(names))
+    assert ahead.coming == {} and ahead.counts["frames_decoded"] == 3
+    ahead.expect(names)  # they are in the cache
+    assert ahead.coming == {}
+    ahead.expect([(clip, 50), (clip, 51)])
+    some = [(clip, 51), (clip, 60)]  # one of them was not expected
+    assert torch.equal(ahead.features(some), plain.features(some))
+
+
+def test_a_video_lost_while_it_is_decoded_ahead_is_named(model, taught_folder, questions, tmp_path):
+    copy = tmp_path / "clip.mp4"
+    copy.write_bytes(Path(questions[0].clip.video).read_bytes())
+    clip = questions[0].clip._replace(video=str(copy))
+    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    encoder.open(clip)
+    copy.unlink()
+    encoder.expect([(clip, 5)])
+    with pytest.raises(VideoError, match="clip.mp4"):
+        encoder.features([(clip, 5)])
+    with pytest.raises(VideoError, match="clip.mp4"):  # and from now on
+        encoder.open(clip)
+
+
+def test_nothing_is_decoded_ahead_when_a_rollout_has_ended(
+    model, tokenizer, taught_folder, questions, monkeypatch
+):
+    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    sampler = make_sampler(model, tokenizer)
+    rollout(sampler, encoder, questions[:2], Limits(max_turns=2), 2)
+    assert encoder.coming == {} and encoder.counts["frames_decoded"] > 0
+    decoded = encoder.counts["frames_decoded"]
+    replay(questions[3], [FIRST, ANSWER], encoder, tokenizer, Limits())
+    assert encoder.coming == {} and encoder.counts["frames_decoded"] == decoded
+
+    def broken(names):
+        raise VideoError("lost.mp4: gone")
+
+    monkeypatch.setattr(encoder, "features", broken)
+    with pytest.raises(VideoError, match="gone"):
+        rollout(sampler, encoder, questions[4:6], Limits(), 2)
+    assert encoder.coming == {} and not sampler.rows and sampler.pages.num_used == 0
