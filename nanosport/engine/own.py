@@ -12,7 +12,6 @@ Letters: T packed tokens, D hidden, V vocabulary.
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -301,15 +300,16 @@ class OwnSampler:
         cfg, model = self.model.cfg, self.model
         ids = [i for row, start, end in spans for i in row.ids[start:end]]
         positions = np.concatenate([row.positions(start, end) for row, start, end in spans], axis=1)
-        own = np.concatenate([self.pages.slots(row, start, end) for row, start, end in spans])
-        seen = [self.pages.slots(row, 0, end) for row, _, end in spans]
-        keys = Keys.of(seen, self.device)
         new_places, seen_places = (
-            self.pages.places(slots)
-            for slots in (torch.from_numpy(own).to(self.device), keys.index_S)
+            self.pages.places(self.pages.slots(part))
+            for part in (spans, [(row, 0, end) for row, _, end in spans])
         )
-        keys, lengths = replace(keys, index_S=None), [count for _, count in pack]
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(self.device)
+        lengths, ends = [count for _, count in pack], [end for _, _, end in spans]
+        cu_seqlens, cu_keys = (
+            torch.tensor([0, *accumulate(part)], dtype=torch.int32).to(self.device)
+            for part in (lengths, ends)
+        )
+        keys = Keys(None, cu_keys, max(ends))
 
         def attend(layer, q_THd, k_TKd, v_TKd):
             self.pages.write(layer, new_places, k_TKd, v_TKd)

@@ -88,10 +88,13 @@ class Pages:
         self.users[pages] -= 1
         self.free += [page for page in reversed(pages) if self.users[page] == 0]
 
-    def slots(self, row: Cached, start: int, end: int) -> np.ndarray:
-        """Where a row's tokens start … end − 1 lie: page · S + place in it."""
-        at = np.arange(start, end)
-        return np.array(row.pages)[at // self.size] * self.size + at % self.size
+    def slots(self, spans: Sequence[tuple[Cached, int, int]]) -> torch.Tensor:
+        """Where the tokens start … end − 1 of these rows lie: page · S + place in it."""
+        parts = []
+        for row, start, end in spans:
+            at = np.arange(start, end)
+            parts.append(np.array(row.pages)[at // self.size] * self.size + at % self.size)
+        return torch.from_numpy(np.concatenate(parts)).to(self.k_LPKSd.device)
 
     def places(self, slots_T: torch.Tensor) -> torch.Tensor:
         """Where the key heads of these slots lie among all rows of width d; (T·K,)."""
@@ -133,7 +136,7 @@ class WidePages(Pages):
 
     def __init__(self, cfg: ModelConfig, device, dtype: torch.dtype):
         super().__init__(cfg, 0, 0, device, dtype)
-        self.owners: dict[int, Cached] = {}
+        self.rows: set[Cached] = set()
 
     def reserve(self, row: Cached, length: int) -> bool:
         more_pages = 0 if self.free or row.pages else max(8, self.num_used)
@@ -145,30 +148,26 @@ class WidePages(Pages):
             first = len(self.users)
             self.users = np.pad(self.users, (0, more_pages))
             self.free += reversed(range(first, first + more_pages))
-        super().reserve(row, length)
-        self.owners[row.pages[0]] = row
-        return True
+        self.rows.add(row)
+        return super().reserve(row, length)
+
+    def release(self, row: Cached) -> None:
+        self.rows.discard(row)
+        super().release(row)
 
     def line_up(self, rows: Sequence[Cached]) -> list[Cached]:
-        """Move the rows to pages 1, 2, … and change places with whoever stood there."""
-        n = len(rows)
-        far = [row.pages[0] for row in rows if row.pages[0] > n]
-        holes = sorted(set(range(1, n + 1)) - {row.pages[0] for row in rows})
+        """Move the rows to pages 1, 2, … and let them change places with what was there."""
+        front = range(1, len(rows) + 1)
+        far = [row.pages[0] for row in rows if row.pages[0] not in front]
+        holes = sorted(set(front) - {row.pages[0] for row in rows})
         for x_LPKSd in (self.k_LPKSd, self.v_LPKSd) if far else ():
             x_LPKSd[:, holes], x_LPKSd[:, far] = x_LPKSd[:, far], x_LPKSd[:, holes]
-        for a, b in zip(far, holes, strict=True):
-            self._exchange(a, b)
+        goes = np.arange(len(self.users))
+        goes[far], goes[holes] = holes, far
+        self.users, self.free = self.users[goes], goes[self.free].tolist()
+        for row in self.rows:
+            row.pages = goes[row.pages].tolist()
         return sorted(rows, key=lambda row: row.pages[0])
-
-    def _exchange(self, page: int, hole: int) -> None:
-        """Write down that what was in `page` is now in `hole`, and the other way round."""
-        mover, other = self.owners.pop(page), self.owners.pop(hole, None)
-        mover.pages, self.owners[hole] = [hole], mover
-        if other is not None and self.users[hole]:
-            other.pages, self.owners[page] = [page], other
-        else:
-            self.users[[page, hole]] = 0, 1
-            self.free[self.free.index(hole)] = page
 
     def attention(self, table_RW: torch.Tensor, length_R: torch.Tensor):
         rows, longest = slice(1, len(length_R) + 1), int(length_R.max())
