@@ -161,7 +161,8 @@ class Actors:
     def __init__(self, training: Training, judge: Judge | None):
         cfg, source = training.cfg, training.source
         self.training, self.judge = training, judge
-        loaded = (source, training.device, training.dtype)
+        tower = training.model.visual if cfg.frozen else None  # once in a process
+        loaded = (source, training.device, training.dtype, tower)
         # who samples needs whole weights: the model itself where it is not sharded, else a copy
         self.own = load_model(*loaded) if dist.sharded(training.model) else None
         player = self.own or training.model

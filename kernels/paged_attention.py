@@ -13,8 +13,9 @@ page, W pages a row at most.
 
 import torch
 
-PROGRAMS = 264
-"""A launch is split until it has about so many programs: two for each of an H100's 132."""
+PROGRAMS = 528
+"""A launch is split until it has so many programs: four for each of an H100's 132
+multiprocessors."""
 
 
 def paged_attention(q_RHd, k_PKSd, v_PKSd, table_RW, length_R):
@@ -42,12 +43,15 @@ def split_attention(q_RHd, k_PKSd, v_PKSd, table_RW, length_R, splits: int | Non
     from kernels.paged_decode import decode_kernel, tiles  # imports triton: not before it is needed
 
     (R, H, d), (_, K, S, _) = q_RHd.shape, k_PKSd.shape
-    splits = splits or max(1, min(table_RW.shape[1], PROGRAMS // (R * K)))
+    splits = splits or min(table_RW.shape[1], -(-PROGRAMS // (R * K)))
     out_RKXGd = q_RHd.new_empty(R, K, splits, H // K, d, dtype=torch.float32)
     log_sum_RKXG = q_RHd.new_empty(R, K, splits, H // K, dtype=torch.float32)
+    launch = tiles(H // K, d, q_RHd.element_size())
     decode_kernel[R, K, splits](
         q_RHd.contiguous(), k_PKSd, v_PKSd, table_RW, length_R, out_RKXGd, log_sum_RKXG,
-        d**-0.5, K, table_RW.shape[1], splits, H // K, d, S, **tiles(H // K, d),
+        d**-0.5, K, table_RW.shape[1], splits, H // K, d, S, **launch,
     )  # fmt: skip
+    if splits == 1:
+        return out_RKXGd.view(R, H, d).to(q_RHd.dtype)
     share_RKXG1 = log_sum_RKXG.softmax(2)[..., None]
     return (out_RKXGd * share_RKXG1).sum(2).view(R, H, d).to(q_RHd.dtype)

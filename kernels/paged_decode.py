@@ -6,14 +6,13 @@ import triton.language as tl
 NUM_WARPS = 4
 
 
-def tiles(heads: int, width: int) -> dict[str, int]:
-    """The tile that holds so many heads of this width: tl.dot wants 16 rows at least."""
-    next_power = triton.next_power_of_2
-    return {
-        "HEADS": max(16, next_power(heads)),
-        "WIDTH": max(16, next_power(width)),
-        "num_warps": NUM_WARPS,
-    }
+def tiles(heads: int, width: int, item_bytes: int) -> dict[str, int]:
+    """The tile that holds so many heads of this width (tl.dot wants 16 rows at least), and how it
+    is launched. The table's load takes stages too: with five, the next keys come while these are
+    summed; float32 has shared memory for fewer."""
+    tile = {"HEADS": heads, "WIDTH": width}
+    tile = {name: max(16, triton.next_power_of_2(size)) for name, size in tile.items()}
+    return tile | {"num_warps": NUM_WARPS, "num_stages": 5 if item_bytes == 2 else 3}
 
 
 @triton.jit

@@ -124,9 +124,10 @@ def make_sampler(model, tokenizer, pages: Pages | None, sampling: Sampling, like
 
 @pytest.fixture
 def no_graphs(monkeypatch):
-    monkeypatch.setattr(Step, "capture", lambda step, pool: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(OwnSampler, "graph_pool", None, raising=False)
+    monkeypatch.setattr(Step, "capture", lambda step, graphs: None)
+    monkeypatch.setattr(own, "Graphs", lambda: "graphs")
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
 
 
 COUNTS = Counter()
@@ -249,6 +250,29 @@ def test_a_conversation_outlives_a_sleep_between_its_turns(model, tokenizer):
         ((_, second),) = sampler.turns()
         said.append((first.ids, second.ids))
     assert said[0] == said[1]
+
+
+def test_who_has_ended_waits_to_be_answered(model, tokenizer):
+    """Although whoever asked has left after the first of them."""
+    sampler = make_sampler(model, tokenizer, None, Sampling(max_new_tokens=3), False)
+    numbers = sampler.open(Piece([20, 21, 22]), [np.random.default_rng(k) for k in range(4)])
+    sampler.end_ids = set()
+    next(sampler.turns())
+    assert list(sampler.turns()) == []
+    for number in numbers:
+        sampler.say(number, Piece([30]))
+    assert sorted(number for number, _ in sampler.turns()) == numbers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_broken_end_in_one_line(temperature, model, tokenizer):
+    twin = Qwen25VL(model.cfg)
+    twin.load_state_dict(model.state_dict())
+    twin.requires_grad_(False).model.norm.weight[3] = float("nan")
+    sampler = make_sampler(twin, tokenizer, None, Sampling(temperature), False)
+    (number,) = sampler.open(Piece([20, 21, 22]), [np.random.default_rng(0)])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        list(sampler.turns())
 
 
 def test_joined_projections_are_the_same_weights(model):

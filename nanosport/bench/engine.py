@@ -64,7 +64,6 @@ def step_ms(sampler: OwnSampler, num_rows: int, cached: int) -> float:
     if sampler.on_gpu:
         num_pages, dtype = num_rows * (2 + cached // PAGE), sampler.model.head_weight_VD.dtype
         sampler.pages = Pages(sampler.model.cfg, num_pages, PAGE, sampler.device, dtype)
-        sampler.graph_pool = torch.cuda.graph_pool_handle()
     else:
         sampler.pages = sampler.make_pages()
     for k in range(num_rows):
@@ -95,7 +94,7 @@ def step_rows(model: Qwen25VL, repeats: int, gpu: bool, card: str) -> list[dict]
     )
     sampler.end_ids, rows = set(), []  # every turn is as long
     for with_graph in (True, False) if gpu else (False,):
-        no_graph = patch.object(Step, "capture", lambda step, pool: None)
+        no_graph = patch.object(Step, "capture", lambda step, graphs: None)
         with nullcontext() if with_graph else no_graph:
             for num_rows, cached in cases if gpu else [(1, 60), (8, 60)]:
                 times = [step_ms(sampler, num_rows, cached) for _ in range(repeats)]

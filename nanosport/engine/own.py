@@ -4,7 +4,7 @@ Each conversation is a row that comes and goes by itself. What it has not read y
 packs, up to a budget of tokens, beside the rows that speak (on a CPU when all have spoken: there
 a pack costs as much as its tokens). A group's prompt is computed once. Where the cache is full, the
 youngest row is put back, and computed again when there is room. A row draws from its own random
-stream, so its tokens do not depend on what else is in the batch.
+stream, so but for rounding its tokens do not depend on what else is in the batch.
 
 Letters: T packed tokens, D hidden, V vocabulary.
 """
@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from kernels.attention import Keys, varlen_attention
 from nanosport.engine.pages import PAGE, Cached, Pages, WidePages
 from nanosport.engine.sampler import Generated, Piece, Sampling
-from nanosport.engine.step import Launched, Step
+from nanosport.engine.step import Graphs, Launched, Step
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
@@ -38,6 +39,8 @@ PACK_TOKENS = 8192
 PACK_PAIRS = 2**26
 """And a row of it at most so many pairs of a new token and one that it may see: memory grows with a
 conversation's length, not with its square, whatever attention there is."""
+PACK_KEYS = 2**18
+"""Its rows have at most so many tokens together: their keys are copied, a layer at a time."""
 READ_AFTER = 8
 """On a GPU a row that was shown frames reads them so many steps later, which gives their decoding
 time; by steps, not by the clock, so that a seed gives the same packs."""
@@ -174,6 +177,7 @@ class OwnSampler:
         self.step: Step | None = None
         self.batch: list[Row | None] = []  # the row of each slot of the step; None: it has left
         self.launched: deque[Launched] = deque()
+        self.graphs, self.width = None, 0
         self.counts: Counter[str] = Counter()
         """tokens_read, tokens_said, decode_steps, rows_put_back, pages (in use at most),
         seconds_read, seconds_speak."""
@@ -191,15 +195,16 @@ class OwnSampler:
         return list(numbers)
 
     def turns(self) -> Iterator[tuple[int, Generated]]:
-        self.pages = self.pages or self.make_pages()
         while any(row.draft is not None for row in self.rows.values()):
+            if self.pages is None:
+                self.pages = self.make_pages()
             self._read()
             began = time.monotonic()
-            ended = self._speak()
+            ended = [(row, row.draft.generated()) for row in self._speak()]
             self.counts["seconds_speak"] += time.monotonic() - began
-            for row in ended:
-                said, row.draft = row.draft.generated(), None
-                yield row.number, said
+            for row, _ in ended:
+                row.draft = None
+            yield from ((row.number, said) for row, said in ended)
 
     def say(self, number: int, piece: Piece) -> None:
         row = self.rows[number]
@@ -218,7 +223,10 @@ class OwnSampler:
         self.pages, self.step = None, None
         self.steps.clear()
         self.launched.clear()
-        self.batch = []
+        self.batch, self.graphs = [], None
+        if self.on_gpu:  # to the driver: what trains would cut the cache's memory into pieces
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         own = dict(self.model.named_parameters())
@@ -244,13 +252,14 @@ class OwnSampler:
 
     def _next_pack(self, unread: Sequence[Row]) -> list[tuple[Row, int]]:
         """(row, tokens to compute now) for the oldest rows, which have room for all their turn."""
-        pack, budget = [], PACK_TOKENS
+        pack, budget, num_keys = [], PACK_TOKENS, 0
         for row in unread:
-            if budget == 0:
+            num_keys += len(row.ids)
+            if budget == 0 or (pack and num_keys > PACK_KEYS):
                 break
             if not row.length:
                 read = [other for other in row.group if other.length >= row.shared > 0]
-                if not read and row.group[0] is not row:
+                if row.shared and not read and row.group[0] is not row:
                     continue  # the first of its group reads for all
                 if not self._make_room(row, read[0] if read else None):
                     break
@@ -357,13 +366,15 @@ class OwnSampler:
             return
         num_rows, width = len(ready), max(len(row.pages) for row in ready)
         if self.on_gpu:
-            num_rows, width = ladder(num_rows), ladder(max(width, 64))
+            self.width = max(self.width, ladder(max(width, 64)))  # a graph for each would be waste
+            num_rows, width = ladder(num_rows), self.width
         self.step = self.steps.get((num_rows, width))
         if self.step is None:
             how = self.sampling, self.banned, num_rows, width
             self.step = Step(self.model, self.pages, *how)
             if self.on_gpu:
-                self.step.capture(self.graph_pool)
+                self.graphs = self.graphs or Graphs()
+                self.step.capture(self.graphs)
                 self.steps[num_rows, width] = self.step
         states = [
             (row.ids[-1], row.last_position, row.length, len(row.draft.ids)) for row in self.batch
@@ -377,6 +388,8 @@ class OwnSampler:
         ended = []
         for slot, (row, token, logp) in enumerate(zip(self.batch, *self.launched.popleft().read())):
             if row is not None:
+                if not isfinite(logp):
+                    raise ValueError("the sampler's logits are not finite: its weights are broken")
                 self._take(row.draft, int(token), logp)
                 row.ids.append(int(token))
                 row.length += 1
@@ -404,7 +417,6 @@ class OwnSampler:
         cfg, dtype = self.model.cfg, self.model.head_weight_VD.dtype
         if not self.on_gpu:
             return WidePages(cfg, self.device, dtype)
-        self.graph_pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()
         left = POOL_SHARE * torch.cuda.mem_get_info(self.device)[0]
         num_pages = min(int(left) // Pages.page_bytes(cfg, PAGE, dtype), POOL_TOKENS // PAGE)

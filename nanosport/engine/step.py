@@ -33,6 +33,14 @@ class Launched:
         return tuple(self.out_2R.tolist())
 
 
+class Graphs:
+    """What the CUDA graphs of a sampler share: their memory, and the stream they are captured on,
+    whose workspaces are then made once."""
+
+    def __init__(self):
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+
 class Step:
     """The step of up to R rows."""
 
@@ -76,16 +84,16 @@ class Step:
         self.table_RW.copy_(torch.from_numpy(table))
         self.draws_RT[:used].copy_(torch.from_numpy(np.stack(draws)))
 
-    def capture(self, pool) -> None:
-        """Make a CUDA graph of the step. pool: the memory that all graphs share."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles kernels, and lets cuBLAS take what it needs
+    def capture(self, graphs: Graphs) -> None:
+        """Make a CUDA graph of the step."""
+        graphs.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(graphs.stream):  # compiles kernels, lets cuBLAS take what it needs
             self.run()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(graphs.stream)
         self.graph = torch.cuda.CUDAGraph()
         # other threads (NCCL has one) may ask the card things that a capture forbids its own
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        how = {"pool": graphs.pool, "stream": graphs.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.graph, **how):
             self.run()
 
     def launch(self) -> Launched:
@@ -140,11 +148,13 @@ def draw(logits_RV, draw_R, sampling: Sampling, banned: torch.Tensor) -> tuple:
     if top_p < 1:
         sorted_RV, order_RV = p_RV.sort(dim=-1, descending=True, stable=True)
         outside_RV = sorted_RV.cumsum(-1) - sorted_RV >= top_p
-        p_RV = p_RV.masked_fill(outside_RV.gather(1, order_RV.argsort(-1)), 0.0)
+        outside_RV = torch.empty_like(outside_RV).scatter_(1, order_RV, outside_RV)
+        p_RV = p_RV.masked_fill(outside_RV, 0.0)
 
     # a draw below the total meets a token with a probability above 0: banned ones add nothing
     cumulative_RV = p_RV.cumsum(-1)
     total_R1 = cumulative_RV[:, -1:]
     point_R1 = (draw_R[:, None] * total_R1).minimum(total_R1 * (1 - 1e-12))
     token_R = torch.searchsorted(cumulative_RV, point_R1, right=True)[:, 0]
+    token_R = token_R.clamp(max=logits_RV.shape[1] - 1)  # of NaN comes an id that is not there
     return token_R, log_p_RV.gather(1, token_R[:, None])[:, 0]

@@ -92,9 +92,11 @@ def load_config(folder: str | Path) -> ModelConfig:
     return cfg
 
 
-def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Qwen25VL:
-    """The model of a folder. Raises ValueError where the weights are not exactly the ones its
-    config asks for."""
+def load_model(
+    folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tower=None
+) -> Qwen25VL:
+    """The model of a folder. tower: the same one of another model, to share. Raises ValueError
+    where the weights are not exactly the ones its config asks for."""
     folder = Path(folder)
     with torch.device("meta"):
         model = Qwen25VL(load_config(folder))
@@ -113,6 +115,8 @@ def load_model(folder: str | Path, device="cpu", dtype: torch.dtype = torch.floa
         shapes = "weights of another shape than config.json says"
         raise ValueError(f"{folder}: {shapes}: {first_few(wrong)}")
     model.load_state_dict(state, assign=True)
+    if tower is not None:
+        model.visual = tower
     return model
 
 

@@ -27,7 +27,8 @@ INDEXED_FRAMES = 5_000_000
 DECODERS = 4
 """Threads that decode ahead."""
 CACHE_BYTES = 8 << 30
-"""Features are kept up to this size, on the device: 4,000 frames of 640×360 for a 7B model."""
+"""Features are kept up to this size, on the device: 4,000 frames of 640×360 for a 7B model; on a
+GPU up to a sixteenth of its memory."""
 
 FrameName = tuple[Clip, int]
 """A frame is known by its clip and its index there."""
@@ -55,6 +56,9 @@ class FrameEncoder:
                 raise ValueError(f"the image processor's settings are another model's: {what}")
         self.model, self.image, self.frozen = model, image, frozen
         self.cache_bytes, self.indexed_frames, self.cached_bytes = cache_bytes, indexed_frames, 0
+        if model is not None and self.device.type == "cuda":  # a small card has better use for it
+            card = torch.cuda.get_device_properties(self.device).total_memory
+            self.cache_bytes = min(cache_bytes, card // 16)
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
         self.videos: OrderedDict[str, Video] = OrderedDict()
         self.num_indexed, self.lock = 0, threading.Lock()
@@ -64,7 +68,8 @@ class FrameEncoder:
         self.coming: dict[FrameName, tuple[Future, int]] = {}
         """Frames that are decoded ahead: by whom, and their place in what comes."""
         self.counts: Counter[str] = Counter()
-        """frames_decoded, frames_cached (served without), seconds_video (waited for decoding)."""
+        """frames_decoded, frames_cached (served without), seconds_video (waited for decoding),
+        seconds_tower."""
 
     def open(self, clip: Clip) -> Video:
         """Return the clip's video. A file is indexed once for all its clips, and the indices of the
@@ -88,8 +93,9 @@ class FrameEncoder:
         except Exception as error:
             raise self._lose(path, error) from error
         with self.lock:
-            self.videos[path] = video
-            self.num_indexed += video.num_frames
+            if path not in self.videos:  # else another thread was quicker
+                self.videos[path] = video
+                self.num_indexed += video.num_frames
             while len(self.videos) > 1 and self.num_indexed > self.indexed_frames:
                 self.num_indexed -= self.videos.popitem(last=False)[1].num_frames
         return video
@@ -156,7 +162,12 @@ class FrameEncoder:
     def _remember(self, names: Sequence[FrameName]) -> None:
         """Encode frames into the cache."""
         sizes = [self.tokens_per_frame(clip) for clip, _ in names]
+        began, waited = time.monotonic(), self.counts["seconds_video"]
         parts = [part.clone() for part in self._encode(names).split(sizes)]  # a view keeps them all
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        spent, waited = time.monotonic() - began, self.counts["seconds_video"] - waited
+        self.counts["seconds_tower"] += spent - waited
         self.cache.update(zip(names, parts))
         self.cached_bytes += sum(part.nbytes for part in parts)
 

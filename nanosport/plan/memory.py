@@ -247,8 +247,8 @@ def stage_moments(
     moments = {"always": always, "start": {"all weights": 4 * sum(weights.values())}}
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
     if is_policy:
-        always["reference"] = step["update"]["reference"] + 2 * weights["vision"] * (run.kl > 0)
-        always["rollout copy"] = 2 * sum(weights.values())
+        always["reference"] = step["update"]["reference"]
+        always["rollout copy"] = 2 * (sum(weights.values()) - weights["vision"])
         always["frames of the step"] = images * (micro_batches - 1) * feature
         plays = only(run, "group_size", "max_turns", "max_new_tokens", "episode_tokens")
         rollout = at_depth(lambda cfg: sampler_moments(cfg, lengths, prompts, plays), model, 1)

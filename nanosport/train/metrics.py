@@ -67,7 +67,7 @@ class TokenMeans:
 
 WORK = (
     "tokens_read", "decode_steps", "rows_put_back", "pages", "frames_decoded", "frames_cached",
-    "seconds_read", "seconds_speak", "seconds_video",
+    "seconds_read", "seconds_speak", "seconds_video", "seconds_tower",
 )  # fmt: skip
 
 

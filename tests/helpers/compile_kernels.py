@@ -27,18 +27,22 @@ def compile_row(arch: int, dtype: str, flags: dict, aligned: bool) -> tuple[int,
     types = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64"}
     types |= {name: "i32" for name in INTEGERS}
     constants = flags | {"BLOCK": BLOCK}
-    return compiled(row_kernel, arch, types, constants, INTEGERS if aligned else (), NUM_WARPS)
+    return compiled(
+        row_kernel, arch, types, constants, INTEGERS if aligned else (), {"num_warps": NUM_WARPS}
+    )
 
 
 def compile_decode(arch: int, dtype: str, heads: int, width: int) -> tuple[int, int]:
     types = {name: f"*{dtype}" for name in ("q_ptr", "k_ptr", "v_ptr")}
     types |= {name: "*i32" for name in ("table_ptr", "length_ptr")}
     types |= {name: "i32" for name in ("num_key_heads", "table_width", "splits")}
-    constants = {"G": heads, "D": width, "PAGE": 64} | tiles(heads, width)
-    return compiled(decode_kernel, arch, types, constants, (), constants.pop("num_warps"))
+    launch = tiles(heads, width, 2 if dtype == "bf16" else 4)
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    constants = {"G": heads, "D": width, "PAGE": 64} | launch
+    return compiled(decode_kernel, arch, types, constants, (), options)
 
 
-def compiled(kernel, arch, types, constants, aligned, num_warps) -> tuple[int, int]:
+def compiled(kernel, arch, types, constants, aligned, options) -> tuple[int, int]:
     """Pointers are aligned, and to float32 unless `types` says otherwise; so are plain numbers."""
     signature, attrs = {}, {}
     for k, name in enumerate(kernel.arg_names):
@@ -48,9 +52,9 @@ def compiled(kernel, arch, types, constants, aligned, num_warps) -> tuple[int, i
         if is_pointer or name in aligned:
             attrs[(k,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attrs)
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps}
-    ).asm["cubin"]
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm[
+        "cubin"
+    ]
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
