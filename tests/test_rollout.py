@@ -574,6 +574,9 @@ def test_sampling_out_of_range(wrong):
 def test_frames_are_decoded_ahead_once_and_are_the_same(model, taught_folder, questions):
     image, clip = ImageConfig.from_folder(taught_folder), questions[0].clip
     plain, ahead = FrameEncoder(model, image), FrameEncoder(model, image)
+    plain.expect([(clip, 3)])
+    assert plain.coming == {}  # a CPU has no time to spare
+    ahead.decodes_ahead = True
     names = [(clip, index) for index in (40, 3, 90, 3)]
     for _ in range(2):
         ahead.expect(names)
@@ -592,6 +595,7 @@ def test_a_video_lost_while_it_is_decoded_ahead_is_named(model, taught_folder, q
     copy.write_bytes(Path(questions[0].clip.video).read_bytes())
     clip = questions[0].clip._replace(video=str(copy))
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    encoder.decodes_ahead = True
     encoder.open(clip)
     copy.unlink()
     encoder.expect([(clip, 5)])
@@ -605,6 +609,7 @@ def test_nothing_is_decoded_ahead_when_a_rollout_has_ended(
     model, tokenizer, taught_folder, questions, monkeypatch
 ):
     encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    encoder.decodes_ahead = True
     sampler = make_sampler(model, tokenizer)
     rollout(sampler, encoder, questions[:2], Limits(max_turns=2), 2)
     assert encoder.coming == {} and encoder.counts["frames_decoded"] > 0

@@ -56,7 +56,9 @@ class FrameEncoder:
                 raise ValueError(f"the image processor's settings are another model's: {what}")
         self.model, self.image, self.frozen = model, image, frozen
         self.cache_bytes, self.indexed_frames, self.cached_bytes = cache_bytes, indexed_frames, 0
-        if model is not None and self.device.type == "cuda":  # a small card has better use for it
+        # on a CPU threads that decode would only slow the model's own down
+        self.decodes_ahead = model is not None and self.device.type != "cpu"
+        if self.decodes_ahead:  # a small card has better use for its memory
             card = torch.cuda.get_device_properties(self.device).total_memory
             self.cache_bytes = min(cache_bytes, card // 16)
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
@@ -124,6 +126,8 @@ class FrameEncoder:
 
     def expect(self, names: Sequence[FrameName]) -> None:
         """Begin to decode frames whose features will be asked for."""
+        if not self.decodes_ahead:
+            return
         missing = {n for n in names if n not in self.cache and n not in self.coming}
         for clip, run in groupby(in_order(missing), key=lambda name: name[0]):
             indices = [index for _, index in run]
