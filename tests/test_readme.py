@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from nanosport.bench.demo import seeds_table
 from nanosport.env.reward import Reward
 from nanosport.plan import __main__ as plan
 from nanosport.records import Episode, Question, Turn
-from nanosport.train.metrics import TokenMeans, log_row, rollout_stats
+from nanosport.train.metrics import TokenMeans, log_row, rollout_stats, take_work
 from nanosport.train.training import Update
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +98,8 @@ def test_every_metric_is_explained_and_no_other():
     means.sums |= dict.fromkeys(means.NAMES, 1.0)
     stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)])
     row = log_row(0, stats, means.over_ranks("cpu"), [Update(1.0, 1.0, 0.1, False)], 1.0)
+    row |= take_work(Counter(pages=3))
+    assert row["pages"] == 3 and row["rows_put_back"] == 0
     page = PAGES["metrics.md"]
     of_rl, rest = page.split("## `log.jsonl` of `train.py`")
     explained = set(re.findall(r"^\| `(\w+)`", of_rl, flags=re.M))
