@@ -41,7 +41,7 @@ from nanosport.files import ASSETS, plain, provenance, write_atomically
 from nanosport.model.folder import hub_commit, resolve, version
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import DIMENSIONS, Episode, Question, read_records
-from nanosport.report import printable, table
+from nanosport.report import table
 from nanosport.train import dist
 from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.video import VideoError
@@ -250,11 +250,11 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
 
 def show(rows: dict[str, dict], examples: int = 3) -> None:
     """Print the table, and some turns that broke the format."""
-    print(printable(table(rows)))
+    print(table(rows))
     for label, row in rows.items():
         for one in [one for one in row["episodes"] if "error" in one][:examples]:
             said = " ".join(one["text"].split())[:300]
-            print(printable(f"{label}: {one['id']}: {one['error']}: {said}"))
+            print(f"{label}: {one['id']}: {one['error']}: {said}")
 
 
 def make_default_data() -> None:
