@@ -37,7 +37,7 @@ from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.fields import Above, AtLeast, AtMost, Share
-from nanosport.files import ASSETS, plain, provenance, write_atomically
+from nanosport.files import ASSETS, own_name, provenance, write_atomically
 from nanosport.model.folder import hub_commit, resolve, version
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import DIMENSIONS, Episode, Question, read_records
@@ -241,7 +241,7 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
     made_by["processes"] = cli.num_processes()
-    beside = cfg.out if cfg.out and plain(cfg.out) else Path("out/eval.json")
+    beside = cfg.out if cfg.out and own_name(cfg.out) else Path("out/eval.json")
     played = Played(beside, made_by, questions, rank)
     if played.episodes and rank == 0:
         print(f"{len(played.episodes)} episodes are played already: going on from {played.path}")

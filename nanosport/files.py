@@ -32,6 +32,13 @@ def plain(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
+def own_name(path: Path) -> bool:
+    """Whether other files may lie beside a plain file: not where it only is what a shell has
+    redirected /dev/stdout or /proc/self/fd/1 to."""
+    folder = path.parent.resolve()
+    return plain(path) and folder != Path("/dev") and not folder.is_relative_to("/proc")
+
+
 @contextmanager
 def replacing(path: Path):
     """The path of a new file, which takes the place of what lies under a name when all of it is

@@ -593,3 +593,32 @@ def test_two_processes_may_write_one_file(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
     assert [writer.wait(60) for writer in writers] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["answer"]
+
+
+SIDE_FILES = ["check $DATA", "difficulty $DATA", "distill $DATA --teacher assets/nano-sft"]
+NO_PLACE = [
+    "/dev/null",
+    "/dev/stdout >$NEW",
+    "/dev/stdout | cat",
+    "/proc/self/fd/1 >$NEW",
+    "data_prep",
+]
+
+
+@pytest.mark.parametrize("command", SIDE_FILES)
+def test_what_is_written_beside_a_file_needs_one(command, clip, tmp_path):
+    asked = arena.make_questions(clip[0], np.random.default_rng(0), "q", str(clip[1]))[:1]
+    data, devices = tmp_path / "q.jsonl", {*os.listdir("/dev")}
+    data.write_text("".join(json.dumps(arena.asdict(q)) + "\n" for q in asked))
+    for out in NO_PLACE:
+        line = f"python -m data_prep.{command} --out {out}"
+        code, said = shell(line, DATA=data, NEW=tmp_path / "new")
+        assert (code, said.count("\n")) == (1, 1), said
+        assert said.startswith(f"error: --out {out.split()[0]}: must be a plain file, for "), said
+    assert {*os.listdir("/dev")} == devices
+
+
+def test_what_is_played_does_not_lie_beside_an_open_file(tmp_path, nano_folder):
+    with open(tmp_path / "report", "w") as file:
+        cfg = evaluation.Config(out=Path(f"/proc/self/fd/{file.fileno()}"))
+        assert evaluation.open_played(cfg, nano_folder, [], 0).path.parent == Path("out")
