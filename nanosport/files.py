@@ -22,9 +22,10 @@ def named(file: Path | str, partial: Path | None = None):
     try:
         yield
     except OSError as error:
-        if error.filename in (None, str(partial)):
-            error.filename = str(file)
-        raise
+        if error.filename not in (None, str(partial)):
+            raise
+        # a new one: FFmpeg's keeps the name that it has
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
 
 
 def plain(path: Path) -> bool:
