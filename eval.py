@@ -37,11 +37,11 @@ from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.fields import Above, AtLeast, AtMost, Share
-from nanosport.files import ASSETS, plain, provenance, write_atomically
+from nanosport.files import ASSETS, own_name, provenance, write_atomically
 from nanosport.model.folder import hub_commit, resolve, version
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import DIMENSIONS, Episode, Question, read_records
-from nanosport.report import printable, table
+from nanosport.report import table
 from nanosport.train import dist
 from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.video import VideoError
@@ -241,7 +241,7 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
     made_by["processes"] = cli.num_processes()
-    beside = cfg.out if cfg.out and plain(cfg.out) else Path("out/eval.json")
+    beside = cfg.out if cfg.out and own_name(cfg.out) else Path("out/eval.json")
     played = Played(beside, made_by, questions, rank)
     if played.episodes and rank == 0:
         print(f"{len(played.episodes)} episodes are played already: going on from {played.path}")
@@ -250,11 +250,11 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
 
 def show(rows: dict[str, dict], examples: int = 3) -> None:
     """Print the table, and some turns that broke the format."""
-    print(printable(table(rows)))
+    print(table(rows))
     for label, row in rows.items():
         for one in [one for one in row["episodes"] if "error" in one][:examples]:
             said = " ".join(one["text"].split())[:300]
-            print(printable(f"{label}: {one['id']}: {one['error']}: {said}"))
+            print(f"{label}: {one['id']}: {one['error']}: {said}")
 
 
 def make_default_data() -> None:

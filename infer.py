@@ -26,7 +26,7 @@ from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import ASSETS, write_atomically
 from nanosport.model.folder import hub_commit, resolve
 from nanosport.records import LETTERS, Episode, Question, Turn, check_text
-from nanosport.report import episode_page, printable
+from nanosport.report import episode_page
 from nanosport.train.inputs import check_prompt
 from nanosport.video import Video
 
@@ -91,14 +91,14 @@ def show(turn: Turn) -> None:
     """Print one turn, for people."""
     think, _ = split_think(turn.text)
     if turn.error:
-        print(f"said    {printable(turn.text.strip())}")
+        print(f"said    {turn.text.strip()}")
     else:
-        print(f"think   {printable(think)}")
+        print(f"think   {think}")
     if turn.action == "tool":
         frames = ", ".join(map(str, turn.frames)) or "no turn left"
         print(f"look    frames {turn.window[0]} to {turn.window[1]} → {frames}")
     elif turn.error:
-        print(f"refused {printable(turn.error)}")
+        print(f"refused {turn.error}")
     sys.stdout.flush()
 
 
@@ -126,7 +126,7 @@ def answer_line(episode: Episode, options: tuple[str, ...]) -> str:
         return f"no answer ({episode.status.replace('_', ' ')})"
     letters = LETTERS[: len(options)]
     option = f"  {options[letters.index(episode.answer)]}" if episode.answer in [*letters] else ""
-    return printable(f"answer  {episode.answer}{option}")
+    return f"answer  {episode.answer}{option}"
 
 
 def main(cfg: Config) -> None:

@@ -227,7 +227,7 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
         actors.sampler.sleep()
 
     rewards: list[Reward] = []
-    with training.stage("judge"), training.serving():
+    with training.stage("judge"), training.serving(actors.judge):
         answers, asked = [e.answer for e in episodes], [e.question for e in episodes]
         scores = actors.judge.answers(answers, asked) if actors.judge else [None] * len(asked)
         rewards = [

@@ -286,6 +286,7 @@ def main(cfg: Config) -> None:
     cli.check(cfg)
     last, out, report = last_windows(cfg.records), cfg.clean, cfg.report
     videos = {cfg.records.parent / clip.video for clip in last}
+    cli.allows_beside(out, report)
     for path in (out, report):
         cli.not_the_input(path, cfg.records, *videos)
     if report.exists() and not cfg.resume:

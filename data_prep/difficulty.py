@@ -82,6 +82,7 @@ def main(cfg: Config) -> None:
     folder = resolve(cfg.model)
     settings = {name: str(getattr(cfg, name)) for name in names} | {"weights": version(folder)}
     kept = cfg.out.with_name(cfg.out.name + ".rates.jsonl")
+    cli.allows_beside(cfg.out, kept)
     for path in (cfg.out, kept):
         cli.not_the_input(path, cfg.data, cfg.model, *{question.video for question in questions})
     rates = read_rates(kept, settings)

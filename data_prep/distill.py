@@ -302,6 +302,7 @@ def main(cfg: Config) -> None:
     judge, endpoint = judge_of(cfg.judge_url, cfg.judge, cache, **limits), None
     questions = read_questions(cfg.data)
     counts = cfg.out.with_name(cfg.out.name + ".json")
+    cli.allows_beside(cfg.out, counts)
     for path in (cfg.out, counts):
         cli.not_the_input(path, cfg.data, cfg.teacher, *{question.video for question in questions})
     cfg.out.parent.mkdir(parents=True, exist_ok=True)

@@ -90,8 +90,8 @@ def tied(ties: Iterable[Sequence[tuple[str, str]]]) -> list[int]:
 
 
 def check_splits(paths: Iterable[Path], held_out: Iterable[str] = ()) -> int:
-    """Number of records of the split files, which are named after their split (test.jsonl; any
-    other name is training).
+    """Number of records of the split files, whose names end in their split (test.jsonl; any other
+    name is training).
 
     Raises ValueError, naming what leaks and where, if a group, a match or a video is in two of
     them, if a test-only source or something it shares is in training, or if two records have one
@@ -99,7 +99,7 @@ def check_splits(paths: Iterable[Path], held_out: Iterable[str] = ()) -> int:
     """
     held, where, files = {tie for group in held_out for tie in group_ties(group)}, {}, {}
     for path in map(Path, paths):
-        split = path.name.partition(".")[0]
+        split = path.stem.rpartition(".")[2]
         if path.is_file() and not path.stat().st_size:
             continue  # its target was 0, or nothing was left for it
         for num, (*_, question) in enumerate(stream_records(path), len(files)):

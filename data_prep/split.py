@@ -49,7 +49,7 @@ from data_prep.leaks import (
 from nanosport import cli
 from nanosport.env.scoring import normalise
 from nanosport.fields import Above, AtLeast, AtMost
-from nanosport.files import named, write_atomically
+from nanosport.files import named, replacing, write_atomically
 from nanosport.records import Question, stream_records
 from nanosport.report import printable
 
@@ -452,24 +452,17 @@ def write(
     """The three files and split.json, under their names when all are there and hold no leak."""
     out = cfg.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    partial = {split: out / f"{split}.jsonl.partial" for split in SPLITS}
-    try:
+    with ExitStack() as stack:
+        new = {s: stack.enter_context(replacing(out / f"{s}.jsonl")) for s in SPLITS}
         for split, entries in chosen.items():
-            with named(partial[split]), open(partial[split], "w") as file:
+            with named(out / f"{split}.jsonl", new[split]), open(new[split], "w") as file:
                 for entry in tqdm(entries, desc=split, unit="record"):
-                    file.write(
-                        split_line(read_row(entry, files), cfg.records[entry.file].parent, out)
-                    )
-        check_splits(partial.values(), report["held_out"])
-        (out / "split.json").unlink(
-            missing_ok=True
-        )  # where a kill leaves old files beside new ones there is no report
-        for path in partial.values():
-            path.replace(path.with_suffix(""))
-        write_atomically(out / "split.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+                    folder = cfg.records[entry.file].parent
+                    file.write(split_line(read_row(entry, files), folder, out))
+        check_splits(new.values(), report["held_out"])
+        # where a kill leaves old files beside new ones there is no report
+        (out / "split.json").unlink(missing_ok=True)
+    write_atomically(out / "split.json", json.dumps(report, indent=1, sort_keys=True) + "\n")
 
 
 def main(cfg: Config) -> None:

@@ -19,7 +19,7 @@ import torch
 
 import nanosport
 from nanosport.fields import Bound, marks_of
-from nanosport.files import named, plain
+from nanosport.files import named, own_name, plain
 from nanosport.records import check_whole
 from nanosport.report import printable
 
@@ -83,6 +83,12 @@ def not_the_input(out: Path, *read: Path | str, flag: str = "--out") -> None:
             raise ValueError(f"{flag} {out}: is the file that is read; choose another name")
         if path.is_dir() and file.is_relative_to(path.resolve()):
             raise ValueError(f"{flag} {out}: is a file of {path}, which is read; choose another")
+
+
+def allows_beside(out: Path, more: Path) -> None:
+    """Raise ValueError where a command that also writes `more`, beside --out, cannot do so."""
+    if not own_name(out):
+        raise ValueError(f"--out {out}: must be a plain file, for {more.name} is written beside it")
 
 
 def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = None) -> None:

@@ -22,14 +22,22 @@ def named(file: Path | str, partial: Path | None = None):
     try:
         yield
     except OSError as error:
-        if error.filename in (None, str(partial)):
-            error.filename = str(file)
-        raise
+        if error.filename not in (None, str(partial)):
+            raise
+        # a new one: FFmpeg's keeps the name that it has
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
 
 
 def plain(path: Path) -> bool:
     """Whether a file is, or can be made, at this path: no folder, no device, no pipe is there."""
     return path.is_file() or not path.exists()
+
+
+def own_name(path: Path) -> bool:
+    """Whether other files may lie beside a plain file: not where it only is what a shell has
+    redirected /dev/stdout or /proc/self/fd/1 to."""
+    folder = path.parent.resolve()
+    return plain(path) and folder != Path("/dev") and not folder.is_relative_to("/proc")
 
 
 @contextmanager

@@ -15,20 +15,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanosport.fields import Above, AtLeast, build, only, read_json, section
+from nanosport.fields import Above, AtLeast, AtMost, build, only, read_json, section
 from nanosport.video import Video, VideoError
 
 RGB = tuple[float, float, float]
+MAX_SIDE = 64
+"""Of a patch and of a square of them, published 14 to 16 and 2: every frame is enlarged to their
+product at least."""
 
 
 @dataclass(frozen=True)
 class ImageConfig:
     """What a model folder says of its image processor; the defaults are Qwen2.5-VL's."""
 
-    patch_size: Annotated[int, AtLeast(1)] = 14
-    temporal_patch_size: Annotated[int, AtLeast(1)] = 2
-    merge_size: Annotated[int, AtLeast(1)] = 2
-    min_pixels: Annotated[int, AtLeast(1)] = 3136
+    patch_size: Annotated[int, AtLeast(1), AtMost(MAX_SIDE)] = 14
+    temporal_patch_size: Annotated[int, AtLeast(1), AtMost(MAX_SIDE)] = 2
+    merge_size: Annotated[int, AtLeast(1), AtMost(MAX_SIDE)] = 2
+    min_pixels: Annotated[int, AtLeast(1), AtMost(2**24)] = 3136
     max_pixels: Annotated[int, AtLeast(1)] = 12845056
     image_mean: RGB = (0.48145466, 0.4578275, 0.40821073)
     image_std: Annotated[RGB, Above(0)] = (0.26862954, 0.26130258, 0.27577711)

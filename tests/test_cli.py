@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -593,3 +594,63 @@ def test_two_processes_may_write_one_file(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
     assert [writer.wait(60) for writer in writers] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["answer"]
+
+
+SIDE_FILES = ["check $DATA", "difficulty $DATA", "distill $DATA --teacher assets/nano-sft"]
+NO_PLACE = [
+    "/dev/null",
+    "/dev/stdout >$NEW",
+    "/dev/stdout | cat",
+    "/proc/self/fd/1 >$NEW",
+    "data_prep",
+]
+
+
+@pytest.mark.parametrize("command", SIDE_FILES)
+def test_what_is_written_beside_a_file_needs_one(command, clip, tmp_path):
+    asked = arena.make_questions(clip[0], np.random.default_rng(0), "q", str(clip[1]))[:1]
+    data, devices = tmp_path / "q.jsonl", {*os.listdir("/dev")}
+    data.write_text("".join(json.dumps(arena.asdict(q)) + "\n" for q in asked))
+    for out in NO_PLACE:
+        line = f"python -m data_prep.{command} --out {out}"
+        code, said = shell(line, DATA=data, NEW=tmp_path / "new")
+        assert (code, said.count("\n")) == (1, 1), said
+        assert said.startswith(f"error: --out {out.split()[0]}: must be a plain file, for "), said
+    assert {*os.listdir("/dev")} == devices
+
+
+def test_what_is_played_does_not_lie_beside_an_open_file(tmp_path, nano_folder):
+    with open(tmp_path / "report", "w") as file:
+        cfg = evaluation.Config(out=Path(f"/proc/self/fd/{file.fileno()}"))
+        assert evaluation.open_played(cfg, nano_folder, [], 0).path.parent == Path("out")
+
+
+FULL = {
+    "infer.py $CLIP 'Who?' --page $OUT/page.html": "page.html",
+    "eval.py --data $DATA --modes tool --out $OUT/report.json": "report.[0-9a-f]*.played.jsonl",
+    "rl.py --model assets/nano-sft --data $DATA --num-prompts 1 --out $OUT": "run.json",
+    "-m data_prep.arena --out $OUT --workers 1": "clips/sft_00000.mp4",
+    "-m data_prep.check $DATA --out $OUT/clean.jsonl": "clean.report.jsonl",
+    "-m data_prep.difficulty $DATA --out $OUT/rated.jsonl": "rated.jsonl.rates.jsonl",
+    "-m data_prep.distill $DATA --teacher assets/nano-sft --out $OUT/t.jsonl": "t.jsonl.answers/.*",
+    "-m data_prep.look $DATA --out $OUT/look.html": "look.html",
+    "-m data_prep.split $DATA --out $OUT": "[a-z]*.jsonl",
+}
+
+
+@pytest.mark.parametrize("command", FULL)
+def test_a_disk_that_is_full_is_one_line_that_names_the_file(command, clip, tmp_path):
+    """A limit on the size of files does to a write what a full disk does, for any user."""
+    asked = arena.make_questions(clip[0], np.random.default_rng(0), "q", str(clip[1]))[:1]
+    data, out = tmp_path / "q.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(arena.asdict(q)) + "\n" for q in asked))
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (99, {size}))"
+    start = f"import os, sys; {limit}; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    names = {"CLIP": clip[1], "DATA": data, "OUT": out, "START": start}
+    code, said = shell(f'python -c "$START" {command}', **names)
+    assert code == 1 and "Traceback" not in said, said
+    line = rf"error: {re.escape(str(out))}/{FULL[command]}: File too large"
+    assert re.fullmatch(line, said.splitlines()[-1]), said
+    grows = re.compile(r"run.lock|.*\.(played|report)\.jsonl")  # line by line, and is mended
+    assert all(grows.fullmatch(path.name) for path in out.rglob("*") if path.is_file())

@@ -16,7 +16,7 @@ import pytest
 
 import eval as evaluation
 import infer
-from nanosport.cli import Preempted
+from nanosport.cli import Preempted, Terminal
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.played import Played
@@ -217,7 +217,8 @@ def test_infer_shows_what_broke_the_format(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("action", ["invalid", "bad_call"])
-def test_no_turn_reaches_the_terminal_raw(action, capsys):
+def test_no_turn_reaches_the_terminal_raw(action, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
     infer.show(Turn("\x1b[31mred <think>", action, error="the tool call \x07 is not valid JSON"))
     said = capsys.readouterr().out
     assert "said    \\x1b[31mred <think>" in said and "\x07" not in said

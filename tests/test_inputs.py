@@ -1,6 +1,7 @@
 """What a run reads is tried before its first step, and what is lost meanwhile is replaced."""
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import infer
 import rl
 import train
 from data_prep import check, difficulty, look, split, teacher
+from nanosport.cli import Terminal
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
@@ -290,7 +292,8 @@ def test_the_doctor_names_a_span_that_ends_after_its_video(folder, span_s, outsi
     assert found["usable"] and found["span_outside"] is outside
 
 
-def test_text_from_outside_carries_no_terminal_escape(folder, tmp_path, capsys):
+def test_text_from_outside_carries_no_terminal_escape(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal(sys.stdout))
     rows = [question(folder / "a.mp4", "q"), question("\x1b[2Jx.mp4", "\x1b]0;title\x07")]
     data = rows_file(tmp_path / "data.jsonl", rows)
     evaluation.main(evaluation.Config(MODEL, data, tmp_path / "r.json", ("tool",), **SMALL))

@@ -2,9 +2,14 @@
 steps, to end with a grade."""
 
 import json
+import signal
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,15 +17,19 @@ import torch
 
 import eval as evaluation
 import rl
+from nanosport.env.endpoint import Endpoint
 from nanosport.env.judge import ANSWER_RUBRIC, Judge
 from nanosport.env.scoring import exact
 from nanosport.model.folder import load_model, load_tokenizer, save_model
 from nanosport.model.qwen2_5_vl import mrope_positions
-from nanosport.records import read_questions
+from nanosport.records import Question, read_questions
 from nanosport.train import checkpoint
+from nanosport.train.faults import Preemption
+from nanosport.train.training import Training
 from tests.helpers.chat_server import ChatServer
 
-NANO = Path(__file__).parent.parent / "assets" / "nano-deepsport"
+ROOT = Path(__file__).parent.parent
+NANO = ROOT / "assets" / "nano-deepsport"
 GUESSER = NANO.parent / "nano-sft"
 """Half of its open answers are wrong."""
 
@@ -193,3 +202,53 @@ def test_an_evaluation_counts_what_is_scored_by_rule(strict, learning, tmp_path)
 def test_a_judge_is_not_waited_for_until_the_run_counts_as_stuck(learning):
     with pytest.raises(ValueError, match="--judge-wait-s 60.*: must be below --stuck-after-s"):
         rl.main(replace(learning, judge_wait_s=60.0, stuck_after_s=60.0))
+
+
+def hang(request) -> None:
+    threading.Event().wait(60)
+
+
+@pytest.mark.parametrize("away", [503, hang], ids=["away", "hangs"])
+@pytest.mark.parametrize("script", ["rl", "eval"])
+def test_sigterm_is_heard_while_a_judge_is_waited_for(script, away, strict, questions, tmp_path):
+    """As where no judge is: what was done is kept, and the same command goes on."""
+    rows = [json.loads(line) | {"answer": "a zebra"} for line in questions.open()][:4]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = f"--model {GUESSER} --data {questions} --judge-url {strict.url} --judge nano"
+    if script == "rl":
+        flags += " --out rl --steps 2 --num-prompts 2 --group-size 4 --max-new-tokens 100"
+        flags += " --temperature 1.2 --min-format-rate 0 --min-tool-rate 0"
+    else:
+        flags += " --modes tool"
+    command, before = [sys.executable, ROOT / f"{script}.py", *flags.split()], len(strict.headers)
+    strict.trouble[:] = [away] * 999
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        while len(strict.headers) == before and run.poll() is None:
+            time.sleep(0.1)
+        time.sleep(2.5)  # by now it waits, and not for the first time
+        began = time.monotonic()
+        run.send_signal(signal.SIGTERM)
+        said = run.communicate(timeout=30)[1]
+        assert time.monotonic() - began < 8, said
+    finally:
+        strict.trouble.clear()
+        run.kill()
+    assert run.returncode == 143, said
+    if script == "rl":
+        line = "stopped by SIGTERM in step 0; what was before it is saved, --resume goes on"
+        assert checkpoint.latest(tmp_path / "rl").name == "step_000000"
+    else:
+        line = "stopped by SIGTERM; what was played is kept in out/eval"
+    assert said.splitlines()[-1].startswith(line)
+
+
+def test_after_sigterm_no_judge_is_asked(tmp_path):
+    judge = Judge(Endpoint("http://127.0.0.1:9/v1", "away", tmp_path, wait_s=600))
+    run = SimpleNamespace(preemption=Preemption(), failure="")
+    run.preemption.hear()  # in the rollout before
+    question = Question("q", "q.mp4", "", "rules", "Who?", (), "red")
+    with Training.serving(run, judge):
+        judge.answers(["blue"], [question])
+        raise AssertionError("it was asked")
+    assert not run.failure and not judge.endpoint.tally

@@ -366,6 +366,15 @@ ATLEAST, ABOVE = r"must be a whole number .*, at least \d", "must be a finite nu
         ("vision_config.fullatt_block_indexes", 3, "must be a list, each a whole number"),
         ("vision_config.fullatt_block_indexes", [1, "3"], "must be a list, each a whole number"),
         ("vision_config.hidden_act", ["silu"], "this code has only 'silu'"),
+        # what no machine can hold is refused before it is built
+        ("num_hidden_layers", 10**8, "must be at most 1000"),
+        ("vision_config.depth", 10**8, "at most 1000"),
+        ("vision_config.hidden_size", 10**9, r"at most \d"),
+        ("vision_config.out_hidden_size", 10**9, r"at most \d"),
+        ("vision_config.patch_size", 10**9, r"at most \d"),
+        ("vision_config.spatial_merge_size", 10**9, r"at most \d"),
+        ("vision_config.temporal_patch_size", 10**9, r"at most \d"),
+        ("vision_config.in_channels", 10**9, r"at most \d"),
     ],
 )
 def test_a_value_of_config_json_that_no_model_has_is_named(folder, place, value, rule):
@@ -381,6 +390,9 @@ def test_a_value_of_config_json_that_no_model_has_is_named(folder, place, value,
     [
         ("patch_size", 0),
         ("patch_size", [14, 14]),
+        ("patch_size", 10**9),  # every frame would be enlarged to it
+        ("merge_size", 10**9),
+        ("min_pixels", 2**30),
         ("merge_size", "2"),
         ("temporal_patch_size", -2),
         ("min_pixels", math.nan),

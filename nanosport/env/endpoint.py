@@ -25,6 +25,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -108,7 +109,7 @@ class Endpoint:
             rule = "an endpoint is an http or https address, such as http://localhost:8000/v1"
             raise EndpointError(f"{self.url}: {rule}")
         self._lock, self._next_s, self._asking = threading.Lock(), 0.0, WeakValueDictionary()
-        self._closed, self._told = threading.Event(), False
+        self._closed = self._dropped = self._told = False
         proxies = proxies_for(self.url)
         self._opener = urllib.request.build_opener(NoRedirect, urllib.request.ProxyHandler(proxies))
         through = proxies.get(urlsplit(self.url).scheme, "").rpartition("@")[2]  # no password
@@ -145,9 +146,10 @@ class Endpoint:
         """Remove an answer that was of no use: it will be asked for again."""
         self._asked(messages, sample, options)[1].unlink(missing_ok=True)
 
-    def close(self) -> None:
-        """Ask for nothing more: what waits to be asked for fails."""
-        self._closed.set()
+    def close(self, drop: bool = False) -> None:
+        """Ask for nothing more: what waits to be asked for fails; drop: what is under way too. A
+        signal's handler may call it, for it takes no lock."""
+        self._closed, self._dropped = True, drop or self._dropped
 
     def _asked(self, messages: Sequence[dict], sample: int, options: dict) -> tuple[dict, Path]:
         """(the request, the file of its answer)."""
@@ -165,10 +167,10 @@ class Endpoint:
         began, attempt = time.monotonic(), 0
         while True:
             self._wait_turn()
-            if self._closed.is_set():
+            if self._closed:
                 raise EndpointError(f"{self._name}: stopped; its answers are kept")
             try:
-                answer = within(self.timeout_s, lambda: self._post(body))
+                answer = self._within(self.timeout_s, lambda: self._post(body))
                 self._told = False
                 return answer
             except TryAgain as error:
@@ -190,8 +192,25 @@ class Endpoint:
     def _pause(self, seconds: float) -> None:
         """Wait, but not long after `close`."""
         for _ in range(parts := ceil(seconds)):
-            if not self._closed.is_set():
+            if not self._closed:
                 time.sleep(seconds / parts)
+
+    def _within(self, limit_s: float, action: Callable[[], dict]) -> dict:
+        """What `action` returns or raises. Raises TryAgain after `limit_s`: a server that drips
+        bytes never lets a socket's own time-out pass."""
+        future: Future = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(action())
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        for _ in range(parts := ceil(limit_s)):
+            with suppress(TimeoutError):
+                return future.result(0 if self._dropped else limit_s / parts)
+        raise TryAgain("timed out", away=True)
 
     def _post(self, body: bytes) -> dict:
         """Send a request once. Raises TryAgain where another try may help, else EndpointError."""
@@ -257,24 +276,6 @@ def proxies_for(url: str) -> dict[str, str]:
     except ValueError:
         here = host == "localhost"
     return {} if here or urllib.request.proxy_bypass(host) else urllib.request.getproxies()
-
-
-def within(limit_s: float, action: Callable[[], dict]) -> dict:
-    """What `action` returns or raises. Raises TryAgain after `limit_s`: a server that drips bytes
-    never lets a socket's own time-out pass."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        return future.result(limit_s)
-    except TimeoutError:
-        raise TryAgain("timed out", away=True) from None
 
 
 def text_of(message: dict) -> str:

@@ -76,8 +76,8 @@ class Judge:
         with ThreadPoolExecutor(self.workers) as pool:
             try:
                 scores = list(pool.map(score, answers, questions))
-            except BaseException:  # Ctrl-C too: the others must not be waited for
-                self.endpoint.close()
+            except BaseException as error:  # Ctrl-C: what is under way must not be waited for
+                self.endpoint.close(drop=not isinstance(error, Exception))
                 raise
         if declined:
             self.endpoint.count(by_rule=len(declined))

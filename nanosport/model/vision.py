@@ -19,26 +19,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.attention import varlen_attention
-from nanosport.fields import Above, AtLeast, build, only, section
+from nanosport.fields import Above, AtLeast, AtMost, build, only, section
+from nanosport.image import MAX_SIDE
 from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, rotate, run_layer
+
+MAX_LAYERS = 1000
+"""Published models have 130 at most; a million take minutes to build, before a weight is read."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    depth: Annotated[int, AtLeast(1)]
-    hidden_size: Annotated[int, AtLeast(1)]
+    depth: Annotated[int, AtLeast(1), AtMost(MAX_LAYERS)]
+    hidden_size: Annotated[int, AtLeast(1), AtMost(2**20)]
     intermediate_size: Annotated[int, AtLeast(1)]
     num_heads: Annotated[int, AtLeast(1)]
-    out_hidden_size: Annotated[int, AtLeast(1)]
+    out_hidden_size: Annotated[int, AtLeast(1), AtMost(2**20)]
     """Width of the language model."""
-    patch_size: Annotated[int, AtLeast(1)]
+    patch_size: Annotated[int, AtLeast(1), AtMost(MAX_SIDE)]
     """Pixels a side."""
     window_size: Annotated[int, AtLeast(1)]
     """Pixels a side."""
     fullatt_block_indexes: Annotated[tuple[int, ...], AtLeast(0)]
-    in_channels: Annotated[int, AtLeast(1)] = 3
-    temporal_patch_size: Annotated[int, AtLeast(1)] = 2
-    spatial_merge_size: Annotated[int, AtLeast(1)] = 2
+    in_channels: Annotated[int, AtLeast(1), AtMost(MAX_SIDE)] = 3
+    temporal_patch_size: Annotated[int, AtLeast(1), AtMost(MAX_SIDE)] = 2
+    spatial_merge_size: Annotated[int, AtLeast(1), AtMost(MAX_SIDE)] = 2
     rope_theta: Annotated[float, Above(0)] = 10000.0
 
     @classmethod

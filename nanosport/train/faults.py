@@ -74,16 +74,22 @@ class Stages:
 
 
 class Preemption:
-    """SIGTERM, as a cluster sends it before it takes a node, becomes `asked`, for the loop to see.
+    """SIGTERM, as a cluster sends it before it takes a node, becomes `asked`, for the loop to see;
+    `service` is asked no more, so that nobody waits for it.
 
     torchrun passes it on, and kills what is still there 30 s later (--shutdown-timeout changes
     that, in torch 2.13).
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.service = False, None
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "asked", True))
+            signal.signal(signal.SIGTERM, self.hear)
+
+    def hear(self, *_) -> None:
+        self.asked = True
+        if self.service:
+            self.service.close(drop=True)
 
 
 class Skips:

@@ -19,7 +19,6 @@ from nanosport.env.env import Env, Limits
 from nanosport.env.rollout import replay
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Clip, Episode, Question
-from nanosport.report import printable
 from nanosport.train import dist
 from nanosport.video import VideoError
 
@@ -111,7 +110,7 @@ class Records:
         self.kept = [number for number in self.kept if number not in unusable]
         lines, share = self._describe(faults), f"{len(faults)} of {len(self.rows)} records"
         if faults and rank == 0:
-            print(printable("\n".join(f"left out: {line}" for line in lines[:20])))
+            print("\n".join(f"left out: {line}" for line in lines[:20]))
             print(f"{self.path}: {share} are left out")
         if len(faults) > most * len(self.rows) or not self.kept:
             rule = f"{share} cannot be used, --max-unusable allows {most:.1%}"
@@ -174,7 +173,7 @@ class Records:
             except VideoError as error:
                 if len(self.encoder.unusable) == num_lost:
                     raise
-                tqdm.write(printable(f"replaced by the next record: {error}"))
+                tqdm.write(f"replaced by the next record: {error}")
 
     def _standing_in(self, place: int) -> int:
         """The number of the first record from a place on whose video is not lost."""

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from nanosport.files import append, provenance, write_atomically
+from nanosport.files import append, named, provenance, write_atomically
 from nanosport.model.folder import check_replaceable
 from nanosport.train.checkpoint import latest
 
@@ -67,8 +67,9 @@ class Run:
             why = f"its disk has no locks ({error.strerror})"
             print(f"{self.folder}: {why}: start no second run there", file=sys.stderr)
         self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.lock.flush()
+        with named(self.lock.name):
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.lock.flush()
 
     def begin(self, step: int) -> None:
         """Go on with the folder's run from `step`, which it writes again, or begin a new one: what

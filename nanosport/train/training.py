@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from nanosport.cli import Preempted
 from nanosport.env.endpoint import EndpointError
+from nanosport.env.judge import Judge
 from nanosport.files import checksum
 from nanosport.image import ImageConfig
 from nanosport.model.folder import (
@@ -216,12 +217,17 @@ class Training:
                 self.run.describe()
 
     @contextmanager
-    def serving(self):
-        """A block in which a service that fails stops the run, as SIGTERM does."""
+    def serving(self, judge: Judge | None):
+        """A block in which a judge is asked. Where it fails the run stops, as after SIGTERM, which
+        ends the block too."""
+        self.preemption.service = judge and judge.endpoint
+        if self.preemption.asked:
+            self.preemption.hear()
         try:
             yield
         except EndpointError as error:
-            self.failure, self.preemption.asked = str(error), True
+            if not self.preemption.asked:
+                self.failure, self.preemption.asked = str(error), True
 
     def stop_inside(self, step: int) -> None:
         """End the run in a step whose update has not begun: an update takes long, and without it
