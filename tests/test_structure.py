@@ -106,7 +106,7 @@ def test_the_code_stays_small():
     core = num_lines("*.py", "kernels/**/*.py", "nanosport/**/*.py") - plan - bench
     assert num_lines("rl.py") <= 400 and num_lines("train.py") <= 130
     assert num_lines("nanosport/bench/train.py") <= 250
-    assert plan <= 890 and core <= 8_850 and num_lines(*everything) <= 15_900
+    assert plan <= 890 and core <= 8_900 and num_lines(*everything) <= 15_950
 
 
 COMMANDS = "arena check convert difficulty distill look split teacher"
