@@ -229,14 +229,8 @@ def keeping(played: Played):
 def open_played(cfg: Config, source: Path, questions: list[Question], rank: int) -> Played:
     """What an evaluation of the same model, questions and flags has played before it was
     stopped."""
-    others = (
-        "out",
-        "name",
-        "judge_url",
-        "judge",
-        "judge_wait_s",
-        "max_unusable",
-    )  # these change no episode
+    # these change no episode
+    others = ("out", "name", "judge_url", "judge", "judge_wait_s", "max_unusable")
     made_by = {k: str(v) for k, v in asdict(cfg).items() if k not in others}
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}

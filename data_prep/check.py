@@ -286,9 +286,7 @@ def main(cfg: Config) -> None:
     cli.check(cfg)
     last, out, report = last_windows(cfg.records), cfg.clean, cfg.report
     videos = {cfg.records.parent / clip.video for clip in last}
-    cli.allows_beside(out, report)
-    for path in (out, report):
-        cli.not_the_input(path, cfg.records, *videos)
+    cli.not_the_input(out, cfg.records, *videos, beside=report)
     if report.exists() and not cfg.resume:
         raise ValueError(
             f"{report}: is there already; go on with --resume, or remove it to check anew"

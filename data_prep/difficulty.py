@@ -82,9 +82,8 @@ def main(cfg: Config) -> None:
     folder = resolve(cfg.model)
     settings = {name: str(getattr(cfg, name)) for name in names} | {"weights": version(folder)}
     kept = cfg.out.with_name(cfg.out.name + ".rates.jsonl")
-    cli.allows_beside(cfg.out, kept)
-    for path in (cfg.out, kept):
-        cli.not_the_input(path, cfg.data, cfg.model, *{question.video for question in questions})
+    read = (cfg.data, cfg.model, *{question.video for question in questions})
+    cli.not_the_input(cfg.out, *read, beside=kept)
     rates = read_rates(kept, settings)
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     for line in dict.fromkeys(measure(cfg, folder, questions, rates, kept)):

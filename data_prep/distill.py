@@ -302,9 +302,8 @@ def main(cfg: Config) -> None:
     judge, endpoint = judge_of(cfg.judge_url, cfg.judge, cache, **limits), None
     questions = read_questions(cfg.data)
     counts = cfg.out.with_name(cfg.out.name + ".json")
-    cli.allows_beside(cfg.out, counts)
-    for path in (cfg.out, counts):
-        cli.not_the_input(path, cfg.data, cfg.teacher, *{question.video for question in questions})
+    read = (cfg.data, cfg.teacher, *{question.video for question in questions})
+    cli.not_the_input(cfg.out, *read, beside=counts)
     cfg.out.parent.mkdir(parents=True, exist_ok=True)
     if cfg.url:
         limits |= {"price_in": cfg.price_in, "price_out": cfg.price_out}

@@ -74,21 +74,22 @@ def check(config) -> None:
                     raise ValueError(f"{flag(name)} {value}: {rule}")
 
 
-def not_the_input(out: Path, *read: Path | str, flag: str = "--out") -> None:
+def not_the_input(
+    out: Path, *read: Path | str, flag: str = "--out", beside: Path | None = None
+) -> None:
     """Raise ValueError where a command would write over a file that it reads, or over one in a
-    folder that it reads."""
+    folder that it reads. beside: what else it writes, so that `out` must be a plain file."""
+    if beside and not own_name(out):
+        rule = f"must be a plain file, for {beside.name} is written beside it"
+        raise ValueError(f"{flag} {out}: {rule}")
+    if beside:
+        not_the_input(beside, *read, flag=flag)
     file = out.resolve()
     for path in map(Path, read) if file.exists() else ():
         if path.exists() and file.samefile(path):
             raise ValueError(f"{flag} {out}: is the file that is read; choose another name")
         if path.is_dir() and file.is_relative_to(path.resolve()):
             raise ValueError(f"{flag} {out}: is a file of {path}, which is read; choose another")
-
-
-def allows_beside(out: Path, more: Path) -> None:
-    """Raise ValueError where a command that also writes `more`, beside --out, cannot do so."""
-    if not own_name(out):
-        raise ValueError(f"--out {out}: must be a plain file, for {more.name} is written beside it")
 
 
 def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = None) -> None:

@@ -20,8 +20,7 @@ from nanosport.video import Video, VideoError
 
 RGB = tuple[float, float, float]
 MAX_SIDE = 64
-"""Of a patch and of a square of them, published 14 to 16 and 2: every frame is enlarged to their
-product at least."""
+"""Of a patch, and of a square of them: a frame is enlarged to their product at least."""
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ def label(index: int, times_s: Sequence[float] | None = None) -> str:
 
 
 def frame_text(
-    indices: Sequence[int],
-    tokens_per_frame: Sequence[int],
-    times_s: Sequence[float] | None = None,
+    indices: Sequence[int], tokens_per_frame: Sequence[int], times_s: Sequence[float] | None = None
 ) -> str:
     """Labelled frames, each as many image placeholders as the vision tower gives tokens."""
     return "".join(

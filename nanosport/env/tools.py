@@ -34,9 +34,7 @@ _TURN = re.compile(
     re.DOTALL,
 )
 _TAG = re.compile(r"</?(?:think|tool_call|tool_response|answer)>")
-_NO_ACTION = (
-    "a turn is <think>…</think> and then one <tool_call>…</tool_call> or <answer>…</answer>"
-)
+_FORM = "a turn is <think>…</think> and then one <tool_call>…</tool_call> or <answer>…</answer>"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def parse(
     """
     turn = _TURN.fullmatch(text)
     if turn is None or any(_TAG.search(part) for part in turn.groups() if part):
-        return Action("invalid", error=_NO_ACTION)
+        return Action("invalid", error=_FORM)
     think = turn["think"].strip()
     if turn["answer"] is not None:
         if answer := turn["answer"].strip():

@@ -86,9 +86,8 @@ def load_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     file, more = folder / "config.json", folder / "generation_config.json"
     cfg = ModelConfig.from_dict(read_json(file), file)
-    if cfg.num_hidden_layers > MAX_LAYERS:
-        rule = f"must be at most {MAX_LAYERS}"
-        raise ValueError(f"{file}: num_hidden_layers {cfg.num_hidden_layers}: {rule}")
+    if (num := cfg.num_hidden_layers) > MAX_LAYERS:
+        raise ValueError(f"{file}: num_hidden_layers {num}: must be at most {MAX_LAYERS}")
     if more.is_file():
         ids = as_ids(read_json(more).get("eos_token_id"))
         check(ModelConfig, "eos_token_ids", ids, more)

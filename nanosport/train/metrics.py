@@ -43,13 +43,10 @@ class TokenMeans:
         after_image_M = batch.after_image_M
         logp_M = stats.logp_M if old_logp_M is None else old_logp_M
         gap_M = (logp_M - batch.sampled_logp_M).abs()
-        self.sums["kl"] += stats.kl_M.sum().item()
-        self.sums["entropy"] += stats.entropy_M.sum().item()
-        self.sums["clipped"] += stats.clipped_M.sum().item()
-        self.sums["gap_text"] += gap_M[~after_image_M].sum().item()
-        self.sums["gap_image"] += gap_M[after_image_M].sum().item()
-        self.sums["tokens"] += len(gap_M)
-        self.sums["image_tokens"] += after_image_M.sum().item()
+        values = (stats.kl_M, stats.entropy_M, stats.clipped_M)
+        values += (gap_M[~after_image_M], gap_M[after_image_M])
+        for name, values_M in zip(self.NAMES, (*values, torch.ones_like(gap_M), after_image_M)):
+            self.sums[name] += values_M.sum().item()
 
     def over_ranks(self, device) -> dict[str, float]:
         """The means, by their names in the log. All ranks must call this."""
