@@ -155,5 +155,10 @@ def test_the_engines_benchmark_runs_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "cpu.json").read_text())
     assert (report["gpu"], report["shape"]) == (False, "nano-sft")
-    assert [row["rows"] for row in report["rows"]] == [2, 1]
-    assert all(row["ms_a_token"] > 0 and len(row["all"]) == 1 for row in report["rows"])
+    assert [row["rows"] for row in report["steps"]] == [1, 8]
+    assert all(row["ms_a_step"] > 0 and len(row["all"]) == 1 for row in report["steps"])
+    played = report["episodes"]
+    assert played["episodes"] == 8 and played["tokens_said"] > 8 * 8
+    assert 0 < played["seconds_video"] < played["seconds_read"] < played["seconds"]
+    turns = report["beside_generate"]
+    assert turns["times_faster"] > 0 and set(turns["seconds"]) == {"nanosport", "generate"}
