@@ -367,7 +367,7 @@ ATLEAST, ABOVE = r"must be a whole number .*, at least \d", "must be a finite nu
         ("vision_config.fullatt_block_indexes", [1, "3"], "must be a list, each a whole number"),
         ("vision_config.hidden_act", ["silu"], "this code has only 'silu'"),
         # what no machine can hold is refused before it is built
-        ("num_hidden_layers", 10**8, "must be at most 1000"),
+        ("num_hidden_layers", 10**8, "at most 1000"),
         ("vision_config.depth", 10**8, "at most 1000"),
         ("vision_config.hidden_size", 10**9, r"at most \d"),
         ("vision_config.out_hidden_size", 10**9, r"at most \d"),

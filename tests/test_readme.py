@@ -18,6 +18,7 @@ from nanosport.bench.demo import seeds_table
 from nanosport.env.reward import Reward
 from nanosport.plan import __main__ as plan
 from nanosport.records import Episode, Question, Turn
+from nanosport.train import checkpoint
 from nanosport.train.metrics import TokenMeans, log_row, rollout_stats, take_work
 from nanosport.train.training import Update
 
@@ -114,3 +115,15 @@ def test_the_table_is_made_of_the_committed_figures():
         json.loads(path.read_text()) for path in sorted(ROOT.glob("results/demo/seed*.json"))
     ]
     assert len(reports) == 3 and seeds_table(reports) in README
+
+
+def test_what_a_shipped_model_was_made_with_names_no_folder_of_ours(tmp_path):
+    """Paths of the repository are relative to it, also where an export writes them."""
+    pages = [page.read_text() for page in (ROOT / "assets").glob("*/made.json")]
+    run = {"config": {"model": str(ROOT / "assets" / "nano-backbone")}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "model").symlink_to(ROOT / "assets" / "nano-sft")
+    checkpoint.export(tmp_path / "model", tmp_path / "out")
+    pages.append((tmp_path / "out" / "made.json").read_text())
+    assert len(pages) >= 3 and not any(': "/' in page for page in pages)
+    assert json.loads(pages[-1])["config"]["model"] == "assets/nano-backbone"

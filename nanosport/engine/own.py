@@ -239,7 +239,7 @@ class OwnSampler:
         """Compute what rows have not read yet: a pack, or on a CPU all, when no row can speak."""
         while self.on_gpu or not any(self.batch):
             began, unread = time.monotonic(), [row for row in self.rows.values() if row.must_read]
-            if any(row.can_speak for row in self.rows.values()):
+            if self.on_gpu and any(row.can_speak for row in self.rows.values()):
                 unread = [row for row in unread if row.due <= self.counts["decode_steps"]]
             pack = self._next_pack(unread)
             if pack:

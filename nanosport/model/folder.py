@@ -20,7 +20,6 @@ from nanosport.fields import check, read_json, section
 from nanosport.files import ASSETS
 from nanosport.image import image_settings
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
-from nanosport.model.vision import MAX_LAYERS
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_ID = r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?"
@@ -86,8 +85,6 @@ def load_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     file, more = folder / "config.json", folder / "generation_config.json"
     cfg = ModelConfig.from_dict(read_json(file), file)
-    if (num := cfg.num_hidden_layers) > MAX_LAYERS:
-        raise ValueError(f"{file}: num_hidden_layers {num}: must be at most {MAX_LAYERS}")
     if more.is_file():
         ids = as_ids(read_json(more).get("eos_token_id"))
         check(ModelConfig, "eos_token_ids", ids, more)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from kernels.attention import Keys, varlen_attention
-from nanosport.fields import Above, AtLeast, build, only, section
+from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.model.layers import (
     MLP,
     RMSNorm,
@@ -28,7 +28,7 @@ from nanosport.model.layers import (
     rotate,
     run_layer,
 )
-from nanosport.model.vision import VisionConfig, VisionTower
+from nanosport.model.vision import MAX_LAYERS, VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ModelConfig:
     vocab_size: Annotated[int, AtLeast(1)]
     hidden_size: Annotated[int, AtLeast(1)]
     intermediate_size: Annotated[int, AtLeast(1)]
-    num_hidden_layers: Annotated[int, AtLeast(1)]
+    num_hidden_layers: Annotated[int, AtLeast(1), AtMost(MAX_LAYERS)]
     num_attention_heads: Annotated[int, AtLeast(1)]
     num_key_value_heads: Annotated[int, AtLeast(1)]
     rms_norm_eps: Annotated[float, Above(0)]

@@ -25,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from nanosport.cli import ending
-from nanosport.files import checksum, write_atomically
+from nanosport.files import ASSETS, checksum, write_atomically
 from nanosport.model.folder import load_model, save_model, sync
 from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.train import dist, optim
@@ -243,7 +243,8 @@ def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> Non
 
 def export(folder: Path, out: Path) -> None:
     """A run's model alone, in bfloat16, with how it was made (made.json): what assets/ holds."""
-    made = (folder.parent / "run.json").read_text()
+    # paths of our own folder as everybody has them
+    made = (folder.parent / "run.json").read_text().replace(f"{ASSETS.parent}/", "")
     save_model(load_model(folder), out, source=folder, dtype=torch.bfloat16)
     write_atomically(out / "made.json", made)
 
