@@ -161,11 +161,11 @@ class Actors:
     def __init__(self, training: Training, judge: Judge | None):
         cfg, source = training.cfg, training.source
         self.training, self.judge = training, judge
-        tower = training.model.visual if cfg.frozen else None  # once in a process
+        tower = training.computing.visual if cfg.frozen else None  # once in a process
         loaded = (source, training.device, training.dtype, tower)
         # who samples needs whole weights: the model itself where it is not sharded, else a copy
         self.own = load_model(*loaded) if dist.sharded(training.model) else None
-        player = self.own or training.model
+        player = self.own or training.computing
         self.reference = None
         if cfg.kl > 0:
             frozen = load_model(*loaded).requires_grad_(False)
@@ -296,8 +296,8 @@ def token_inputs(
     training: Training, actors: Actors, batch: Batch, advantages: torch.Tensor, scales: torch.Tensor
 ) -> TokenInputs:
     """What the loss must know of a batch's tokens. advantages, scales: one for each episode."""
-    cfg, model, reference, device = training.cfg, training.model, actors.reference, training.device
-    banned, temperature = actors.sampler.banned, cfg.temperature
+    cfg, model, device = training.cfg, training.computing, training.device
+    reference, banned, temperature = actors.reference, actors.sampler.banned, cfg.temperature
 
     def logprobs(model, batch: Batch) -> torch.Tensor:
         """Log-probs through the path that the loss takes."""
@@ -324,10 +324,10 @@ def policy_loss(
     training: Training, actors: Actors, micro: Micro
 ) -> tuple[torch.Tensor, PolicyStats]:
     """The loss of a micro-batch, differentiable, and what it has come through."""
-    model, batch = training.model, micro.batch
+    batch = micro.batch
     if not training.cfg.frozen:  # the tower's gradient needs a forward pass of its own
         batch = replace(batch, features_ND=training.encoder.features(batch.frames))
-    hidden_MD, head_VD = batch.hidden_MD(model), model.head_weight_VD
+    hidden_MD, head_VD = training.hidden(batch), training.computing.head_weight_VD
     objective, banned = training.cfg.objective, actors.sampler.banned
     return fused_linear_policy_loss(hidden_MD, head_VD, micro.tokens, objective, banned)
 

@@ -66,8 +66,8 @@ def sft_loss(training: Training, episodes: list[Episode], scale: float) -> torch
     """Cross entropy of a micro-batch's trained tokens, each times `scale`."""
     batch = training.pack(episodes, training.encoder)
     scale_M = torch.full_like(batch.sampled_logp_M, scale)
-    head_VD = training.model.head_weight_VD
-    hidden_MD = batch.hidden_MD(training.model)
+    head_VD = training.computing.head_weight_VD
+    hidden_MD = training.hidden(batch)
     return fused_linear_cross_entropy(hidden_MD, head_VD, batch.targets_M, scale_M)[0]
 
 

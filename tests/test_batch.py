@@ -1,6 +1,8 @@
 """Packing: what episodes begin with alike is computed once, and nothing else changes."""
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -123,6 +125,82 @@ def test_torch_on_cuda_is_called_as_its_version_asks(knows_gqa, monkeypatch):
     spans = torch.tensor([0, 3, 8]).int(), torch.tensor([0, 5, 13]).int(), 5, 8
     got = attention.torch_varlen(q, k, v, spans, causal=True, scale=0.3)
     torch.testing.assert_close(got, attention.sdpa_per_length(q, k, v, *spans[:2], True, 0.3))
+
+
+def package(kind: str):
+    """The flash_attn_varlen_func of a package: right, or wrong in this way."""
+
+    def compute(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
+    ):
+        assert (max_seqlen_q, max_seqlen_k, softmax_scale) == (70, 90 if causal else 70, None)
+        if kind == "raises":
+            raise RuntimeError("no kernel image is available")
+        if kind == "mask counts from the first key":
+            cu_seqlens_k = cu_seqlens_q
+        out = attention.sdpa_per_length(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale)
+        if kind == "no gradient":
+            out = out.detach().requires_grad_()
+        return (out, "log-sums") if kind == "right, with log-sums" else out
+
+    return compute
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "four, two, chosen",
+    [
+        ("right", "right", "FlashAttention 4"),
+        ("right, with log-sums", "right", "FlashAttention 4"),
+        ("raises", "right", "FlashAttention 2"),
+        ("no gradient", "right", "FlashAttention 2"),
+        (None, "right", "FlashAttention 2"),
+        ("raises", None, "SDPA a segment"),
+        (None, None, "SDPA a segment"),
+    ],
+)
+def test_the_fastest_attention_that_is_right_is_chosen(four, two, chosen, causal, monkeypatch):
+    """Of packages that are not there, that this card cannot run, or that compute something else."""
+    for name, kind in (("flash_attn.cute", four), ("flash_attn", two)):
+        module = ModuleType(name)
+        if kind is not None:
+            module.flash_attn_varlen_func = package(kind)
+        monkeypatch.setitem(sys.modules, name, module)
+    attention.choose.cache_clear()
+    name, function = attention.choose((4, 2, 16), causal, torch.bfloat16, torch.device("cpu"))
+    attention.choose.cache_clear()
+    assert name == chosen
+    sizes = (73, 160, 160) if causal else (73, 73, 73)
+    q, k, v = (torch.randn(n, h, 16) for n, h in zip(sizes, (4, 2, 2)))
+    bounds = [torch.tensor([0, 70, n]).int() for n in sizes[:2]]
+    out = function(q, k, v, (*bounds, 70, 90 if causal else 70), causal, None)
+    exact = attention.sdpa_per_length(q, k, v, *bounds, causal, None)
+    torch.testing.assert_close(out, exact)
+
+
+def test_an_attention_whose_mask_counts_from_the_first_key_is_not_taken():
+    compute, heads = package("mask counts from the first key"), (4, 2, 16)
+
+    def wrong(q, k, v, spans, causal, scale):
+        return compute(q, k, v, *spans, scale, causal)
+
+    how = heads, True, torch.bfloat16, torch.device("cpu")
+    assert attention.is_right(attention.sdpa_of_spans, *how) and not attention.is_right(wrong, *how)
+
+
+def test_gradients_of_shared_keys_add_up_in_float32():
+    """300 gradients of 1 + 2⁻⁷: a bfloat16 sum is rounded each time."""
+    x_TKd = torch.randn(3, 1, 2, dtype=torch.bfloat16, requires_grad=True)
+    index_S = torch.tensor([0] * 300 + [2])
+    taken_SKd = attention.TakeRows.apply(x_TKd, index_S)
+    assert torch.equal(taken_SKd, x_TKd[index_S])
+    grad_SKd = torch.full_like(taken_SKd, 1 + 2**-7)
+    taken_SKd.backward(grad_SKd)
+    assert x_TKd.grad[:, 0, 0].tolist() == [302.0, 0.0, 1 + 2**-7]
+    plain = torch.zeros(1, 1, dtype=torch.bfloat16)
+    for _ in range(300):
+        plain += grad_SKd[0, 0, 0]
+    assert plain.item() != 302.0, "this test could not fail"
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,15 @@
 """Runs that are killed go on as if nothing had happened."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -19,7 +21,7 @@ from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.image import ImageConfig, preprocess
-from nanosport.model import folder
+from nanosport.model import folder, shards
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import read_questions
@@ -74,11 +76,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def same(a: Path, b: Path) -> bool:
     """Weights and optimizer state of two runs, bit for bit."""
-    pairs = [(weights(a), weights(b)), (shards(a), shards(b))]
+    pairs = [(weights(a), weights(b)), (shard(a), shard(b))]
     return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in pairs)
 
 
-def shards(run: Path) -> dict[str, torch.Tensor]:
+def shard(run: Path) -> dict[str, torch.Tensor]:
     """The newest checkpoint of a run on one rank."""
     (path,) = checkpoint.latest(run).glob("*.safetensors")
     return load_file(path)
@@ -122,18 +124,18 @@ def test_a_checkpoint_is_named_after_its_model_is_written(runs, monkeypatch, tmp
 
 
 def test_a_shard_that_cannot_be_written_is_no_checkpoint(runs, monkeypatch, tmp_path):
-    """What torch raises for it is no Exception; one thread writes, another must hear of it."""
+    """One thread writes, another must hear of it."""
     main, cfg, _ = runs["train"]
     cut = replace(cfg, out=tmp_path / "cut")
 
-    def full(self, plan, planner):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     with (
         monkeypatch.context() as patch,
         pytest.raises(ValueError, match="could not be saved.*No space left"),
     ):
-        patch.setattr(dcp.HuggingFaceStorageWriter, "write_data", full)
+        patch.setattr(shards, "write", full)
         main(cut)
     assert checkpoint.latest(cut.out) is None and not cut.out.joinpath("model").exists()
 
@@ -222,7 +224,7 @@ def test_every_flag_is_compared_unless_it_is_marked():
     """A flag that is added tomorrow is compared without being listed anywhere."""
     may_change = {
         "out", "lr", "save_every", "max_grad_norm", "micro_tokens", "share_prefix",
-        "recompute_every", "offload_adam", "keep", "stuck_after_s", "resume", "overwrite",
+        "recompute", "offload_adam", "keep", "stuck_after_s", "resume", "overwrite",
         "max_unusable", "model", "data", "allow_changed",
     }  # fmt: skip
     more = {
@@ -378,7 +380,7 @@ def test_the_tower_stays_or_learns_as_asked(script, runs, tmp_path):
     main(free)
     (row,) = log(free.out)
     assert row["grad_norm"] > 0
-    moments = shards(free.out)
+    moments = shard(free.out)
     still = [k for k in tower if moments[f"adam.{k}.exp_avg"].abs().max() == 0]
     assert not still, f"no gradient reached {still}"
 
@@ -413,16 +415,85 @@ def test_a_replaced_run_behind_a_link_leaves_no_checkpoint(linked, tmp_path):
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_never_saved(broken, tmp_path):
-    model = torch.nn.Linear(2, 2)
+def test_weights_that_are_not_finite_are_never_saved(broken, nano_folder, tmp_path):
+    model = load_model(nano_folder)
     optimizer = torch.optim.AdamW(model.parameters())
     good = tmp_path / "checkpoints" / "step_000001"
     good.mkdir(parents=True)
     (good / "trainer.json").write_text("{}")
     with torch.no_grad():
-        model.weight[1, 0] = broken
-    checkpoints = checkpoint.Checkpoints(tmp_path, tmp_path, 0, 1, dtype=torch.float32)
+        model.model.layers[1].mlp.up_proj.weight[1, 0] = broken
+    checkpoints = checkpoint.Checkpoints(tmp_path, nano_folder, 0, 1, dtype=torch.float32)
     checkpoints.save(model, optimizer, {"step": 2})
     with pytest.raises(ValueError, match="not finite; the last good one is .*step_000001"):
         checkpoints.finish()
     assert checkpoint.latest(tmp_path) == good and not (tmp_path / "model").exists()
+
+
+def test_a_step_right_after_a_save_changes_nothing_in_it(nano_folder, tmp_path):
+    """The loop goes on while the weights are copied; the update waits for the last of them."""
+    model = load_model(nano_folder)
+    optimizer = optim.build(model, 0.0)
+    checkpoints = checkpoint.Checkpoints(tmp_path, nano_folder, 0, 1, dtype=torch.float32)
+    for step in (1, 2):
+        optim.set_lr(optimizer, step, 1.0, 1, 9)
+        before = {name: w.detach().clone() for name, w in model.named_parameters()}
+        checkpoints.save(model, optimizer, {"step": step})
+        for weight in model.parameters():
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        checkpoints.finish()
+        saved = shard(tmp_path)
+        for name, weight in model.named_parameters():
+            assert torch.equal(saved[f"model.{name}"], before[name])
+            assert not torch.equal(weight, before[name])
+        assert saved["adam.model.norm.weight.step"] == step - 1
+
+
+SAVES = """
+import sys, threading, time, torch
+from dataclasses import replace
+from pathlib import Path
+from nanosport.model.folder import load_config
+from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.train import checkpoint, optim
+import nanosport.model.folder as folder
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+cfg = replace(load_config(source), hidden_size=1024, num_attention_heads=8, num_hidden_layers=5,
+              intermediate_size=4096, mrope_section=(16, 24, 24))
+cfg = replace(cfg, vision=replace(cfg.vision, out_hidden_size=1024))
+folder.load_config = lambda _: cfg
+model = Qwen25VL(cfg).init_weights()
+optim.trainable(model, True, True)
+optimizer = optim.build(model, 0.0)
+optim.start_moments(optimizer)
+def held():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+before, most, going = held(), 0, True
+def watch():
+    global most
+    while going:
+        most = max(most, held())
+        time.sleep(0.002)
+watcher = threading.Thread(target=watch)
+watcher.start()
+checkpoints = checkpoint.Checkpoints(out, source, 0, 1, dtype=torch.bfloat16)
+began = time.monotonic()
+checkpoints.save(model, optimizer, {"step": 1})
+pause = time.monotonic() - began
+checkpoints.finish()
+going = False
+watcher.join()
+shard = sum(p.stat().st_size for p in (out / "checkpoints/step_000001").glob("shard*"))
+print(shard, most - before, pause)
+"""
+
+
+def test_saving_takes_little_more_than_a_shard_and_no_pause(nano_folder, tmp_path):
+    command = [sys.executable, "-c", SAVES, str(nano_folder), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    size, most, pause = map(float, done.stdout.split())
+    assert size > 800e6 and 0.9 * size < most < 1.3 * size and pause < 0.5

@@ -256,7 +256,6 @@ WRONG = [
     (train, "lr", 0.0, "above 0"),
     (train, "weight_decay", -5.0, "at least 0"),
     (train, "seed", -1, "at least 0"),
-    (train, "recompute_every", 99, "at most 32"),
     (train, "stuck_after_s", -1.0, "at least 0"),
     (rl, "kl", -0.1, "at least 0"),
     (rl, "entropy_bonus", -0.1, "at least 0"),

@@ -41,7 +41,7 @@ def sft(nano_folder, arena_folder, tmp_path_factory) -> train.Config:
     out = tmp_path_factory.mktemp("sft") / "one"
     data = arena_folder / "trajectories.jsonl"
     return train.Config(
-        str(nano_folder), data, out, steps=10, batch_size=3, warmup=2, save_every=5, micro_tokens=800, recompute_every=2,
+        str(nano_folder), data, out, steps=10, batch_size=3, warmup=2, save_every=5, micro_tokens=800, recompute="mlp",
         offload_adam=True, freeze_vision=False, freeze_projector=False, keep=9,
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ def grpo(taught_folder, arena_folder, tmp_path_factory) -> rl.Config:
     out = tmp_path_factory.mktemp("rl") / "one"
     return rl.Config(
         str(taught_folder), arena_folder / "rl.jsonl", out, steps=10, num_prompts=3, group_size=4, kl=0.05, lr=3e-4, adam_eps=1e-8, warmup=1,
-        temperature=0.8, max_new_tokens=60, micro_tokens=1500, recompute_every=1, min_format_rate=0, min_tool_rate=0, save_every=5, keep=9, seed=1,
+        temperature=0.8, max_new_tokens=60, micro_tokens=1500, recompute="all", min_format_rate=0, min_tool_rate=0, save_every=5, keep=9, seed=1,
     )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(script, runs, tmp_path):
         {"micro_tokens": 300, "rollout_batch": 4},
         {"micro_tokens": 99_999},
         {"share_prefix": False},
-        {"recompute_every": 0, "offload_adam": "the other"},
+        {"recompute": "none", "offload_adam": "the other"},
     ],
     ids=str,
 )
@@ -167,7 +167,7 @@ def test_the_7bs_layout_in_bfloat16(taught_folder, sft, grpo, tmp_path):
         "model": str(untied),
         "freeze_vision": True,
         "freeze_projector": True,
-        "recompute_every": 1,
+        "recompute": "all",
         "offload_adam": True,
     }
     one = replace(sft, **frozen, steps=3, save_every=3, out=tmp_path / "one")

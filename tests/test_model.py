@@ -204,11 +204,13 @@ def test_packed_sequences_do_not_see_each_other():
     )
 
 
-def test_activation_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("recompute", ["all", "mlp"])
+def test_recomputation_changes_no_gradient(recompute):
     gradients = []
-    for checkpointed in (False, True):
+    for mode in ("none", recompute):
         _, ours = tiny_pair(tied=True)
-        ours.recompute_every = ours.visual.recompute_every = int(checkpointed)
+        modes = [mode] + ["none"] * (ours.cfg.num_hidden_layers - 1)
+        ours.recompute, ours.visual.recompute = modes, mode
         our_hidden(
             ours, sequence(GRIDS), patches(GRIDS, ours.cfg), GRIDS
         ).square().mean().backward()

@@ -74,7 +74,7 @@ class Theirs:
         self.encoder = SeenFrames(cfg, work.episodes[0], DEVICE, dtype)
         self.banned = torch.tensor([cfg.image_token_id, cfg.video_token_id], device=DEVICE)
         self.model, self.head_VD = self._model(torch.float32)
-        if work.run.recompute_every:
+        if work.run.recompute != "none":
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.reference = self._model(dtype) if work.is_policy else None

@@ -111,10 +111,11 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 def held_bytes(trainer: Ours) -> int:
     """Weights and Adam's moments: what is there before peak_bytes begins to count on a CPU."""
-    models = [trainer.training.model, *([trainer.actors.reference] if trainer.actors else [])]
+    training, reference = trainer.training, [trainer.actors.reference] if trainer.actors else []
+    models = [training.model, training.computing, *reference]
     held = [weight for model in models for weight in model.parameters()]
-    held += [x for state in trainer.training.optimizer.state.values() for x in state.values()]
-    return sum(tensor.nbytes for tensor in held)
+    held += [x for state in training.optimizer.state.values() for x in state.values()]
+    return sum({id(tensor): tensor.nbytes for tensor in held}.values())
 
 
 def measure(kind: type, cfg: ModelConfig, work: Work, repeats: int) -> dict:
@@ -147,7 +148,7 @@ def measure(kind: type, cfg: ModelConfig, work: Work, repeats: int) -> dict:
 def fitted(cfg: ModelConfig, room_gib: float, lengths: Lengths, micro_tokens: int) -> ModelConfig:
     """`cfg` with as many layers as the planner puts into 90 % of the room, for a policy update on
     one GPU."""
-    group = Work.of(cfg, lengths, 1, 8, micro_tokens=micro_tokens, recompute_every=1)
+    group = Work.of(cfg, lengths, 1, 8, micro_tokens=micro_tokens, recompute="all")
     step, room = (group.run, group.episodes, 1, True), 0.9 * room_gib * GIB - RESERVED
     for layers in range(cfg.num_hidden_layers, 0, -1):
         smaller = replace(cfg, num_hidden_layers=layers)
@@ -159,7 +160,7 @@ def fitted(cfg: ModelConfig, room_gib: float, lengths: Lengths, micro_tokens: in
 def cases(cfg: ModelConfig, lengths: Lengths, micro_tokens: int) -> list[tuple]:
     """(name, work, implementations) of all that is timed: micro-batches of `micro_tokens`, and a
     group of 8 in one, with its prefix shared and not."""
-    flags = {"micro_tokens": micro_tokens, "recompute_every": 1 if GPU else 0}
+    flags = {"micro_tokens": micro_tokens, "recompute": "all" if GPU else "none"}
     group = Work.of(cfg, lengths, 1, 8, **flags)
     all_tokens = sum(len(episode.ids) for episode in group.episodes)
     one_pack = Work.of(cfg, lengths, 1, 8, **flags | {"micro_tokens": all_tokens})

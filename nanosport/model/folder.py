@@ -7,18 +7,18 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from reprlib import repr as short
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nanosport.fields import check, read_json, section
 from nanosport.files import ASSETS
 from nanosport.image import image_settings
+from nanosport.model import shards
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -128,8 +128,9 @@ def read_weights(folder: Path, device, dtype: torch.dtype) -> dict[str, torch.Te
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    # a copy: it must not stay mapped to a file that may be replaced
-                    weight = file.get_tensor(name).to(device, dtype, copy=True)
+                    # a copy: it must not stay mapped to a file that may be replaced; cast on the
+                    # device, for a host takes long
+                    weight = file.get_tensor(name).to(device, copy=True).to(dtype)
                     if (published := published_name(name)) in state:
                         why = "is there twice, in another file or under an older name"
                         raise ValueError(f"{path}: {name} {why}")
@@ -183,19 +184,19 @@ def save_model(
     source: str | Path,
     max_shard_bytes: float = 5e9,
     dtype: torch.dtype | None = None,
-    state: dict[str, torch.Tensor] | None = None,
+    load: Callable[[str], torch.Tensor] | None = None,
     max_pixels: int | None = None,
 ):
     """Write a model folder; config, tokenizer and preprocessor files are copied from `source`.
 
     The folder appears whole or not at all; an older model there stays until the new one is whole.
-    dtype: what the weights are saved in (None: as they are). state: the full weights, where the
-    model holds only a shard of them (FSDP). max_pixels: the bound of a frame in training, where it
-    is not the source's. Raises ValueError where the place cannot be written, or holds something
-    else than a model.
+    dtype: what the weights are saved in (None: as they are). load: gives each weight in one piece,
+    where the model holds only a shard of it (FSDP). max_pixels: the bound of a frame in training,
+    where it is not the source's. Raises ValueError where the place cannot be written, or holds
+    something else than a model.
     """
     folder, source = Path(folder).absolute(), Path(source)
-    state = model.state_dict() if state is None else state
+    weights = model.state_dict()
     if replace(load_config(source), eos_token_ids=()) != replace(model.cfg, eos_token_ids=()):
         why = "its config.json describes another model than the one to be saved"
         raise ValueError(f"{source}: {why}")
@@ -204,7 +205,7 @@ def save_model(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()
-        write_weights(state, new, max_shard_bytes, dtype)
+        write_weights(weights, new, max_shard_bytes, dtype, load or weights.__getitem__)
         saved_dtype = dtype or model.head_weight_VD.dtype
         copy_settings(source, new, str(saved_dtype).removeprefix("torch."), max_pixels)
         for path in (*new.iterdir(), new):
@@ -228,29 +229,38 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(f"{folder}: {what}: choose another place")
 
 
-def write_weights(state: dict, folder: Path, max_shard_bytes: float, dtype: torch.dtype | None):
+def write_weights(
+    weights: Mapping[str, torch.Tensor],
+    folder: Path,
+    max_shard_bytes: float,
+    dtype: torch.dtype | None,
+    load: Callable[[str], torch.Tensor],
+):
     """Write the weights as one file, or as shards with an index."""
-    size = {name: w.numel() * (dtype or w.dtype).itemsize for name, w in state.items()}
+    dtypes = {name: dtype or weight.dtype for name, weight in weights.items()}
+    size = {name: w.numel() * dtypes[name].itemsize for name, w in weights.items()}
     total, free = sum(size.values()), shutil.disk_usage(folder).free
     if free < total:
         raise OSError(f"{total / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free")
-    shards, filled = [[]], 0
-    for name in state:
-        if shards[-1] and filled + size[name] > max_shard_bytes:
-            shards.append([])
+    files, filled = [[]], 0
+    for name in weights:
+        if files[-1] and filled + size[name] > max_shard_bytes:
+            files.append([])
             filled = 0
-        shards[-1].append(name)
+        files[-1].append(name)
         filled += size[name]
 
     weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+    for number, names in enumerate(files, start=1):
+        part = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         file = f"model{part}.safetensors"
-        weights = {n: state[n].detach().to("cpu", dtype or state[n].dtype) for n in names}
-        weights = {name: weight.contiguous() for name, weight in weights.items()}
-        save_file(weights, folder / file, metadata={"format": "pt"})
+        shapes = {name: (weights[name].shape, dtypes[name]) for name in names}
+        # cast where the weight is, which on a GPU takes no time
+        shards.write(
+            folder / file, shapes, lambda name: load(name).detach().to(dtypes[name]).cpu(), {}
+        )
         weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
+    if len(files) > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

@@ -1,9 +1,15 @@
 """The layers that the decoder and the vision tower share."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from kernels.policy_loss import add_outer
 
 
 class RMSNorm(nn.Module):
@@ -18,24 +24,90 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
+class Linear(nn.Linear):
+    """nn.Linear. Where its weight is a cast of one that learns (`weight.master`), the gradient is
+    multiplied into that one's `.grad`, in float32: no pass adds it up afterwards."""
+
+    def forward(self, x):
+        if not learns(self):
+            return super().forward(x)
+        return learning_product(x, (self,), self.weight, self.bias)
+
+
+def learns(linear: Linear) -> bool:
+    return torch.is_grad_enabled() and hasattr(linear.weight, "master")
+
+
+def learning_product(x, linears: Sequence[Linear], weight, bias):
+    """x · weightᵀ + bias, where `weight` is that of `linears` side by side."""
+    product = SimpleNamespace(masters=[linear.weight.master for linear in linears])
+    x = KeepInput.apply(x, linears[0].weight, product)
+    return TakeGradient.apply(F.linear(x, weight.detach(), bias), product)
+
+
+class KeepInput(torch.autograd.Function):
+    """x, kept before the product is computed: recomputation, which ends with the last tensor that
+    is kept, then leaves the last product out."""
+
+    @staticmethod
+    def forward(ctx, x, weight, product):
+        ctx.save_for_backward(x)
+        ctx.product = product
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_x):
+        (x,), product = ctx.saved_tensors, ctx.product
+        grads = product.grad.split([len(master) for master in product.masters], dim=-1)
+        del product.grad  # else it stays as long as the loss does
+        for master, grad in zip(product.masters, grads):
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            add_outer(master.grad, grad, x)
+        return grad_x, None, None
+
+
+class TakeGradient(torch.autograd.Function):
+    """y; in the backward pass its gradient is there before that of x."""
+
+    @staticmethod
+    def forward(ctx, y, product):
+        ctx.product = product
+        return y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_y):
+        ctx.product.grad = grad_y
+        return grad_y, None
+
+
 class MLP(nn.Module):
     def __init__(self, width: int, inner: int, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias)
-        self.up_proj = nn.Linear(width, inner, bias)
-        self.down_proj = nn.Linear(inner, width, bias)
+        self.gate_proj = Linear(width, inner, bias)
+        self.up_proj = Linear(width, inner, bias)
+        self.down_proj = Linear(inner, width, bias)
         self.joined = None
 
     def forward(self, x):
-        gate, up = apply((self.gate_proj, self.up_proj), x, self.joined)
+        # where they learn, one gradient for both would have to be put together first
+        joined = None if learns(self.gate_proj) else self.joined
+        gate, up = apply((self.gate_proj, self.up_proj), x, joined)
         return self.down_proj(F.silu(gate) * up)
 
 
-def apply(linears, x, joined=None):
+def apply(linears: Sequence[Linear], x, joined=None):
     """Each layer's product with x; joined: what `join` has made of them, for one product."""
     if joined is None:
         return [linear(x) for linear in linears]
-    return F.linear(x, *joined).split([linear.out_features for linear in linears], dim=-1)
+    if learns(linears[0]):
+        bias = torch.cat([linear.bias for linear in linears])
+        product = learning_product(x, linears, joined[0], bias)
+    else:
+        product = F.linear(x, *joined)
+    return product.split([linear.out_features for linear in linears], dim=-1)
 
 
 @torch.no_grad()
@@ -69,9 +141,15 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
-def run_layer(layer: nn.Module, x, attend, index: int, recompute_every: int):
-    """layer(x, attend). Every so many layers, the backward pass computes the layer again instead of
-    keeping its activations; 0: no layer."""
-    if recompute_every and index % recompute_every == 0 and torch.is_grad_enabled():
+def run_layer(layer: nn.Module, x, attend, recompute: str):
+    """layer(x, attend). What of it the backward pass computes again, instead of keeping what it
+    needs: "all"; "mlp", which is all but the attention; or "none"."""
+    if recompute == "none" or not torch.is_grad_enabled():
+        return layer(x, attend)
+    if recompute == "all":
         return checkpoint(layer, x, attend, use_reentrant=False)
-    return layer(x, attend)
+    return layer(x, attend, partial(checkpoint, use_reentrant=False))
+
+
+def call(function: Callable, *inputs):
+    return function(*inputs)

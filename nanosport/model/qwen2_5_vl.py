@@ -21,8 +21,10 @@ from kernels.attention import Keys, varlen_attention
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.model.layers import (
     MLP,
+    Linear,
     RMSNorm,
     apply,
+    call,
     inverse_frequencies,
     join,
     rotate,
@@ -165,17 +167,16 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.head_dim = cfg.head_dim
-        self.q_proj = nn.Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
-        self.k_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
-        self.v_proj = nn.Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
-        self.o_proj = nn.Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
+        self.q_proj = Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
+        self.k_proj = Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
+        self.v_proj = Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
+        self.o_proj = Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
         self.joined = None
 
-    def forward(self, x, attend):
-        projections = self.q_proj, self.k_proj, self.v_proj
-        q, k, v = apply(projections, x, self.joined)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
-        return self.o_proj(attend(q, k, v).flatten(-2))
+    def forward(self, x):
+        """q (…, H, d), k and v (…, K, d), not yet rotated."""
+        parts = apply((self.q_proj, self.k_proj, self.v_proj), x, self.joined)
+        return [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
 
 
 class Layer(nn.Module):
@@ -188,8 +189,15 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=False)
 
-    def forward(self, x, attend):
-        x = x + self.self_attn(self.input_layernorm(x), attend)
+    def forward(self, x, attend, compute=call):
+        """compute: how what lies before and after the attention is called; see run_layer."""
+        return compute(self.after, x, attend(*compute(self.before, x)))
+
+    def before(self, x):
+        return self.self_attn(self.input_layernorm(x))
+
+    def after(self, x, attended):
+        x = x + self.self_attn.o_proj(attended.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -204,9 +212,8 @@ class TextModel(nn.Module):
 
 
 class Qwen25VL(nn.Module):
-    recompute_every = 0
-    """1: the backward pass computes each layer again instead of keeping its activations; 2: every
-    second layer; 0: none."""
+    recompute: Sequence[str] = ()
+    """What of each layer the backward pass computes again, as run_layer takes it; (): nothing."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -260,11 +267,12 @@ class Qwen25VL(nn.Module):
         """hidden_TD of embedded tokens, after the final norm. attend(layer, q, k, v): the attention
         of rotated queries and keys; generation keeps them in its cache there."""
         for index, layer in enumerate(self.model.layers):
+            recompute = self.recompute[index] if self.recompute else "none"
 
             def rotated(q, k, v, index=index):
                 return attend(index, rotate(q, *cos_sin), rotate(k, *cos_sin), v)
 
-            x_TD = run_layer(layer, x_TD, rotated, index, self.recompute_every)
+            x_TD = run_layer(layer, x_TD, rotated, recompute)
         return self.model.norm(x_TD)
 
     @torch.no_grad()

@@ -21,7 +21,15 @@ from torch import nn
 from kernels.attention import varlen_attention
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.image import MAX_SIDE
-from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, rotate, run_layer
+from nanosport.model.layers import (
+    MLP,
+    Linear,
+    RMSNorm,
+    call,
+    inverse_frequencies,
+    rotate,
+    run_layer,
+)
 
 MAX_LAYERS = 1000
 """Published models have 130 at most; a million take minutes to build, before a weight is read."""
@@ -73,12 +81,12 @@ class VisionAttention(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.num_heads = cfg.num_heads
-        self.qkv = nn.Linear(cfg.hidden_size, 3 * cfg.hidden_size)
-        self.proj = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.qkv = Linear(cfg.hidden_size, 3 * cfg.hidden_size)
+        self.proj = Linear(cfg.hidden_size, cfg.hidden_size)
 
-    def forward(self, x_PD, attend):
-        q_PHd, k_PHd, v_PHd = self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-        return self.proj(attend(q_PHd, k_PHd, v_PHd).flatten(-2))
+    def forward(self, x_PD):
+        """q, k and v, each (P, H, d)."""
+        return self.qkv(x_PD).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
 
 class VisionBlock(nn.Module):
@@ -89,8 +97,14 @@ class VisionBlock(nn.Module):
         self.norm2 = RMSNorm(cfg.hidden_size, eps=1e-6)
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=True)
 
-    def forward(self, x_PD, attend):
-        x_PD = x_PD + self.attn(self.norm1(x_PD), attend)
+    def forward(self, x_PD, attend, compute=call):
+        return compute(self.after, x_PD, attend(*compute(self.before, x_PD)))
+
+    def before(self, x_PD):
+        return self.attn(self.norm1(x_PD))
+
+    def after(self, x_PD, attended):
+        x_PD = x_PD + self.attn.proj(attended.flatten(-2))
         return x_PD + self.mlp(self.norm2(x_PD))
 
 
@@ -110,9 +124,7 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.ln_q = RMSNorm(cfg.hidden_size, eps=1e-6)
         wide = cfg.hidden_size * cfg.merge_unit
-        self.mlp = nn.Sequential(
-            nn.Linear(wide, wide), nn.GELU(), nn.Linear(wide, cfg.out_hidden_size)
-        )
+        self.mlp = nn.Sequential(Linear(wide, wide), nn.GELU(), Linear(wide, cfg.out_hidden_size))
 
     def forward(self, x_NuD):
         return self.mlp(self.ln_q(x_NuD).flatten(1))
@@ -166,8 +178,8 @@ def attention_over(lengths: Sequence[int], cos, sin):
 
 
 class VisionTower(nn.Module):
-    recompute_every = 0
-    """Every so many blocks are computed again in the backward pass, as in Qwen25VL."""
+    recompute = "none"
+    """What of each block the backward pass computes again, as run_layer takes it."""
 
     def __init__(self, cfg: VisionConfig):
         super().__init__()
@@ -205,7 +217,7 @@ class VisionTower(nn.Module):
         x_PD = by_window(self.patch_embed(patches_PC))
         for index, block in enumerate(self.blocks):
             attend = in_frame if index in cfg.fullatt_block_indexes else in_window
-            x_PD = run_layer(block, x_PD, attend, index, self.recompute_every)
+            x_PD = run_layer(block, x_PD, attend, self.recompute)
         return self.merger(x_PD.unflatten(0, (-1, cfg.merge_unit)))[order_N.argsort()]
 
 

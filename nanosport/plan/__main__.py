@@ -26,7 +26,7 @@ from nanosport.model.qwen2_5_vl import ModelConfig
 from nanosport.plan import memory
 from nanosport.plan.memory import GIB, Moments
 from nanosport.plan.synthetic import Lengths, make_episodes
-from nanosport.train import presets
+from nanosport.train import presets, recompute
 from nanosport.train.deal import Unit, make_units
 
 USABLE = 0.988
@@ -54,7 +54,7 @@ class Config:
     """Steps of RL."""
     max_new_tokens: Annotated[int | None, AtLeast(1)] = None
     micro_tokens: Annotated[int | None, AtLeast(1)] = None
-    recompute_every: Annotated[int | None, AtLeast(0)] = None
+    recompute: Literal["auto", "all", "mlp", "none"] | None = None
     rollout_batch: Annotated[int | None, AtLeast(1)] = None
     offload_adam: bool = False
     share_prefix: bool = True
@@ -86,6 +86,8 @@ class Stage:
     """An average episode's."""
     longest_turn: int
     gpus: int
+    room: float
+    """Usable bytes of a GPU."""
     prompts: int
     """The GPU's prompts of a step."""
     members: int
@@ -112,7 +114,23 @@ class Stage:
         longest = replace(self.lengths, turn_text=self.longest_turn)
         sampled = self.sampled if self.members > 1 else 0
         shape = self.model, self.run, longest, self.gpus
-        return memory.stage_moments(*shape, sampled, self.micro_batches)
+        moments = memory.stage_moments(*shape, sampled, self.micro_batches)
+        layers = self.model.num_hidden_layers
+        more = [
+            recompute.kept_bytes(self.model, modes, self.run.micro_tokens)
+            for modes in (self.modes(moments), ["all"] * layers)
+        ]
+        moments["train"]["kept beside layers' inputs"] = more[0] - more[1]
+        return moments
+
+    def modes(self, moments: Moments) -> list[str]:
+        """What each layer computes again in the backward pass."""
+        tokens, layers = self.run.micro_tokens, self.model.num_hidden_layers
+        if self.run.recompute != "auto":
+            return [self.run.recompute] * layers
+        held = sum(moments["always"].values()) + moments["train"].get("gradients", 0)
+        room = self.room - held - recompute.reserve(self.model, tokens)
+        return recompute.choose(self.model, tokens, room)
 
 
 def stages(cfg: Config) -> dict[str, Stage]:
@@ -141,7 +159,7 @@ def stages(cfg: Config) -> dict[str, Stage]:
     frame_tokens = height * width // (image.patch_size * image.merge_size) ** 2
     texts = {"prompt_text": cfg.prompt_text, "turn_text": cfg.turn_text}
     lengths = Lengths(frame_tokens, calls=cfg.calls, **texts)
-    shared = lengths, policy.max_new_tokens, cfg.gpus
+    shared = lengths, policy.max_new_tokens, cfg.gpus, USABLE * cfg.gpu_memory * GIB
     prompts, trajectories = ceil(policy.num_prompts / cfg.gpus), ceil(sft.batch_size / cfg.gpus)
     return {
         "SFT": Stage(model, sft, *shared, trajectories, 1),
@@ -152,7 +170,7 @@ def stages(cfg: Config) -> dict[str, Stage]:
 def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
     """A GPU's seconds of a step, with F the operations of the forward passes, W the weights:
 
-    train      (3·F + 3·head + F·share of recomputed layers) ÷ (MFU · peak), or moving 8·W a
+    train      (3·F + 3·head + F·share computed again) ÷ (MFU · peak), or moving 8·W a
                micro-batch over NVLink, if that is longer
     reference  (F + head) ÷ (MFU · peak)
     decode     a token reads 2·W and the cache, and takes layers · layer_ms at least
@@ -168,8 +186,7 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
 
     forward = sum(unit.flops for unit in stage.units)
     head = cost.head_flops(model, episodes * lengths.trained)
-    recomputed = 1 / run.recompute_every if run.recompute_every else 0.0
-    computing = ((3 + recomputed) * forward + 3 * head) / flops
+    computing = ((3 + recomputed_share(stage)) * forward + 3 * head) / flops
     moving = 8 * trained * away * stage.micro_batches / nvlink
     shown = prompts * lengths.overview + episodes * lengths.calls * lengths.frames_per_call
     spent = {"frames": cost.vision_flops(model, shown * lengths.frame_tokens) / flops}
@@ -180,6 +197,16 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
         spent["reference"] = (forward + head) / flops if run.kl > 0 else 0.0
         spent["weights to the sampler"] = 4 * trained * away / nvlink + 2 * trained / memory_s
     return spent | {"train": max(computing, moving), "update": 36 * trained / cfg.gpus / memory_s}
+
+
+def recomputed_share(stage: Stage) -> float:
+    """The share of the forward pass that the backward pass computes again, at most."""
+    cfg, modes = stage.model, stage.modes(stage.memory)
+    mlp = 3 * cfg.hidden_size * cfg.intermediate_size
+    weights = mlp + 2 * cfg.head_dim * cfg.hidden_size * (
+        cfg.num_attention_heads + cfg.num_key_value_heads
+    )
+    return (modes.count("all") + modes.count("mlp") * mlp / weights) / len(modes)
 
 
 def decode_seconds(stage: Stage, cfg: Config, bytes_per_s: float) -> float:
@@ -207,10 +234,10 @@ def advice(cfg: Config) -> str | None:
     """The flags that make it fit, those that cost least first; None where none of these do."""
     policy = stages(cfg)["RL"].run
     fewer = [{"micro_tokens": policy.micro_tokens // k} for k in (2, 4)]
-    changes = [{"recompute_every": 1}, *fewer, *({"recompute_every": 1, **less} for less in fewer)]
+    changes = [{"recompute": "auto"}, *fewer, *({"recompute": "auto", **less} for less in fewer)]
     few_rows, offload = {"rollout_batch": policy.group_size}, {"offload_adam": True}
     changes += [few_rows, offload, offload | few_rows]
-    changes += [{"recompute_every": 1, **fewer[-1], **changes[-1]}]
+    changes += [{"recompute": "auto", **fewer[-1], **changes[-1]}]
     more = [n for n in range(cfg.gpus + 1, policy.num_prompts + 1) if policy.num_prompts % n == 0]
     changes += [{"gpus": n} for n in more] + [{"gpus": n, **changes[-1]} for n in more]
     change = next((change for change in changes if fits(replace(cfg, **change))), {})

@@ -117,7 +117,8 @@ def counting(on_gpu: bool) -> Iterator[Ledger]:
         stand_ins += [
             (FakeTensor, "is_cuda", True),
             (paged_attention, "split_attention", lambda q_RHd, *_: torch.empty_like(q_RHd)),
-            (attention, "flash_attn_varlen_func", None),  # torch's own takes fake tensors
+            # of all flash kernels, torch's own takes fake tensors
+            (attention, "choose", lambda *_: ("", attention.torch_varlen)),
             (policy_loss, "CHUNK_BYTES", {"cpu": policy_loss.CHUNK_BYTES["cuda"]}),
             (policy_loss, "fill_rows", lambda *_: None),  # the Triton kernel allocates nothing
             (F, "rms_norm", lambda x, *_, **__: F.silu(x)),  # one kernel too, that keeps its input

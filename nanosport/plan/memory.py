@@ -56,17 +56,13 @@ def ranks(num_ranks: int) -> Iterator[None]:
         cli.leave_group()
 
 
-def at_depth(
-    moments_of: Callable[[ModelConfig], Moments], cfg: ModelConfig, fewest: int, period: int = 1
-) -> Moments:
-    """The moments of a deep model from two shallow ones, of `fewest` layers at least: with every
-    `period` of layers, each part grows by the same."""
-    layers = cfg.num_hidden_layers
-    few = fewest + (layers - fewest) % period
-    if layers <= few + period:
+def at_depth(moments_of: Callable[[ModelConfig], Moments], cfg: ModelConfig, few: int) -> Moments:
+    """The moments of a deep model from two shallow ones, of `few` layers and one more: with every
+    layer, each part grows by the same."""
+    more = cfg.num_hidden_layers - few
+    if more <= 1:
         return moments_of(cfg)
-    small, larger = (moments_of(replace(cfg, num_hidden_layers=n)) for n in (few, few + period))
-    more = (layers - few) / period
+    small, larger = (moments_of(replace(cfg, num_hidden_layers=n)) for n in (few, few + 1))
     return {
         moment: {part: size + more * (larger[moment][part] - size) for part, size in parts.items()}
         for moment, parts in small.items()
@@ -91,7 +87,7 @@ def training_moments(
 ) -> Moments:
     """A step on `episodes`, where gradients are there from a micro-batch before, and Adam's moments
     from a step before. gpus: the model is sharded among so many; 0: it is not."""
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = dist.dtype_of(run.dtype, torch.device("cuda" if on_gpu else "cpu"))
     policy, reference = shape_of(model, torch.float32), shape_of(model, dtype)
     device, actors = torch.device("cpu"), None
     with ranks(gpus), counting(on_gpu) as ledger:
@@ -99,7 +95,7 @@ def training_moments(
         training = bare_training(run, policy.to_empty(device=device), episodes[0], device, dtype)
         parts = {"train": "activations", "update": "Adam's square roots"}
         training.stage = lambda name: nullcontext(ledger.enter(parts.get(name, name), name))
-        follow(training.model, ledger)
+        follow(training.computing, ledger)
         if isinstance(run, rl.Config):
             ledger.enter("reference")
             reference = reference.to_empty(device=device).requires_grad_(False)
@@ -108,7 +104,7 @@ def training_moments(
         ledger.enter("Adam moments")
         optim.start_moments(training.optimizer)
         for group in training.optimizer.param_groups:
-            group["foreach"] = on_gpu  # all weights at once, as torch does on a GPU
+            group["foreach"], group["fused"] = False, on_gpu  # as it is built on a GPU
         ledger.enter("gradients")
         for weight in training.model.parameters():
             weight.grad = torch.zeros_like(weight)
@@ -125,8 +121,8 @@ def step_peak(
 ) -> float:
     """A step's peak with frozen towers, but without a sampler and the CUDA context. No process
     group may be there."""
-    step, every = (run, episodes, gpus, on_gpu), run.recompute_every or 1
-    moments = at_depth(lambda cfg: training_moments(cfg, *step), model, 3, every)
+    step = run, episodes, gpus, on_gpu
+    moments = at_depth(lambda cfg: training_moments(cfg, *step), model, 3)
     towers = 2 if getattr(run, "kl", 0) > 0 else 1
     towers *= num_weights(model)["vision"] * (2 if on_gpu else 4)
     return towers + max(sum(parts.values()) for parts in moments.values())
@@ -210,7 +206,7 @@ def fullest(model: ModelConfig, run: train.Config | rl.Config, lengths: Lengths)
     shared = groups * (together - 1) * lengths.prompt
     spare = run.micro_tokens + shared - sum(len(episode.ids) for episode in episodes)
     episodes = make_episodes(model, lengths, groups, together, max(0, spare))
-    counts = only(run, "micro_tokens", "recompute_every", "share_prefix", "kl", "updates", "loss")
+    counts = only(run, "micro_tokens", "recompute", "share_prefix", "kl", "updates", "loss")
     return tuple(episodes), replace(
         counts, **({"group_size": together} if hasattr(run, "kl") else {})
     )
@@ -235,8 +231,9 @@ def stage_moments(
     lengths: of episodes whose turns are as long as they may be. prompts: sampled at a time.
     """
     episodes, counted = fullest(model, run, lengths)
-    every = run.recompute_every or 1
-    step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3, every)
+    if run.recompute == "auto":  # what is kept beside this is added by the room there is
+        counted = replace(counted, recompute="all")
+    step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3)
     weights, head = num_weights(model), 4 * model.vocab_size * model.hidden_size
     images = sum(episode.ids.count(model.image_token_id) for episode in episodes)
     feature, is_policy = 2 * model.hidden_size, isinstance(run, rl.Config)
@@ -285,11 +282,12 @@ def peak(moments: Moments) -> float:
 def saving_bytes(model: ModelConfig, gpus: int) -> dict[str, float]:
     """What checkpoints take on the host while they are saved, and on disk.
 
-    A rank copies its shards of weights and moments out of the GPU; torch lays them out for the
-    file, and copies that once more. Rank 0 holds the whole model in bfloat16 as well.
+    A rank copies its shards of weights and moments out of the GPU, and writes them from there.
+    The model's folder is made of what was written, weight after weight: the largest is the head.
     """
     weights = num_weights(model)
     whole = 2 * sum(weights.values())
     checkpoint = 12 * sum(weights.values()) - 10 * weights["vision"]  # its tower is frozen
-    host = {"host, a rank": 3 * checkpoint / gpus, "host, rank 0 more": whole}
+    head = 8 * model.vocab_size * model.hidden_size  # in float32, in parts and put together
+    host = {"host, a rank": checkpoint / gpus, "host, rank 0 more": head}
     return host | {"disk, a checkpoint": checkpoint, "disk, the model": whole}

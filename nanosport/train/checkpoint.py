@@ -1,10 +1,11 @@
 """Exact resume on any number of ranks, and beside it a folder that transformers loads.
 
-    RUN/checkpoints/step_000100/    each rank's shard of weights and Adam moments
-                                    (torch.distributed.checkpoint in safetensors, so that nothing is
+    RUN/checkpoints/step_000100/    each rank's shard of weights and Adam moments (safetensors, laid
+                                    out as torch.distributed.checkpoint reads it; nothing is
                                     unpickled), and trainer.json: the step to do next, the flags
                                     that must not change, and checksums
-    RUN/model/                      config, tokenizer and whole weights of the same step
+    RUN/model/                      config, tokenizer and whole weights of the same step, made of
+                                    the shards
 
 A checkpoint gets its name when all of it, and the model beside it, is on disk: a run that is killed
 while it saves goes on from the one before. Batches, rollouts and learning rates are functions of
@@ -17,15 +18,17 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 
 from nanosport.cli import ending
 from nanosport.files import ASSETS, checksum, write_atomically
+from nanosport.model import shards
 from nanosport.model.folder import load_model, save_model, sync
 from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.train import dist, optim
@@ -70,9 +73,36 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+class Part(NamedTuple):
+    """What a rank saves of a tensor, and where in the whole it begins."""
+
+    tensor: torch.Tensor
+    offsets: list[int]
+
+
+def parts_of(named: dict[str, torch.Tensor], rank: int) -> dict[str, Part]:
+    """This rank's parts of tensors: its shard of those that are sharded, once where several nodes
+    hold the same; rank 0 has the others."""
+    parts = {}
+    for name, tensor in named.items():
+        if not hasattr(tensor, "device_mesh"):
+            if rank == 0:
+                parts[name] = Part(tensor, [0] * tensor.ndim)
+            continue
+        first = not any(
+            place
+            for place, kind in zip(tensor.device_mesh.get_coordinate(), tensor.placements)
+            if kind.is_replicate()
+        )
+        if first and (shard := tensor.to_local()).numel():
+            (chunk,) = tensor.__create_chunk_list__()
+            parts[name] = Part(shard, list(chunk.offsets))
+    return parts
+
+
 class Checkpoints:
-    """Saves in the background: `save` returns when everything to be written has been copied out of
-    the model."""
+    """Saves in the background. `save` returns at once; the optimizer's next step waits until all
+    that is written has been copied out of the model."""
 
     def __init__(self, run: Path, source: Path, rank: int, keep: int, **saved_as):
         """source: where config and tokenizer of the model's folder come from; keep: how many
@@ -83,6 +113,7 @@ class Checkpoints:
         self.at: int | None = None
         """The step of this run's newest checkpoint, saved or resumed from."""
         self.writing: threading.Thread | None = None
+        self.copied, self.guarded = threading.Event(), None
         self.failed: BaseException | None = None
         self.group = None  # of its own: the thread that writes must not meet the loop's collectives
         if torch.distributed.is_initialized():
@@ -101,22 +132,21 @@ class Checkpoints:
             return
         self.at = state["step"]
         dist.once(lambda: self._make_folder(unfinished, named))
-
-        # the model's folder: whole weights, gathered from all ranks one by one
-        weights = {}
-        for name, weight in model.named_parameters():
-            weight = dist.full(weight)
-            if self.rank == 0:
-                weights[name] = weight.to("cpu", self.saved_as["dtype"], copy=True)
-
-        # the checkpoint: each rank writes its shards
-        writer = dcp.HuggingFaceStorageWriter(str(unfinished), save_distributed=True)
-        writer.per_thread_copy_ahead = 0  # all is in the CPU's memory by then: no stream on GPU 0
-        ranks = {"process_group": self.group, "no_dist": self.group is None}
-        saved = dcp.async_save(tensors(model, optimizer), storage_writer=writer, **ranks)
-        work = (saved.result, unfinished, named, model, weights, state)
-        self.writing = threading.Thread(target=self._write, args=work)
+        parts = parts_of(tensors(model, optimizer), self.rank)
+        if self.guarded is not optimizer:
+            self.guarded = optimizer
+            optimizer.register_step_pre_hook(self._wait_for_copies)
+        self.copied.clear()
+        ready = None
+        if any(part.tensor.is_cuda for part in parts.values()):
+            ready = torch.cuda.current_stream().record_event()
+        self.writing = threading.Thread(
+            target=self._write, args=(parts, ready, unfinished, named, model, state)
+        )
         self.writing.start()
+
+    def _wait_for_copies(self, *_) -> None:
+        self.copied.wait()
 
     def _make_folder(self, unfinished: Path, named: Path) -> None:
         """Make room for a new checkpoint; what a killed run has left is removed."""
@@ -129,20 +159,22 @@ class Checkpoints:
         except OSError as error:
             raise self._not_saved(error) from error
 
-    def _write(
-        self, saved: Callable, unfinished: Path, named: Path, model, weights: dict, state: dict
-    ) -> None:
-        """Finish a save, in the thread that writes."""
+    def _write(self, parts: dict, ready, unfinished: Path, named: Path, model, state: dict) -> None:
+        """Copy, write and name a checkpoint, in a thread of its own."""
         try:
-            saved()  # on rank 0 this means: every rank's shards are written
-            shards = unfinished.glob(f"shard-{self.rank + 1:05d}-*")  # mine, by torch's name for it
-            crc32 = dist.gather_dict({p.name: checksum(p) for p in shards}, self.group)
+            fault = None
+            try:
+                self._write_shard(parts, ready, unfinished)
+            except Exception as error:  # the others must hear of it
+                fault = error
+            written = unfinished.glob(f"shard-{self.rank + 1:05d}-*")
+            mine = {} if fault else {path.name: checksum(path) for path in written}
+            for other, _ in (everyones := dist.gather((fault, mine), self.group)):
+                if other is not None:
+                    raise other
             if self.rank > 0:
                 return
-            if not all(weight.isfinite().all() for weight in weights.values()):
-                good = latest(self.run)
-                before = f"the last good one is {good}" if good else "none was saved before"
-                raise ValueError(f"weights are not finite; {before}")
+            crc32 = {name: value for _, part in everyones for name, value in part.items()}
             text = json.dumps({**state, "crc32": crc32}, indent=2) + "\n"
             write_atomically(unfinished / "trainer.json", text)
             for path in (*unfinished.iterdir(), unfinished):
@@ -150,13 +182,42 @@ class Checkpoints:
 
             # before the checkpoint has its name: a run that goes on from a named one may have no
             # step left to do that would write the model again
-            save_model(model, self.run / "model", self.source, state=weights, **self.saved_as)
+            weights = partial(self._whole_weight, WholeTensors(unfinished))
+            save_model(model, self.run / "model", self.source, load=weights, **self.saved_as)
             unfinished.rename(named)
             sync(self.folder)
             for old in checkpoints_of(self.run)[self.keep :]:
                 shutil.rmtree(old, ignore_errors=True)
-        except (Exception, dcp.CheckpointException) as error:  # raised where somebody waits for it
+        except Exception as error:  # raised where somebody waits for it
             self.failed = error
+
+    def _write_shard(self, parts: dict[str, Part], ready, unfinished: Path) -> None:
+        """Copy this rank's parts to the host, and write them from there."""
+        try:
+            stream = torch.cuda.Stream() if ready else None  # beside the loop's own kernels
+            with torch.cuda.stream(stream):  # None: does nothing
+                if ready:
+                    stream.wait_event(ready)
+                held = {name: part.tensor.to("cpu", copy=True) for name, part in parts.items()}
+        finally:
+            self.copied.set()
+        if not held:
+            return
+        offsets = {name: {"saved_offsets": part.offsets} for name, part in parts.items()}
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in held.items()}
+        path = unfinished / f"shard-{self.rank + 1:05d}-of-{dist.world_size():05d}.safetensors"
+        metadata = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+        shards.write(path, shapes, held.pop, metadata)
+
+    def _whole_weight(self, whole: "WholeTensors", name: str) -> torch.Tensor:
+        """A weight of the checkpoint that is being written. Raises ValueError where it is not
+        finite."""
+        weight = whole(f"model.{name}")
+        if not weight.isfinite().all():
+            good = latest(self.run)
+            before = f"the last good one is {good}" if good else "none was saved before"
+            raise ValueError(f"weights are not finite; {before}")
+        return weight
 
     def finish(self) -> None:
         """Wait until all is on disk, on all ranks: rank 0 still writes the model when the shards of
@@ -171,6 +232,26 @@ class Checkpoints:
 
     def _not_saved(self, error: BaseException) -> ValueError:
         return ValueError(f"{self.folder}: the checkpoint could not be saved ({reason(error)})")
+
+
+class WholeTensors:
+    """The tensors of a checkpoint's shards, put together one by one."""
+
+    def __init__(self, folder: Path):
+        self.pieces: dict[str, list[tuple]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file = safe_open(path, framework="pt")
+            places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():
+                self.pieces.setdefault(name, []).append((file, places[name]["saved_offsets"]))
+
+    def __call__(self, name: str) -> torch.Tensor:
+        pieces = [(file.get_tensor(name), offsets) for file, offsets in self.pieces[name]]
+        ends = [[b + n for b, n in zip(begin, x.shape)] for x, begin in pieces]
+        whole = pieces[0][0].new_empty([max(sizes) for sizes in zip(*ends)])
+        for piece, begin in pieces:
+            whole[tuple(slice(b, b + n) for b, n in zip(begin, piece.shape))] = piece
+        return whole
 
 
 def newest(run: Path, rank: int = 0) -> tuple[Path, dict]:

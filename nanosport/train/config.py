@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nanosport import cli
-from nanosport.fields import MAY_CHANGE, MAY_GROW, Above, AtLeast, AtMost, marks_of
+from nanosport.fields import MAY_CHANGE, MAY_GROW, Above, AtLeast, marks_of
 from nanosport.train import checkpoint
 
 
@@ -44,9 +44,9 @@ class TrainingConfig:
     """Leave the projector after the tower as it is (`visual.merger`)."""
     max_pixels: Annotated[int | None, AtLeast(1)] = None
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
-    recompute_every: Annotated[int, AtLeast(0), AtMost(32), MAY_CHANGE] = 0
-    """1: recompute each layer in the backward pass instead of keeping its activations; 2: every
-    second layer; 0: none."""
+    recompute: Annotated[Literal["auto", "all", "mlp", "none"], MAY_CHANGE] = "auto"
+    """What of each layer the backward pass computes again instead of keeping it: all, mlp (all but
+    the attention), or none. auto: as little as a GPU's memory allows; on a CPU none."""
     offload_adam: Annotated[bool, MAY_CHANGE] = False
     """Keep Adam's moments in the CPU's memory."""
     dtype: Literal["float32", "bfloat16"] | None = None

@@ -27,8 +27,7 @@ TIMEOUT = timedelta(hours=2)
 def start() -> tuple[int, int, torch.device]:
     """Join torchrun's process group, and return (rank, world size, device).
 
-    One process on a GPU is a group of its own. Raises ValueError where torchrun starts more
-    processes than there are GPUs.
+    Raises ValueError where torchrun starts more processes than there are GPUs.
     """
     under_torchrun, world = "RANK" in os.environ, int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
@@ -41,10 +40,8 @@ def start() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if not dist.is_initialized() and (under_torchrun or on_gpu):
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        backend, where = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", {} if under_torchrun else alone
-        dist.init_process_group(backend, timeout=TIMEOUT, **where)
+    if under_torchrun and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     return rank, world, device
 
 
@@ -121,12 +118,7 @@ def check_shared(path: Path) -> None:
 
 def dtype_of(name: str | None, device: torch.device) -> torch.dtype:
     """The compute dtype of a --dtype; None: bfloat16 on a GPU, float32 on a CPU."""
-    name = name or ("bfloat16" if device.type == "cuda" else "float32")
-    if name != "float32" and not dist.is_initialized():
-        raise ValueError(
-            f"--dtype {name}: a CPU computes in float32, unless torchrun starts the script"
-        )
-    return getattr(torch, name)
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def device_mesh(device: torch.device):
@@ -144,13 +136,13 @@ def device_mesh(device: torch.device):
 
 
 def shard(model: Qwen25VL, dtype: torch.dtype, device: torch.device) -> Qwen25VL:
-    """Lay `model` out over the ranks; without a process group it stays as it is.
+    """Lay `model` out over the ranks; in a world of one it stays as it is.
 
     What is trained must be chosen before. Sharded are the decoder's layers, head and embedding, and
     the blocks of a vision tower that is trained. A frozen tower is whole on every rank, in the
     compute dtype: a rank may then encode a frame when it likes, without waiting for the others.
     """
-    if not dist.is_initialized():
+    if world_size() == 1:
         return model
     from torch.distributed import fsdp  # slow to import
 
@@ -188,6 +180,11 @@ def full(weight: torch.Tensor) -> torch.Tensor:
     """A weight in one piece, on every rank. All ranks must call it."""
     weight = weight.detach()
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
+def local(weight: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a weight."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def trained_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

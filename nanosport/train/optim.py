@@ -51,7 +51,8 @@ def build(
         {"params": [w for w in trained if w.ndim < 2], "weight_decay": 0.0},
     ]
     kind = OffloadedAdamW if offload else torch.optim.AdamW
-    return kind(groups, lr=0.0, betas=(0.9, 0.98), eps=eps)
+    on_gpu = any(weight.is_cuda for weight in trained)  # there one kernel does all, in one pass
+    return kind(groups, lr=0.0, betas=(0.9, 0.98), eps=eps, fused=on_gpu or None)
 
 
 def start_moments(optimizer: torch.optim.AdamW) -> None:
@@ -62,7 +63,9 @@ def start_moments(optimizer: torch.optim.AdamW) -> None:
         if not optimizer.state[weight]:
             place = "cpu" if isinstance(optimizer, OffloadedAdamW) else weight.device
             zeros = {k: torch.zeros_like(weight, device=place) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[weight] = {"step": torch.tensor(0.0), **zeros}
+            fused = optimizer.param_groups[0]["fused"]
+            step = torch.zeros((), device=weight.device if fused else "cpu")
+            optimizer.state[weight] = {"step": step, **zeros}
 
 
 def clip(model: torch.nn.Module, max_norm: float) -> float:

@@ -19,7 +19,6 @@ _LARGE_SFT = {
     "warmup": 14,  # open
     "weight_decay": 0.0,  # open
     "micro_tokens": 16_384,
-    "recompute_every": 1,
     "save_every": 50,
 }
 _LARGE_RL = {
@@ -35,7 +34,6 @@ _LARGE_RL = {
     "max_new_tokens": 2048,  # open: of a turn
     "episode_tokens": 15_360,  # eight frames and the question, 2,560, and 12,800 of response
     "micro_tokens": 16_384,
-    "recompute_every": 1,
     "save_every": 20,
 }
 _SCALED_SFT = {"data": SCALED / "trajectories.jsonl", "out": Path("out/sft_7b_scaled"), "steps": 46}

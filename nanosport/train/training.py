@@ -32,7 +32,7 @@ from nanosport.model.folder import (
 )
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
-from nanosport.train import checkpoint, dist, optim
+from nanosport.train import checkpoint, dist, mixed, optim, recompute
 from nanosport.train.checkpoint import Checkpoints
 from nanosport.train.config import TrainingConfig, check_resumed, settings
 from nanosport.train.deal import deal, make_units
@@ -91,7 +91,7 @@ class Training:
             self.run.about["model_commit"] = hub_commit(self.source)
             self.run.about["began_with"] = self.began_with
         self.image = ImageConfig.from_folder(self.source, cfg.max_pixels)
-        self.encoder = FrameEncoder(self.model, self.image, cfg.frozen)
+        self.encoder = FrameEncoder(self.computing, self.image, cfg.frozen)
 
     def _open(self) -> None:
         cfg, model = self.cfg, (self.cfg.out / "model").resolve()
@@ -120,6 +120,7 @@ class Training:
                 raise ValueError(f"{what}; give it the same, or go on with --allow-changed")
             lines.append(what)
         checkpoint.load(folder, self.model, self.optimizer)
+        mixed.renew(self.computing)
         del state["crc32"]
         self.state |= state
         self.checkpoints.at = self.state["step"]
@@ -130,9 +131,10 @@ class Training:
     def build(self, model) -> None:
         """Lay `model` out over the ranks, and build its optimizer."""
         cfg = self.cfg
-        model.recompute_every = model.visual.recompute_every = cfg.recompute_every
         optim.trainable(model, cfg.freeze_vision, cfg.freeze_projector)
-        self.model = dist.shard(model, self.dtype, self.device)
+        self.model = self.computing = dist.shard(model, self.dtype, self.device)
+        if not dist.sharded(model) and self.dtype != torch.float32:
+            self.computing = mixed.computing_copy(model, self.dtype)
         self.optimizer = optim.build(self.model, cfg.weight_decay, cfg.adam_eps, cfg.offload_adam)
 
     def steps(self) -> Iterator[int]:
@@ -178,6 +180,31 @@ class Training:
         """A packed batch of `episodes` on this rank's device."""
         return pack(episodes, encoder, self.model.cfg, self.device, self.cfg.share_prefix)
 
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """hidden_MD of the rows with loss; differentiable. The layers keep what memory allows."""
+        model, mode = self.computing, self.cfg.recompute
+        cfg, num_tokens = model.cfg, len(batch.ids_T)
+        model.recompute, model.visual.recompute = (mode,) * cfg.num_hidden_layers, mode
+        if mode == "auto":
+            on_gpu = self.device.type == "cuda"
+            room = self._room(num_tokens) if on_gpu else float("inf")
+            model.recompute = recompute.choose(cfg, num_tokens, room)
+            model.visual.recompute = "all" if on_gpu else "none"
+        return batch.hidden_MD(model)
+
+    def _room(self, num_tokens: int) -> float:
+        """Bytes of this GPU that a micro-batch may keep of its activations."""
+        trained, state = (
+            (w for w in self.model.parameters() if w.requires_grad),
+            self.optimizer.state,
+        )
+        to_come = 0
+        for weight in trained:
+            moments = 0 if self.cfg.offload_adam or state[weight] else 8
+            to_come += (4 * (weight.grad is None) + moments) * dist.local(weight).numel()
+        reserved = recompute.reserve(self.model.cfg, num_tokens)
+        return recompute.free_bytes(self.device) - to_come - reserved
+
     def update(self, step: int, loss_sum: float, episodes: Sequence[Episode]) -> Update:
         """Clip the gradients, and take an optimizer step unless loss or gradient is non-finite.
 
@@ -192,6 +219,7 @@ class Training:
             skipped = self.skips.bad(step, loss, grad_norm, episodes)
             if not skipped:
                 self.optimizer.step()
+                mixed.renew(self.computing)
             self.optimizer.zero_grad()
         return Update(loss, grad_norm, lr, skipped)
 
