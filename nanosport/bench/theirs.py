@@ -171,3 +171,14 @@ class Theirs:
     @property
     def seconds(self) -> dict[str, float]:
         return self.stage.seconds
+
+
+class WithLiger(Theirs):
+    """With Liger's rotary embedding, RMSNorm and SwiGLU. Liger puts them into transformers itself:
+    no plain one can follow in the same process."""
+
+    def _model(self, dtype: torch.dtype) -> tuple:
+        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
+
+        apply_liger_kernel_to_qwen2_5_vl(fused_linear_cross_entropy=False)
+        return super()._model(dtype)

@@ -1,21 +1,22 @@
 """Times an SFT step and a policy update on random weights of true shapes on one GPU, beside plain
-transformers, in under 10 minutes.
+transformers and, where it is installed, transformers with Liger's layers, in under 5 minutes.
 
 python -m nanosport.bench.train                # 3B whole, 7B with as many layers as fit
 python -m nanosport.bench.train --shapes 3b    # → results/train/<card>.json and a table
 
-Ours are the stages of train.py and rl.py: packed, FSDP2 over a group of this one GPU, float32
-weights, gradients and Adam moments, bfloat16 compute, the fused loss. Theirs is the same decoder
-from transformers, trained as TRL trains it: padded batches, autocast over the same float32 weights,
-logits of every token after the prompt. Weights, tokens and objective are the same, so both report
-one loss. Frames are encoded beforehand, as with a frozen tower. Compiled is ours with the decoder's
-layers through torch.compile, which train.py and rl.py do not do: it says what that would gain.
+Ours are the stages of train.py and rl.py: packed, float32 weights, gradients and Adam moments,
+bfloat16 compute, the fused loss. Theirs is the same decoder from transformers, trained as TRL
+trains it: padded batches, autocast over the same float32 weights, logits of every token after the
+prompt. Weights, tokens and objective are the same, so both report one loss. Frames are encoded
+beforehand, as with a frozen tower. All layers are computed again in the backward pass, but in the
+rows "recompute auto".
 
 tokens/s count the tokens of the episodes, however often each was computed. MFU counts what one pass
 over them needs: three times the forward's operations, once for the reference, nothing recomputed or
-padded, a shared prefix once where it is shared. Peak memory is torch's own count. Without a GPU it
-runs the nano shape on lengths shrunk as its width is (NANO), and peaks come from the profiler: that
-checks the code and compares the two, but is no figure of any GPU.
+padded, a shared prefix once where it is shared. "As others count" a shared prefix counts for each
+episode. device_ms says where the GPU's time goes, by kind of kernel. Peak memory is torch's own
+count. Without a GPU it runs the nano shape on lengths shrunk as its width is (NANO), and peaks come
+from the profiler: that checks the code and compares the two, but is no figure of any GPU.
 """
 
 import argparse
@@ -24,19 +25,21 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
-from nanosport.bench.theirs import DEVICE, Theirs, Work, fill
+from nanosport.bench.device_time import device_ms
+from nanosport.bench.theirs import DEVICE, Theirs, WithLiger, Work, fill
 from nanosport.cli import ending, leave_group
 from nanosport.fields import COUNT
 from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.model.cost import CARDS
 from nanosport.model.folder import load_config
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
+from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, attention_of
 from nanosport.plan.memory import GIB, RESERVED, step_peak
 from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, take_step
 from nanosport.train import dist
@@ -79,19 +82,10 @@ class Ours:
         return {name: spent.get(stage, 0.0) for name, stage in names.items()}
 
 
-class Compiled(Ours):
-    """With the decoder's layers through torch.compile, for any lengths."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        for layer in self.training.model.model.layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
-
-
 IMPLEMENTATIONS = {
     Ours: "nanosport",
     Theirs: "transformers, padded",
-    Compiled: "nanosport, compiled",
+    WithLiger: "transformers, Liger's layers",
 }
 
 
@@ -128,19 +122,25 @@ def measure(kind: type, cfg: ModelConfig, work: Work, repeats: int) -> dict:
         for _ in range(repeats):
             trainer.step(work)
             times.append({**trainer.seconds, "step": sum(trainer.seconds.values())})
+        spent = device_ms(lambda: trainer.step(work))
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
-    except torch._dynamo.exc.TorchDynamoException as error:
-        return {"error": f"torch.compile: {error}".splitlines()[0]}
+    except Exception as error:
+        if kind is not WithLiger:
+            raise
+        return {"error": f"Liger: {error!r}".splitlines()[0]}  # it patches other versions
     seconds = {name: round(median(t[name] for t in times), 4) for name in times[0]}
     tokens = sum(len(episode.ids) for episode in work.episodes)
-    flops = work.flops(cfg, work.run.share_prefix and kind is not Theirs) * (3 + work.is_policy)
+    passes = 3 + work.is_policy
+    unshared = work.flops(cfg, False) * passes
+    flops = work.flops(cfg, True) * passes if kind is Ours else unshared
     row = {"seconds": seconds, "steps_s": [round(t["step"], 4) for t in times]}
     row["tokens_per_s"] = round(tokens / seconds["step"])
     row |= {"tflops": round(flops / seconds["step"] / 1e12, 3), "loss": loss}
-    if kind is not Theirs:
+    row |= {"unshared_tflops": round(unshared / seconds["step"] / 1e12, 3), "device_ms": spent}
+    if kind is Ours:
         peak += 0 if GPU else held_bytes(trainer)
-    if GPU or kind is not Theirs:
+    if GPU or kind is Ours:
         row["peak_gib"] = round(peak / GIB, 4)
     return row
 
@@ -159,17 +159,21 @@ def fitted(cfg: ModelConfig, room_gib: float, lengths: Lengths, micro_tokens: in
 
 def cases(cfg: ModelConfig, lengths: Lengths, micro_tokens: int) -> list[tuple]:
     """(name, work, implementations) of all that is timed: micro-batches of `micro_tokens`, and a
-    group of 8 in one, with its prefix shared and not."""
+    group of 8 in one."""
     flags = {"micro_tokens": micro_tokens, "recompute": "all" if GPU else "none"}
     group = Work.of(cfg, lengths, 1, 8, **flags)
-    all_tokens = sum(len(episode.ids) for episode in group.episodes)
-    one_pack = Work.of(cfg, lengths, 1, 8, **flags | {"micro_tokens": all_tokens})
-    apart = Work.of(cfg, lengths, 1, 8, **flags, share_prefix=False)
+    whole = flags | {"micro_tokens": sum(len(episode.ids) for episode in group.episodes)}
+    auto = {"recompute": "auto"}
     return [
         ("SFT step", Work.of(cfg, lengths, 8, 1, **flags), (Ours, Theirs)),
-        ("policy update", group, (Ours, Theirs, Compiled)),
-        ("policy update, group in one pack", one_pack, (Ours,)),
-        ("policy update, prefix not shared", apart, (Ours,)),
+        ("SFT step, recompute auto", Work.of(cfg, lengths, 8, 1, **flags | auto), (Ours,)),
+        ("policy update", group, (Ours, Theirs)),
+        ("policy update, group in one pack", Work.of(cfg, lengths, 1, 8, **whole), (Ours,)),
+        (
+            "policy update, one pack, recompute auto",
+            Work.of(cfg, lengths, 1, 8, **whole | auto),
+            (Ours,),
+        ),
     ]
 
 
@@ -184,12 +188,13 @@ def bench(name: str, cfg: ModelConfig, timed: list[tuple], repeats: int) -> list
             row = {"op": op, "impl": IMPLEMENTATIONS[kind], "model": name}
             row |= {"layers": cfg.num_hidden_layers, "episodes": len(work.episodes)}
             row |= {"micro_tokens": work.run.micro_tokens, **measure(kind, cfg, work, repeats)}
-            if "error" not in row and kind is not Theirs:
+            if "error" not in row and kind is Ours and work.run.recompute != "auto":
                 row["planned_gib"] = round(num_bytes / GIB, 4)
             gc.collect()
             torch.cuda.empty_cache()  # does nothing without a GPU
             if "tflops" in row and card_flops:
-                row["mfu_percent"] = round(100 * row["tflops"] * 1e12 / card_flops, 1)
+                for mfu, counted in (("mfu", "tflops"), ("mfu_unshared", "unshared_tflops")):
+                    row[f"{mfu}_percent"] = round(100 * row[counted] * 1e12 / card_flops, 1)
             rows.append(row)
             print(line(row), flush=True)
     leave_group()
@@ -233,10 +238,17 @@ def main() -> None:
     began, rows = time.time(), []
     if not GPU:
         print("No GPU here: the nano shape, lengths ÷ 28, float32. This checks the code.")
-    for name in args.shapes:
+    # Liger's patches stay: what is plain must be timed before
+    jobs = [(name, None) for name in args.shapes]
+    if find_spec("liger_kernel"):
+        jobs += [(name, WithLiger) for name in args.shapes]
+    for name, liger in jobs:
         cfg, label, timed = shape(name, args.micro_tokens)
+        if liger:
+            timed = [(op, work, (liger,)) for op, work, kinds in timed if Theirs in kinds]
         rows += bench(label, cfg, timed, args.repeats)
         report = {**provenance(), "gpu": GPU, "seconds": round(time.time() - began)}
+        report["attention"] = attention_of(cfg, DEVICE)
         report |= {"lengths": vars(Lengths() if GPU else NANO), "rows": rows}
         if not GPU:
             report["note"] = "nano shape on a CPU, lengths ÷ 28, float32: no GPU measured"

@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
-from kernels.attention import Keys, varlen_attention
+from kernels.attention import Keys, choose, varlen_attention
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.model.layers import (
     MLP,
@@ -161,6 +161,14 @@ def mrope_cos_sin(positions_3T, tables, dtype):
     angles_Td = positions_3T.T[:, axes].float() * inv_freq
     cos, sin = angles_Td.cos().to(dtype), angles_Td.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((sin, sin), dim=-1)[:, None]
+
+
+def attention_of(cfg: ModelConfig, device: torch.device, dtype=torch.bfloat16) -> str:
+    """The name of the attention that training runs on a device."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return "SDPA a segment"
+    heads = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    return choose(heads, True, dtype, device)[0]
 
 
 class Attention(nn.Module):

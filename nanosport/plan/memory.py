@@ -77,6 +77,10 @@ def shape_of(cfg: ModelConfig, dtype: torch.dtype) -> Qwen25VL:
     return model
 
 
+def computing_dtype(run: train.Config | rl.Config, on_gpu: bool) -> torch.dtype:
+    return dist.dtype_of(run.dtype, torch.device("cuda" if on_gpu else "cpu"))
+
+
 @lru_cache
 def training_moments(
     model: ModelConfig,
@@ -87,7 +91,7 @@ def training_moments(
 ) -> Moments:
     """A step on `episodes`, where gradients are there from a micro-batch before, and Adam's moments
     from a step before. gpus: the model is sharded among so many; 0: it is not."""
-    dtype = dist.dtype_of(run.dtype, torch.device("cuda" if on_gpu else "cpu"))
+    dtype = computing_dtype(run, on_gpu)
     policy, reference = shape_of(model, torch.float32), shape_of(model, dtype)
     device, actors = torch.device("cpu"), None
     with ranks(gpus), counting(on_gpu) as ledger:
@@ -124,7 +128,7 @@ def step_peak(
     step = run, episodes, gpus, on_gpu
     moments = at_depth(lambda cfg: training_moments(cfg, *step), model, 3)
     towers = 2 if getattr(run, "kl", 0) > 0 else 1
-    towers *= num_weights(model)["vision"] * (2 if on_gpu else 4)
+    towers *= num_weights(model)["vision"] * computing_dtype(run, on_gpu).itemsize
     return towers + max(sum(parts.values()) for parts in moments.values())
 
 

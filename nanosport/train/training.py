@@ -31,6 +31,7 @@ from nanosport.model.folder import (
     weight_files,
 )
 from nanosport.model.frames import FrameEncoder
+from nanosport.model.qwen2_5_vl import attention_of
 from nanosport.records import Episode
 from nanosport.train import checkpoint, dist, mixed, optim, recompute
 from nanosport.train.checkpoint import Checkpoints
@@ -87,7 +88,11 @@ class Training:
         self.began_with = self._checksums()
         if cfg.resume and checkpoint.latest(cfg.out):
             self._resume()
+        attention = attention_of(self.model.cfg, self.device, self.dtype)
         if self.run:
+            if self.device.type == "cuda":
+                print(f"{self.title}: attention by {attention}")
+            self.run.about["attention"] = attention
             self.run.about["model_commit"] = hub_commit(self.source)
             self.run.about["began_with"] = self.began_with
         self.image = ImageConfig.from_folder(self.source, cfg.max_pixels)
