@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kernels.attention import Keys, varlen_attention
+from kernels.elementwise import rotary
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.model.layers import (
     MLP,
@@ -25,7 +26,6 @@ from nanosport.model.layers import (
     apply,
     inverse_frequencies,
     join,
-    rotate,
     run_layer,
 )
 from nanosport.model.vision import MAX_LAYERS, VisionConfig, VisionTower
@@ -189,8 +189,9 @@ class Layer(nn.Module):
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=False)
 
     def forward(self, x, attend):
-        x = x + self.self_attn(self.input_layernorm(x), attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x, normed = self.input_layernorm.residual(x)
+        x, normed = self.post_attention_layernorm.residual(x, self.self_attn(normed, attend))
+        return x + self.mlp(normed)
 
 
 class TextModel(nn.Module):
@@ -262,7 +263,7 @@ class Qwen25VL(nn.Module):
         for index, layer in enumerate(self.model.layers):
 
             def rotated(q, k, v, index=index):
-                return attend(index, rotate(q, *cos_sin), rotate(k, *cos_sin), v)
+                return attend(index, *rotary(q, k, *cos_sin), v)
 
             x_TD = run_layer(layer, x_TD, rotated, index, self.recompute_every)
         return self.model.norm(x_TD)

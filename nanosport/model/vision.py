@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.attention import varlen_attention
+from kernels.elementwise import rotary
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.image import MAX_SIDE
-from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, rotate, run_layer
+from nanosport.model.layers import MLP, RMSNorm, inverse_frequencies, run_layer
 
 MAX_LAYERS = 1000
 """Published models have 130 at most; a million take minutes to build, before a weight is read."""
@@ -90,8 +91,9 @@ class VisionBlock(nn.Module):
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=True)
 
     def forward(self, x_PD, attend):
-        x_PD = x_PD + self.attn(self.norm1(x_PD), attend)
-        return x_PD + self.mlp(self.norm2(x_PD))
+        x_PD, normed_PD = self.norm1.residual(x_PD)
+        x_PD, normed_PD = self.norm2.residual(x_PD, self.attn(normed_PD, attend))
+        return x_PD + self.mlp(normed_PD)
 
 
 class PatchEmbed(nn.Module):
@@ -159,7 +161,7 @@ def attention_over(lengths: Sequence[int], cos, sin):
     # rotated in float32; in a closure, where no mixed-precision wrapper of the blocks can round cos
     # and sin
     def attend(q, k, v):
-        q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+        q, k = rotary(q, k, cos, sin)
         return varlen_attention(q, k, v, cu_seqlens, max(lengths), causal=False)
 
     return attend
