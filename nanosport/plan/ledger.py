@@ -124,8 +124,10 @@ def counting(on_gpu: bool) -> Iterator[Ledger]:
             (FakeTensor, "is_cuda", True),
             (paged_attention, "split_attention", lambda q_RHd, *_: torch.empty_like(q_RHd)),
             (attention, "flash_attn_varlen_func", None),  # torch's own takes fake tensors
+            (policy_loss, "PRODUCT_BYTES", {"cpu": policy_loss.PRODUCT_BYTES["cuda"]}),
             (policy_loss, "CHUNK_BYTES", {"cpu": policy_loss.CHUNK_BYTES["cuda"]}),
             (policy_loss, "fill_rows", lambda *_: None),  # the Triton kernel allocates nothing
+            (policy_loss, "scaled", lambda gradient, _: gradient),
             (elementwise, "triton_kernels", NoKernels),
         ]
     with ExitStack() as stack:

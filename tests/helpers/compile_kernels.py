@@ -19,14 +19,14 @@ from triton.compiler import ASTSource
 from kernels import elementwise_triton
 from kernels.elementwise_triton import norm_tiles, rotary_tiles
 from kernels.paged_decode import decode_kernel, tiles
-from kernels.policy_row import BLOCK, NUM_WARPS, row_kernel
+from kernels.policy_row import BLOCK, NUM_WARPS, SCALE_BLOCK, row_kernel, scale_kernel
 
-INTEGERS = ("V", "row_stride", "out_stride")
+INTEGERS = ("V", "row_stride", "gradient_stride", "out_stride")
 
 
 def compile_row(arch: int, dtype: str, flags: dict, aligned: bool) -> tuple[int, int]:
-    """(registers, stack bytes) of one variant."""
-    types = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64"}
+    """(registers, stack bytes) of one variant. dtype: the gradient's; logits are float32."""
+    types = {"gradient_ptr": f"*{dtype}", "targets_ptr": "*i64"}
     types |= {name: "i32" for name in INTEGERS}
     constants = flags | {"BLOCK": BLOCK}
     return compiled(
@@ -50,13 +50,16 @@ NORMS = {"7B": 3584, "3B": 2048, "tower": 1280, "nano": 128}
 
 
 def elementwise_variants():
-    """(name, kernel, its types, constants, aligned integers) of each launch of elementwise_triton.py."""
+    """(name, kernel, its types, constants, aligned integers) of each launch that goes through its
+    inputs once."""
     k = elementwise_triton
     for model, (heads, keys, width) in ROTARY.items():
         table = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"} if model == "tower" else {}
         sizes = {"H": heads, "K": keys, "HALF": width // 2, "BACK": True}
         sizes |= rotary_tiles(heads, keys, width // 2)
         yield f"rotary {model}", k.rotary_kernel, table, sizes, ()
+    block = {"BLOCK": SCALE_BLOCK, "num_warps": NUM_WARPS}
+    yield "a gradient's scale", scale_kernel, {"scale_ptr": "*fp32"}, block, ("N",)
     block = {"BLOCK": k.BLOCK, "num_warps": k.NUM_WARPS}
     for name, kernel in (("", k.swiglu_kernel), (" backward", k.swiglu_backward_kernel)):
         yield f"SwiGLU{name}", kernel, {}, block, ("gate_row", "up_row", "d_row", "F")
