@@ -23,19 +23,27 @@ as the row is:
 
     d loss/d z_tv = g_t·([v = y_t] − p_tv) + scale_t·η·p_tv·(log p_tv + H_t)
 
-It is therefore written over the logits at once, and multiplied into dX and dW while they are there:
-6·M·D·V operations, where autograd or a recomputing kernel takes 8. Logits exist for one chunk of
-rows only. `torch_rows` is the reference and what a CPU runs, kernels/policy_row.py the GPU's.
+It is therefore written down at once, over the logits where it has their dtype, and multiplied into
+dX and dW while it is there: 6·M·D·V operations, where autograd or a recomputing kernel takes 8.
+`torch_rows` is the reference and what a CPU runs, kernels/policy_row.py the GPU's.
 
-Letters: M rows with loss, C rows of a chunk, D width, V vocabulary.
+Logits are float32, whatever the inputs are: a logit between 16 and 32 would be rounded to 0.125 in
+bfloat16, and a change of the policy by 3e-4 could not be seen. Their gradient is rounded to the
+inputs' dtype, for two products at its speed. So logits exist for the rows of one product, their
+gradient for a chunk of rows, which is larger: each chunk but the first reads and writes all of dW.
+
+Letters: M rows with loss, C rows of a chunk, R rows of a product, D width, V vocabulary.
 """
 
 from dataclasses import dataclass, fields, replace
 
 import torch
 
-CHUNK_BYTES = {"cuda": 5 << 28, "cpu": 8 << 20}
-"""Logits held at a time; many on a GPU, since each chunk reads and writes all of dW."""
+PRODUCT_BYTES = {"cuda": 5 << 27, "cpu": 8 << 20}
+"""Logits that one product makes, at most."""
+CHUNK_BYTES = {"cuda": 3 << 29, "cpu": 0}
+"""Gradients of logits that are held at a time, at least; a GPU with room to spare holds more. On a
+CPU they are a product's, over its logits."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,10 @@ class PolicyStats:
 
 
 def torch_rows(
-    logits_CV, tokens: TokenInputs, objective: Objective, gradient: bool, out_6C: torch.Tensor
+    logits_CV, tokens: TokenInputs, objective: Objective, gradient_CV, out_6C: torch.Tensor
 ) -> None:
-    """Fill out_6C with loss, logp, entropy, ratio, clipped and kl of each row.
-
-    With `gradient`, the logits are overwritten with their gradient.
-    """
+    """Fill out_6C with loss, logp, entropy, ratio, clipped and kl of each row, and gradient_CV,
+    unless it is None, with the logits' gradient; it may be the logits themselves."""
     log_p_CV = (logits_CV.to(out_6C.dtype) / objective.temperature).log_softmax(-1)
     logp_C = log_p_CV.gather(1, tokens.targets_M[:, None])[:, 0]
     p_CV = log_p_CV.exp()
@@ -108,14 +114,14 @@ def torch_rows(
     torch.stack([loss_C, logp_C, entropy_C, ratio_C, clipped_C.to(loss_C.dtype), kl_C], out=out_6C)
 
     # d loss / d logits, as the equation has it
-    if gradient:
+    if gradient_CV is not None:
         pull_C1 = (-tokens.scale_M * slope_C / objective.temperature)[:, None]
         d_CV = -pull_C1 * p_CV
         d_CV.scatter_add_(1, tokens.targets_M[:, None], pull_C1)
         if objective.entropy_bonus:
             bonus_C1 = (tokens.scale_M * objective.entropy_bonus / objective.temperature)[:, None]
             d_CV += bonus_C1 * p_CV * (log_p_CV + entropy_C[:, None])
-        logits_CV.copy_(d_CV)
+        gradient_CV.copy_(d_CV)
 
 
 def gain_of(logp_C: torch.Tensor, tokens: TokenInputs, objective: Objective) -> tuple:
@@ -136,60 +142,132 @@ def gain_of(logp_C: torch.Tensor, tokens: TokenInputs, objective: Objective) -> 
     kl_C = torch.zeros_like(logp_C)
     if tokens.ref_logp_M is not None:
         gap_C = tokens.ref_logp_M - logp_C
-        kl_C = gap_C.exp() - gap_C - 1
+        kl_C = gap_C.expm1() - gap_C  # 3e-4 apart it is 4.5e-8, less than float32 knows of 1
         slope_C = slope_C - objective.beta * (1 - gap_C.exp())
     return gain_C, slope_C, ratio_C, clipped_C, kl_C
 
 
-def fill_rows(
-    logits_CV, tokens: TokenInputs, objective: Objective, gradient: bool, out_6C: torch.Tensor
-) -> None:
+def by_triton(x: torch.Tensor) -> bool:
     """Choose between Triton and torch; no other place does."""
-    if logits_CV.is_cuda and logits_CV.dtype != torch.float64:  # the kernel computes in float32
-        from kernels.policy_row import triton_rows  # not before it is needed: a Mac has no triton
+    return x.is_cuda and x.dtype != torch.float64  # the kernels compute in float32
 
-        return triton_rows(logits_CV, tokens, objective, gradient, out_6C)
-    return torch_rows(logits_CV, tokens, objective, gradient, out_6C)
+
+def fill_rows(
+    logits_CV, tokens: TokenInputs, objective: Objective, gradient_CV, out_6C: torch.Tensor
+) -> None:
+    """What torch_rows does, by the kernel where there is one."""
+    rows = torch_rows
+    if by_triton(logits_CV):
+        from kernels.policy_row import (
+            triton_rows as rows,  # not before it is needed: a Mac has none
+        )
+    rows(logits_CV, tokens, objective, gradient_CV, out_6C)
+
+
+def float_logits(hidden_CD, weight_VD, out=None) -> torch.Tensor:
+    """Logits in float32 at least. Products of narrower numbers are exact in it, and a GPU's tensor
+    cores sum in it anyhow: there nothing is rounded."""
+    wide = torch.promote_types(hidden_CD.dtype, torch.float32)
+    if hidden_CD.dtype == wide:
+        return torch.mm(hidden_CD, weight_VD.T, out=out)
+    if hidden_CD.is_cuda:
+        return torch.mm(hidden_CD, weight_VD.T, out_dtype=wide, out=out)
+    return torch.mm(hidden_CD.to(wide), weight_VD.T.to(wide), out=out)
+
+
+def add_outer(total_VD, dlogits_CV, hidden_CD, dtype: torch.dtype) -> torch.Tensor:
+    """total + dlogitsᵀ X in dtype, multiplied in the inputs'; total None: the first of the sum."""
+    factors, options = (dlogits_CV.T, hidden_CD), {}
+    if dlogits_CV.is_cuda and dlogits_CV.dtype != dtype:
+        options = {"out_dtype": dtype}
+    else:
+        factors = [x.to(dtype) for x in factors]
+    if total_VD is None:
+        return torch.mm(*factors, **options)
+    return torch.addmm(total_VD, *factors, **options, out=total_VD)
+
+
+def product_rows(weight_VD: torch.Tensor, num_rows: int) -> int:
+    """How many rows' logits one product makes: PRODUCT_BYTES at most, shared evenly.
+
+    It depends on the shapes alone, so that a row's logits are the same to the bit in each pass.
+    """
+    wide = torch.promote_types(weight_VD.dtype, torch.float32)
+    most = max(64, PRODUCT_BYTES[weight_VD.device.type] // (len(weight_VD) * wide.itemsize))
+    products = max(1, -(-num_rows // most))
+    return max(1, -(-num_rows // products))
 
 
 def chunk_rows(weight_VD: torch.Tensor, num_rows: int) -> int:
-    """How many rows' logits are held at a time: CHUNK_BYTES at most, shared evenly by the
-    chunks."""
-    row_bytes = len(weight_VD) * weight_VD.element_size()
-    most = max(64, CHUNK_BYTES[weight_VD.device.type] // row_bytes)
-    chunks = max(1, -(-num_rows // most))
-    return max(1, -(-num_rows // chunks))
+    """How many rows' gradients are held and multiplied into dW at a time: whole products, as many
+    as half of the free memory takes, shared evenly."""
+    (V, D), narrow = weight_VD.shape, weight_VD.dtype.itemsize < 4
+    size, row_bytes = product_rows(weight_VD, num_rows), V * weight_VD.element_size()
+    room = max(CHUNK_BYTES[weight_VD.device.type], free_bytes(weight_VD.device) // 2)
+    products = max(1, -(-num_rows // size))
+    # one chunk needs no float32 sum of dW, which takes the room of D rows more
+    if num_rows <= room // row_bytes + D * narrow:
+        return size * products
+    chunks = -(-products // max(1, room // (size * row_bytes)))
+    return size * -(-products // chunks)
 
 
-def add_outer(dweight_VD: torch.Tensor, dlogits_CV: torch.Tensor, hidden_CD: torch.Tensor) -> None:
-    """dW += dlogitsᵀ X, multiplied in the inputs' dtype and summed in dW's."""
-    if dlogits_CV.is_cuda and dlogits_CV.dtype != dweight_VD.dtype:
-        torch.addmm(dweight_VD, dlogits_CV.T, hidden_CD, out_dtype=dweight_VD.dtype, out=dweight_VD)
-    else:
-        dweight_VD.addmm_(dlogits_CV.T.to(dweight_VD.dtype), hidden_CD.to(dweight_VD.dtype))
+def free_bytes(device: torch.device) -> int:
+    """What is left of a GPU's memory: the driver's, and what torch holds without need. 0 for a CPU,
+    and so for a planner, which counts with CHUNK_BYTES."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def sweep(hidden_MD, weight_VD, tokens: TokenInputs, objective: Objective, banned, wanted: tuple):
-    """(out_6M, dX, dW) of all rows, chunk after chunk; dW in float32 at least.
+    """(out_6M, dX, dW) of all rows, chunk after chunk. dW is summed in float32: where there is one
+    chunk, by its product, which then rounds it to the inputs' dtype.
 
     wanted: whether dX and whether dW is asked for; what is not is None.
     """
-    wide = torch.promote_types(hidden_MD.dtype, torch.float32)
-    out_6M = torch.empty(6, len(hidden_MD), dtype=wide, device=hidden_MD.device)
+    (M, V), dtype = (len(hidden_MD), len(weight_VD)), hidden_MD.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    out_6M = hidden_MD.new_empty(6, M, dtype=wide)
     dhidden_MD = torch.empty_like(hidden_MD) if wanted[0] else None
-    dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
-    size = chunk_rows(weight_VD, len(hidden_MD))
-    for start in range(0, len(hidden_MD), size):
-        span = slice(start, start + size)
-        logits_CV = hidden_MD[span] @ weight_VD.T
-        if banned is not None:
-            logits_CV.index_fill_(1, banned, float("-inf"))
-        fill_rows(logits_CV, tokens[span], objective, any(wanted), out_6M[:, span])
+    dweight_VD = torch.zeros_like(weight_VD) if wanted[1] and not M else None
+    size = product_rows(weight_VD, M)
+    held = chunk_rows(weight_VD, M) if wanted[1] else size
+    logits_RV = hidden_MD.new_empty(min(size, held, M), V, dtype=wide)
+    gradient_CV = logits_RV
+    if any(wanted) and (dtype != wide or held > size):
+        gradient_CV = hidden_MD.new_empty(min(held, M), V)
+    for start in range(0, M, held):
+        chunk = slice(start, min(start + held, M))
+        for first in range(start, chunk.stop, size):
+            rows = slice(first, min(first + size, chunk.stop))
+            logits = float_logits(hidden_MD[rows], weight_VD, out=logits_RV[: rows.stop - first])
+            if banned is not None:
+                logits.index_fill_(1, banned, float("-inf"))
+            gradient = gradient_CV[first - start : rows.stop - start] if any(wanted) else None
+            fill_rows(logits, tokens[rows], objective, gradient, out_6M[:, rows])
+        gradient = gradient_CV[: chunk.stop - start]
         if dhidden_MD is not None:
-            torch.mm(logits_CV, weight_VD, out=dhidden_MD[span])
-        if dweight_VD is not None:
-            add_outer(dweight_VD, logits_CV, hidden_MD[span])
+            torch.mm(gradient, weight_VD, out=dhidden_MD[chunk])
+        if wanted[1]:
+            summed_in = wide if held < M else dtype
+            dweight_VD = add_outer(dweight_VD, gradient, hidden_MD[chunk], summed_in)
     return out_6M, dhidden_MD, dweight_VD
+
+
+def scaled(gradient: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor | None:
+    """gradient · scale. Where the scale is 1, as it is after loss.backward(), nothing is moved: on
+    a GPU a kernel sees that, since the host would have to wait for it."""
+    if gradient is None:
+        return None
+    if by_triton(gradient):
+        from kernels.policy_row import scale_in_place
+
+        scale_in_place(gradient, scale)
+        torch.autograd.graph.increment_version(gradient)  # a second backward pass must not take it
+        return gradient
+    return gradient if scale == 1 else gradient * scale.to(gradient.dtype)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -198,22 +276,18 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_MD, weight_VD, tokens, objective, banned):
         wanted = ctx.needs_input_grad[:2]
-        out_6M, *gradients = sweep(hidden_MD, weight_VD, tokens, objective, banned, wanted)
-        ctx.save_for_backward(*gradients)
-        ctx.dtype = weight_VD.dtype
+        how = tokens, objective, banned, wanted
+        out_6M, dhidden_MD, dweight_VD = sweep(hidden_MD, weight_VD, *how)
+        if dweight_VD is not None:
+            dweight_VD = dweight_VD.to(weight_VD.dtype)
+        ctx.save_for_backward(dhidden_MD, dweight_VD)
         ctx.mark_non_differentiable(out_6M)
         return out_6M[0].sum(), out_6M
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        dhidden_MD, dweight_VD = ctx.saved_tensors
-        if dhidden_MD is not None:
-            dhidden_MD = dhidden_MD * grad.to(dhidden_MD.dtype)
-        if dweight_VD is not None:  # scaled and rounded in one pass over the largest tensor here
-            rounded_VD = torch.empty_like(dweight_VD, dtype=ctx.dtype)
-            dweight_VD = torch.mul(dweight_VD, grad, out=rounded_VD)
-        return dhidden_MD, dweight_VD, None, None, None
+        return *(scaled(gradient, grad) for gradient in ctx.saved_tensors), None, None, None
 
 
 def full_head(weight_VD: torch.Tensor, hidden_MD: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as oracle
 
 from kernels.attention import varlen_attention
+from kernels.elementwise import rotate
 from nanosport.model.folder import published_name
-from nanosport.model.layers import RMSNorm, rotate
+from nanosport.model.layers import RMSNorm
 from nanosport.model.qwen2_5_vl import (
     ModelConfig,
     Qwen25VL,

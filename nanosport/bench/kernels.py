@@ -29,13 +29,14 @@ from torch.utils.checkpoint import checkpoint
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is first imported
 
-from kernels import policy_loss, policy_row
+from kernels import elementwise, policy_loss, policy_row
 from kernels.attention import varlen_attention
+from kernels.elementwise import add_norm, rotary, swiglu
 from kernels.policy_loss import Objective, TokenInputs, fused_linear_policy_loss
 from nanosport.cli import ending
 from nanosport.fields import COUNT
 from nanosport.files import provenance, write_atomically
-from nanosport.model.qwen2_5_vl import Layer, rotate
+from nanosport.model.qwen2_5_vl import Layer
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -43,6 +44,7 @@ SHAPES = {"3B": (2048, 151936), "7B": (3584, 152064)} if GPU else {"tiny": (32, 
 ROWS = (1024, 4096, 8192, 16384) if GPU else (64,)
 TOKENS = (4096, 16384, 65536, 131072) if GPU else (256,)
 HEADS = (28, 4, 128) if GPU else (4, 2, 32)  # the 7B decoder's
+WIDTH, INNER = HEADS[0] * HEADS[2], 18944 if GPU else 256
 BETA, LENGTH = 0.04, 1024 if GPU else 16
 OBJECTIVE = Objective(beta=BETA)
 
@@ -291,9 +293,8 @@ def sdpa(q_THd, k_TKd, v_TKd, cu_seqlens, length):
 
 def one_layer(layer, x_TD, cu_seqlens, cos, sin):
     def attend(q, k, v):
-        return varlen_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, cu_seqlens, len(x_TD), causal=True
-        )
+        q, k = rotary(q, k, cos, sin)
+        return varlen_attention(q, k, v, cu_seqlens, len(x_TD), causal=True)
 
     return layer(x_TD, attend).float().sum()
 
@@ -325,18 +326,81 @@ def bench_attention(rows: list, repeats: int) -> None:
             show(rows, row)
 
 
+class Pull(torch.autograd.Function):
+    """A loss of zero, whose gradients are the results themselves: no pass over them is timed."""
+
+    @staticmethod
+    def forward(ctx, *outs):
+        ctx.save_for_backward(*outs)
+        return outs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.saved_tensors
+
+
+def elementwise_cases(tokens: int) -> dict[str, tuple]:
+    """(operation, what is differentiated, what is not) of each."""
+    heads, kv_heads, size = HEADS
+
+    def leaf(*shape):
+        return torch.randn(*shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
+
+    angles = torch.randn(tokens, 1, size // 2, device=DEVICE).repeat(1, 1, 2)
+    cos_sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
+    turned = leaf(tokens, heads, size), leaf(tokens, kv_heads, size)
+    rows = leaf(tokens, WIDTH), leaf(tokens, WIDTH), leaf(WIDTH)
+    return {
+        "rotary": (rotary, turned, cos_sin),
+        "SwiGLU": (swiglu, (leaf(tokens, INNER), leaf(tokens, INNER)), ()),
+        "add, RMSNorm": (add_norm, rows, (1e-6,)),
+    }
+
+
+def bench_elementwise(rows: list, repeats: int) -> None:
+    """Each operation by our kernel and in plain torch; raises where the kernel's error against
+    float64 is above twice torch's."""
+    choose = elementwise.is_fused
+    kernels_too = {"nanosport": choose if GPU else lambda x: x.dtype != torch.float64}
+    ways = kernels_too | {"torch": lambda x: False}
+    for tokens in TOKENS[:2] if GPU else (9,):
+        for name, (op, leaves, others) in elementwise_cases(tokens).items():
+
+            def step(*given, op=op):
+                outs = op(*given)
+                return Pull.apply(*(outs if isinstance(outs, tuple) else (outs,)))
+
+            errors = {}
+            for impl, elementwise.is_fused in ways.items():
+                errors[impl] = elementwise_error(step, leaves, others)
+                found = measure(step, (*leaves, *others), leaves, repeats)
+                shape = " ".join(str(tuple(leaf.shape)) for leaf in leaves)
+                show(rows, {"op": name, "impl": impl, "shape": shape, **found})
+            if not errors["nanosport"] <= 2 * errors["torch"] + 1e-6:
+                raise ValueError(f"{name}: errors against float64 {errors}")
+    elementwise.is_fused = choose
+
+
+def elementwise_error(step, leaves: tuple, others: tuple) -> float:
+    """The largest error of a gradient against float64."""
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wide = [x.double() if isinstance(x, torch.Tensor) else x for x in others]
+    got = torch.autograd.grad(step(*leaves, *others), leaves)
+    want = torch.autograd.grad(step(*exact, *wide), exact)
+    return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))
+
+
 def bench_layer(rows: list) -> None:
     """One decoder layer of the 7B, forward and backward: its memory grows linearly with the
     tokens."""
     heads, kv_heads, size = HEADS
-    width = heads * size
     config = SimpleNamespace(
-        hidden_size=width, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=size
+        hidden_size=WIDTH, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=size
     )
-    config.intermediate_size, config.rms_norm_eps = (18944 if GPU else 2 * width), 1e-6
+    config.intermediate_size, config.rms_norm_eps = INNER, 1e-6
     layer = Layer(config).to(DEVICE, DTYPE)
     for tokens in TOKENS[-3:]:
-        x_TD = torch.randn(tokens, width, device=DEVICE, dtype=DTYPE, requires_grad=True)
+        x_TD = torch.randn(tokens, WIDTH, device=DEVICE, dtype=DTYPE, requires_grad=True)
         cu_seqlens = torch.tensor([0, tokens], device=DEVICE, dtype=torch.int32)
         cos, sin = torch.randn(2, tokens, 1, size, device=DEVICE, dtype=DTYPE)
         found = measure(
@@ -344,7 +408,7 @@ def bench_layer(rows: list) -> None:
         )
         show(
             rows,
-            {"op": "decoder layer", "impl": "nanosport", "shape": f"T={tokens} D={width}", **found},
+            {"op": "decoder layer", "impl": "nanosport", "shape": f"T={tokens} D={WIDTH}", **found},
         )
 
 
@@ -404,6 +468,7 @@ def main() -> None:
     for bench in (
         lambda: bench_policy_loss(rows, args.repeats, top),
         lambda: bench_attention(rows, args.repeats),
+        lambda: bench_elementwise(rows, args.repeats),
         lambda: bench_layer(rows),
     ):
         bench()

@@ -1,25 +1,30 @@
-"""Counts what the elementwise parts of a 7B decoder layer move through memory, forward and
+"""Counts what a 7B decoder layer moves through memory between its matrix products, forward and
 backward, without a GPU.
 
     python -m nanosport.bench.traffic
 
 Everything runs on the meta device: every operation that makes a new tensor is counted with the
 bytes it reads and writes, once as torch runs it and once as one perfectly fused kernel would move
-them (each input read once, each output written once). The layer's matrix products, at the same rate
-of tokens, say what share of the time that is.
+them (each input read once, each output written once). The whole layer is counted as torch runs it,
+and through kernels/elementwise.py, whose kernels move what they are given; its attention and matrix
+products are left out. The products, at the same rate of tokens, say what share of the time that is.
 """
 
 import argparse
+from contextlib import ExitStack
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernels import elementwise
+from kernels.elementwise import rotary, rotate
 from nanosport.cli import ending
 from nanosport.fields import COUNT
-from nanosport.model.qwen2_5_vl import Layer, rotate
+from nanosport.model.qwen2_5_vl import Layer
 
 WIDTH, HEADS, KV_HEADS, HEAD, INNER = 3584, 28, 4, 128, 18944
 PRODUCTS, BANDWIDTH = (
@@ -38,12 +43,23 @@ def tensors(x) -> list[torch.Tensor]:
     )
 
 
+PRODUCTS_APART = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
 class Traffic(TorchDispatchMode):
-    """Sums the bytes of all inputs and outputs of every operation that is not a view."""
+    """Sums the bytes of all inputs and outputs of every operation that is neither a view nor a
+    matrix product, and counts the operations. On a GPU each is a launch."""
 
     def __init__(self):
         super().__init__()
-        self.num_bytes = 0
+        self.num_bytes = self.launches = 0
+
+    def note(self, *moved: torch.Tensor) -> None:
+        """A launch that moves each of these once."""
+        self.num_bytes += sum(
+            t.numel() * t.element_size() for t in {id(t): t for t in moved}.values()
+        )
+        self.launches += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -54,9 +70,68 @@ class Traffic(TorchDispatchMode):
             for t in tensors(out)
             if t.untyped_storage()._cdata not in storages or func._schema.is_mutable
         ]
-        if made and not func.__name__.startswith("empty"):
-            self.num_bytes += sum(t.numel() * t.element_size() for t in (*given, *made))
+        is_empty = func.__name__.startswith(("empty", "new_empty"))
+        if made and not is_empty and func not in PRODUCTS_APART:
+            self.note(*given, *made)
         return out
+
+
+class Kernels:
+    """Stands in for kernels/elementwise_triton.py: notes what each of them is given."""
+
+    def __init__(self, traffic: Traffic):
+        self.traffic = traffic
+
+    def __getattr__(self, name):
+        return lambda *args, **_: self.traffic.note(*tensors(args))
+
+
+class TorchNorm(torch.autograd.Function):
+    """torch's RMSNorm of a GPU, a kernel forward and one backward; it has none on meta."""
+
+    @staticmethod
+    def forward(ctx, x, traffic: Traffic):
+        out, ctx.traffic = torch.empty_like(x), traffic
+        ctx.save_for_backward(x)
+        traffic.note(x, out, x.new_empty(len(x), dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, d):
+        dx, (x,) = torch.empty_like(d), ctx.saved_tensors
+        ctx.traffic.note(d, x, dx, x.new_empty(len(x), dtype=torch.float32))
+        return dx, None
+
+
+class Attention(torch.autograd.Function):
+    """Attention without its own traffic."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return torch.empty_like(q)
+
+    @staticmethod
+    def backward(ctx, _):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
+
+
+def layer_traffic(tokens: int, fused: bool) -> Traffic:
+    """Of one layer, forward and backward, by the fused kernels or as torch runs it."""
+    with torch.device("meta"):
+        layer = Layer(config()).bfloat16()
+        x = torch.empty(tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+        cos_sin = torch.empty(2, tokens, 1, HEAD, dtype=torch.bfloat16)
+    traffic = Traffic()
+    norm = lambda x, *_, **__: TorchNorm.apply(x, traffic)  # noqa: E731
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(elementwise, "is_fused", lambda x: fused))
+        stack.enter_context(patch.object(elementwise, "triton_kernels", lambda: Kernels(traffic)))
+        stack.enter_context(patch.object(F, "rms_norm", norm))
+        stack.enter_context(traffic)
+        out = layer(x, lambda q, k, v: Attention.apply(*rotary(q, k, *cos_sin), v))
+        torch.autograd.grad(out, [x, *layer.parameters()], torch.empty_like(out))
+    return traffic
 
 
 def count(function, *inputs) -> tuple[int, int]:
@@ -71,7 +146,7 @@ def count(function, *inputs) -> tuple[int, int]:
 
 
 def plain_norm(x, weight):
-    """RMSNorm in single torch operations; nanosport.vision.RMSNorm has torch's fused one inside."""
+    """RMSNorm in single torch operations."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
@@ -130,6 +205,12 @@ def main() -> None:
         print(
             f"{name:14}{run / 2**30:6.2f} GiB as run, {fused / 2**30:5.2f} fused: {ms:4.2f} → "
             f"{least:4.2f} ms at {BANDWIDTH / 1e12} TB/s"
+        )
+    for name, fused in (("as torch runs it", False), ("by our kernels", True)):
+        found = layer_traffic(tokens, fused)
+        print(
+            f"the layer {name}: {found.launches} launches, {found.num_bytes / 2**30:.2f} GiB, "
+            f"{1e3 * found.num_bytes / BANDWIDTH:.2f} ms"
         )
 
 

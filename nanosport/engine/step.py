@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from kernels.policy_loss import float_logits
 from nanosport.engine.pages import Pages
 from nanosport.engine.sampler import Sampling
 from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_cos_sin, mrope_tables
@@ -125,13 +126,6 @@ class Step:
         self.out_2R[0], self.out_2R[1] = next_R, logp_R
         token_R.copy_(next_R)
         self.state_5R[1:4] += speaks_R
-
-
-def float_logits(hidden_RD: torch.Tensor, head_VD: torch.Tensor) -> torch.Tensor:
-    """float32 logits. A GPU's product sums in float32 anyhow: there they are not rounded first."""
-    if hidden_RD.is_cuda and hidden_RD.dtype != torch.float32:
-        return torch.mm(hidden_RD, head_VD.T, out_dtype=torch.float32)
-    return (hidden_RD @ head_VD.T).float()
 
 
 def draw(logits_RV, draw_R, sampling: Sampling, banned: torch.Tensor) -> tuple:

@@ -9,19 +9,25 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.elementwise import add_norm, swiglu
 from kernels.policy_loss import add_outer
 
 
 class RMSNorm(nn.Module):
-    """weight · x / √(mean x² + eps): the quotient in float32 (on CUDA by one fused kernel), rounded
-    before the weight comes in, as the checkpoints were trained."""
+    """weight · x / √(mean x² + eps): the quotient in float32, rounded before the weight comes in,
+    as the checkpoints were trained."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
+        return self.residual(x)[1]
+
+    def residual(self, x, delta=None):
+        """(x + delta, its norm): what goes on past the next part of a layer, and what that part
+        reads. Both in one, so that a GPU reads them once."""
+        return add_norm(x, delta, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -62,9 +68,7 @@ class KeepInput(torch.autograd.Function):
         grads = product.grad.split([len(master) for master in product.masters], dim=-1)
         del product.grad  # else it stays as long as the loss does
         for master, grad in zip(product.masters, grads):
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            add_outer(master.grad, grad, x)
+            master.grad = add_outer(master.grad, grad, x, master.dtype)
         return grad_x, None, None
 
 
@@ -95,7 +99,7 @@ class MLP(nn.Module):
         # where they learn, one gradient for both would have to be put together first
         joined = None if learns(self.gate_proj) else self.joined
         gate, up = apply((self.gate_proj, self.up_proj), x, joined)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(gate, up))
 
 
 def apply(linears: Sequence[Linear], x, joined=None):
@@ -133,12 +137,6 @@ def inverse_frequencies(theta: float, dim: int, device) -> torch.Tensor:
     """
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
     return (1.0 / theta**exponents).to(device)
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding: channel i turns with channel i + d/2."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def run_layer(layer: nn.Module, x, attend, recompute: str):

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from kernels.attention import Keys, choose, varlen_attention
+from kernels.elementwise import rotary
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.model.layers import (
     MLP,
@@ -27,7 +28,6 @@ from nanosport.model.layers import (
     call,
     inverse_frequencies,
     join,
-    rotate,
     run_layer,
 )
 from nanosport.model.vision import MAX_LAYERS, VisionConfig, VisionTower
@@ -199,14 +199,17 @@ class Layer(nn.Module):
 
     def forward(self, x, attend, compute=call):
         """compute: how what lies before and after the attention is called; see run_layer."""
-        return compute(self.after, x, attend(*compute(self.before, x)))
+        x, *queries_keys_values = compute(self.before, x)
+        return compute(self.after, x, attend(*queries_keys_values))
 
     def before(self, x):
-        return self.self_attn(self.input_layernorm(x))
+        x, normed = self.input_layernorm.residual(x)
+        return x, *self.self_attn(normed)
 
     def after(self, x, attended):
-        x = x + self.self_attn.o_proj(attended.flatten(-2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn.o_proj(attended.flatten(-2))
+        x, normed = self.post_attention_layernorm.residual(x, attended)
+        return x + self.mlp(normed)
 
 
 class TextModel(nn.Module):
@@ -278,7 +281,7 @@ class Qwen25VL(nn.Module):
             recompute = self.recompute[index] if self.recompute else "none"
 
             def rotated(q, k, v, index=index):
-                return attend(index, rotate(q, *cos_sin), rotate(k, *cos_sin), v)
+                return attend(index, *rotary(q, k, *cos_sin), v)
 
             x_TD = run_layer(layer, x_TD, rotated, recompute)
         return self.model.norm(x_TD)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.attention import varlen_attention
+from kernels.elementwise import rotary
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.image import MAX_SIDE
 from nanosport.model.layers import (
@@ -27,7 +28,6 @@ from nanosport.model.layers import (
     RMSNorm,
     call,
     inverse_frequencies,
-    rotate,
     run_layer,
 )
 
@@ -98,14 +98,16 @@ class VisionBlock(nn.Module):
         self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=True)
 
     def forward(self, x_PD, attend, compute=call):
-        return compute(self.after, x_PD, attend(*compute(self.before, x_PD)))
+        x_PD, *queries_keys_values = compute(self.before, x_PD)
+        return compute(self.after, x_PD, attend(*queries_keys_values))
 
     def before(self, x_PD):
-        return self.attn(self.norm1(x_PD))
+        x_PD, normed_PD = self.norm1.residual(x_PD)
+        return x_PD, *self.attn(normed_PD)
 
     def after(self, x_PD, attended):
-        x_PD = x_PD + self.attn.proj(attended.flatten(-2))
-        return x_PD + self.mlp(self.norm2(x_PD))
+        x_PD, normed_PD = self.norm2.residual(x_PD, self.attn.proj(attended.flatten(-2)))
+        return x_PD + self.mlp(normed_PD)
 
 
 class PatchEmbed(nn.Module):
@@ -171,7 +173,7 @@ def attention_over(lengths: Sequence[int], cos, sin):
     # rotated in float32; in a closure, where no mixed-precision wrapper of the blocks can round cos
     # and sin
     def attend(q, k, v):
-        q, k = (rotate(x.float(), cos, sin).to(x.dtype) for x in (q, k))
+        q, k = rotary(q, k, cos, sin)
         return varlen_attention(q, k, v, cu_seqlens, max(lengths), causal=False)
 
     return attend

@@ -16,15 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import elementwise_triton
+from kernels.elementwise_triton import norm_tiles, rotary_tiles
 from kernels.paged_decode import decode_kernel, tiles
-from kernels.policy_row import BLOCK, NUM_WARPS, row_kernel
+from kernels.policy_row import BLOCK, NUM_WARPS, SCALE_BLOCK, row_kernel, scale_kernel
 
-INTEGERS = ("V", "row_stride", "out_stride")
+INTEGERS = ("V", "row_stride", "gradient_stride", "out_stride")
 
 
 def compile_row(arch: int, dtype: str, flags: dict, aligned: bool) -> tuple[int, int]:
-    """(registers, stack bytes) of one variant."""
-    types = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64"}
+    """(registers, stack bytes) of one variant. dtype: the gradient's; logits are float32."""
+    types = {"gradient_ptr": f"*{dtype}", "targets_ptr": "*i64"}
     types |= {name: "i32" for name in INTEGERS}
     constants = flags | {"BLOCK": BLOCK}
     return compiled(
@@ -40,6 +42,41 @@ def compile_decode(arch: int, dtype: str, heads: int, width: int) -> tuple[int, 
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     constants = {"G": heads, "D": width, "PAGE": 64} | launch
     return compiled(decode_kernel, arch, types, constants, (), options)
+
+
+ROTARY = {"7B": (28, 4, 128), "3B": (16, 2, 128), "tower": (16, 16, 80), "nano": (4, 2, 32)}
+"""Query heads, key heads and their width."""
+NORMS = {"7B": 3584, "3B": 2048, "tower": 1280, "nano": 128}
+
+
+def elementwise_variants():
+    """(name, kernel, its types, constants, aligned integers) of each launch that goes through its
+    inputs once."""
+    k = elementwise_triton
+    for model, (heads, keys, width) in ROTARY.items():
+        table = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"} if model == "tower" else {}
+        sizes = {"H": heads, "K": keys, "HALF": width // 2, "BACK": True}
+        sizes |= rotary_tiles(heads, keys, width // 2)
+        yield f"rotary {model}", k.rotary_kernel, table, sizes, ()
+    block = {"BLOCK": SCALE_BLOCK, "num_warps": NUM_WARPS}
+    yield "a gradient's scale", scale_kernel, {"scale_ptr": "*fp32"}, block, ("N",)
+    block = {"BLOCK": k.BLOCK, "num_warps": k.NUM_WARPS}
+    for name, kernel in (("", k.swiglu_kernel), (" backward", k.swiglu_backward_kernel)):
+        yield f"SwiGLU{name}", kernel, {}, block, ("gate_row", "up_row", "d_row", "F")
+    narrow = {"inverse_ptr": "*fp32", "dparts_ptr": "*fp32", "eps": "fp32"}
+    for model, width in NORMS.items():
+        tile = norm_tiles(width)
+        forward, backward = {"HAS_DELTA": True}, {"HAS_DTOTAL": True, "HAS_DWEIGHT": True}
+        yield f"norm {model}", k.add_norm_kernel, narrow, forward | tile, ("D",)
+        yield f"norm backward {model}", k.add_norm_backward_kernel, narrow, backward | tile, ("D",)
+
+
+def compile_elementwise(arch: int, dtype: str, kernel, types, constants, aligned):
+    """(registers, stack bytes) of one variant; what is no pointer and no eps is an integer."""
+    kinds = {n: f"*{dtype}" if n.endswith("_ptr") else "i32" for n in kernel.arg_names}
+    constants, warps = dict(constants), {"num_warps": constants["num_warps"]}
+    del constants["num_warps"]
+    return compiled(kernel, arch, kinds | types, constants, aligned, warps)
 
 
 def compiled(kernel, arch, types, constants, aligned, options) -> tuple[int, int]:
@@ -91,6 +128,11 @@ def main() -> None:
         shape = f"decode {heads} heads of {width}"
         print(f"sm_{arch} {dtype} {shape}: {registers} registers, {stack} bytes spilled")
         spills += stack > 0
+    for arch, dtype in itertools.product((80, 90), ("bf16", "fp32")):
+        for name, *variant in elementwise_variants():
+            registers, stack = compile_elementwise(arch, dtype, *variant)
+            print(f"sm_{arch} {dtype} {name}: {registers} registers, {stack} bytes spilled")
+            spills += stack > 0
     if spills:
         sys.exit(f"{spills} variants spill")
 
