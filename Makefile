@@ -1,5 +1,5 @@
 # make demo: the whole story in small, from the shipped backbone.   make demo SMOKE=1: every stage, few steps.
-# make test: the tests.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
+# make test: the tests.   make test-gpu: what only a GPU can run.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
 PYTHON ?= python3
 SEED ?= 0
 OUT ?= out/demo
@@ -14,7 +14,7 @@ SFT :=
 RL :=
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 demo: .venv/.installed
 	rm -rf $(OUT)
 	$(PY) -m data_prep.arena --out $(OUT)/arena --seed $(SEED) $(ARENA)
@@ -30,6 +30,10 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(PY) -m pytest -q
+
+# without conftest.py, which hides the GPU
+test-gpu: .venv/.installed
+	$(PY) -m pytest -q -rs --noconftest tests/test_gpu.py
 
 lint: .venv/.installed
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -291,15 +291,30 @@ class HeadLoss(torch.autograd.Function):
 
 
 def full_head(weight_VD: torch.Tensor, hidden_MD: torch.Tensor) -> torch.Tensor:
-    """The head as one tensor in the dtype of the hidden states.
-
-    A shard of FSDP2 is gathered, and its gradient summed back.
-    """
+    """The head as one tensor in the dtype of the hidden states."""
     if hasattr(weight_VD, "full_tensor"):
-        from torch.distributed.tensor import Partial  # slow to import: only a sharded run needs it
-
-        weight_VD = weight_VD.full_tensor(grad_placements=[Partial()] * weight_VD.device_mesh.ndim)
+        return GatherHead.apply(weight_VD, hidden_MD.dtype)
     return weight_VD.to(hidden_MD.dtype)
+
+
+class GatherHead(torch.autograd.Function):
+    """FSDP2's shards, cast before they are gathered; their gradients are summed in the shards' own
+    dtype."""
+
+    @staticmethod
+    def forward(ctx, weight_VD, dtype):
+        ctx.mesh, ctx.placements = weight_VD.device_mesh, weight_VD.placements
+        ctx.dtype = weight_VD.dtype
+        return weight_VD.detach().to(dtype).full_tensor()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_VD):
+        from torch.distributed.tensor import DTensor, Partial  # slow to import
+
+        each = [Partial()] * ctx.mesh.ndim
+        grad_VD = DTensor.from_local(grad_VD.to(ctx.dtype), ctx.mesh, each)
+        return grad_VD.redistribute(placements=ctx.placements), None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from nanosport.plan import memory
 from nanosport.plan.__main__ import Config, stages
 from nanosport.plan.memory import GIB, at_depth, sampler_moments, step_peak, training_moments
 from nanosport.plan.synthetic import Lengths, make_episodes
-from nanosport.train import dist
+from nanosport.train import dist, recompute
 
 ROOT = Path(__file__).parent.parent
 QWEN = ROOT.parent / "shared" / "data" / "qwen"
@@ -275,14 +275,24 @@ def test_more_gpus_never_need_more_of_each(preset):
 def test_memory_grows_with_what_it_should():
     three = replace(SEVEN, num_hidden_layers=3)
     sizes = []
-    for recompute in ("all", "mlp", "none"):
-        run = train.Config(micro_tokens=8192, recompute=recompute)
+    for mode in recompute.LESS:
+        run = train.Config(micro_tokens=8192, recompute=mode)
         episodes, run = memory.fullest(three, run, Lengths())
         sizes.append(training_moments(three, run, episodes, 8)["loss"]["activations"])
     # inputs and outputs of the products, the sums of the stream; two norms' and 28 heads' floats
     per_layer = 8192 * 2 * (6 * 3584 + 3 * 18944 + 2 * 512) + 4 * 8192 * (2 + 28)
     assert sizes[2] - sizes[0] == pytest.approx(3 * (per_layer - 8192 * 2 * 3584), rel=0.02)
     assert sizes == sorted(sizes) and sizes[0] < 0.1 * sizes[2]
+
+
+@pytest.mark.parametrize("mode", recompute.LESS)
+def test_what_a_layer_keeps_on_a_gpu_is_known_before_it_runs(mode):
+    sizes = []
+    for layers in (3, 4):
+        cfg = replace(SEVEN, num_hidden_layers=layers)
+        episodes, run = memory.fullest(cfg, train.Config(recompute=mode), Lengths())
+        sizes.append(training_moments(cfg, run, episodes, 8)["loss"]["activations"])
+    assert sizes[1] - sizes[0] == recompute.kept_bytes(cfg, [mode], run.micro_tokens)
 
 
 def test_hours_follow_the_card_and_the_assumptions():

@@ -40,8 +40,8 @@ class Linear(nn.Linear):
         return learning_product(x, (self,), self.weight, self.bias)
 
 
-def learns(linear: Linear) -> bool:
-    return torch.is_grad_enabled() and hasattr(linear.weight, "master")
+def learns(layer: nn.Module) -> bool:
+    return torch.is_grad_enabled() and hasattr(layer.weight, "master")
 
 
 def learning_product(x, linears: Sequence[Linear], weight, bias):
@@ -49,6 +49,33 @@ def learning_product(x, linears: Sequence[Linear], weight, bias):
     product = SimpleNamespace(masters=[linear.weight.master for linear in linears])
     x = KeepInput.apply(x, linears[0].weight, product)
     return TakeGradient.apply(F.linear(x, weight.detach(), bias), product)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, with the gradient of a cast as in Linear: only the rows that are read are
+    added to."""
+
+    def forward(self, ids):
+        if not learns(self):
+            return super().forward(ids)
+        return ReadRows.apply(ids, self.weight, self.weight.master)
+
+
+class ReadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ids, weight, master):
+        ctx.save_for_backward(ids)
+        ctx.master = master
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (ids,), master = ctx.saved_tensors, ctx.master
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        master.grad.index_put_((ids,), grad.to(master.dtype), accumulate=True)
+        return None, None, None
 
 
 class KeepInput(torch.autograd.Function):

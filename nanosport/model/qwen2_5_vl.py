@@ -22,6 +22,7 @@ from kernels.elementwise import rotary
 from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.model.layers import (
     MLP,
+    Embedding,
     Linear,
     RMSNorm,
     apply,
@@ -217,7 +218,7 @@ class TextModel(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 

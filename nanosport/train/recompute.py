@@ -3,10 +3,10 @@
 Per token and layer, in bytes of a two-byte dtype, for the 7B (D 3584, H·d 3584, K·d 512, inner I
 18,944):
 
-    all     D                         7 KiB    the whole layer is computed again
-    mlp     D + 2·H·d + 2·K·d        23 KiB    all but the attention, which costs most for what it
+    all     D                          7 KiB   the whole layer is computed again
+    mlp     D + 2·H·d + 2·K·d          23 KiB  all but the attention, which costs most for what it
                                                keeps, and q, k and v before it
-    none    6·D + 2·H·d + 2·K·d + 4·I          nothing is computed again: 206 KiB
+    none    4·D + 2·H·d + 2·K·d + 3·I  155 KiB nothing is computed again
 """
 
 import torch
@@ -19,11 +19,12 @@ LESS = ("all", "mlp", "none")
 
 
 def kept_values(cfg: ModelConfig) -> dict[str, int]:
-    """How many values a layer keeps of each token, at most."""
+    """How many values of two bytes a layer keeps of each token on a GPU."""
     width, heads = cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim
     log_sums = 2 * cfg.num_attention_heads  # in float32
     attention = 2 * heads + 2 * cfg.num_key_value_heads * cfg.head_dim + log_sums
-    none = 6 * width + attention + 4 * cfg.intermediate_size
+    quotients = 4  # of two norms, in float32
+    none = 4 * width + attention + 3 * cfg.intermediate_size + quotients
     return {"all": width, "mlp": width + attention, "none": none}
 
 
