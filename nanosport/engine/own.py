@@ -21,19 +21,13 @@ import torch
 
 from kernels.attention import Keys, varlen_attention
 from nanosport.engine.pages import PAGE, Pages, WidePages
-from nanosport.engine.row import Row
+from nanosport.engine.row import Row, hear
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.engine.step import Launched, Steps
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import (
-    Qwen25VL,
-    join_projections,
-    mrope_cos_sin,
-    mrope_positions,
-    mrope_tables,
-)
+from nanosport.model.qwen2_5_vl import Qwen25VL, join_projections, mrope_cos_sin, mrope_tables
 
 PACK_TOKENS = 8192
 """A pack has at most so many new tokens."""
@@ -83,7 +77,7 @@ class OwnSampler:
         numbers = range(self.num_opened, self.num_opened + len(streams))
         self.num_opened += len(streams)
         group = [Row(number, stream) for number, stream in zip(numbers, streams)]
-        self._add(group, prompt)
+        hear(group, prompt, self.model.cfg, self.sampling.max_new_tokens)
         for row in group:
             row.group, row.shared = group, len(prompt.ids) - 1
         self.rows |= zip(numbers, group)
@@ -102,7 +96,7 @@ class OwnSampler:
 
     def say(self, number: int, piece: Piece) -> None:
         row = self.rows[number]
-        self._add([row], piece)
+        hear([row], piece, self.model.cfg, self.sampling.max_new_tokens)
         row.due = self.counts["decode_steps"] + READ_AFTER * (self.on_gpu and bool(piece.grids))
 
     def close(self, number: int) -> None:
@@ -127,23 +121,6 @@ class OwnSampler:
             own[name].data.copy_(weight)
 
     # Reading.
-
-    def _add(self, rows: Sequence[Row], piece: Piece) -> None:
-        """Let rows, alike so far, go on with a piece and speak after it."""
-        num_ids, most = len(rows[0].ids), self.sampling.max_new_tokens
-        known_3T = rows[0].positions_3T[:, :num_ids]
-        start = int(known_3T[0, -1]) + 1 if num_ids else 0  # what was said is text
-        piece_3T, start = mrope_positions(piece.ids, piece.grids, self.model.cfg, start)
-        turn_3T = np.tile(start + np.arange(most + 1), (3, 1))
-        positions_3T = np.concatenate((known_3T, piece_3T.numpy(), turn_3T), axis=1)
-        if piece.encoder is not None:
-            piece.encoder.expect(piece.frames)
-        for row in rows:
-            if piece.grids:
-                row.pieces.append((num_ids, piece))
-            row.ids += piece.ids
-            row.positions_3T = positions_3T
-            row.begin_turn(most)
 
     def _read(self) -> bool:
         """Compute a pack of what rows have not read yet, if there is one; on a CPU not beside rows

@@ -3,9 +3,12 @@
 Letters: T tokens.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nanosport.engine.sampler import Generated, Piece
+from nanosport.model.qwen2_5_vl import ModelConfig, mrope_positions
 
 
 class Row:
@@ -62,8 +65,8 @@ class Row:
         """What it has said in this turn."""
         return self.ids[len(self.ids) - len(self.sampled_logp) :]
 
-    def begin_turn(self, num_draws: int) -> None:
-        self.draws = np.append(self.stream.random(num_draws), 0.0)
+    def begin_turn(self, max_tokens: int) -> None:
+        self.draws = np.append(self.stream.random(max_tokens), 0.0)
         self.sampled_logp, self.closed, self.stopped = [], False, False
 
     def end_turn(self) -> Generated:
@@ -79,3 +82,21 @@ class Row:
             if first < last:
                 parts.append((piece, first, last))
         return parts
+
+
+def hear(rows: Sequence[Row], piece: Piece, cfg: ModelConfig, max_tokens: int) -> None:
+    """Let rows, alike so far, go on with a piece, and then say up to `max_tokens` tokens."""
+    num_ids = len(rows[0].ids)
+    known_3T = rows[0].positions_3T[:, :num_ids]
+    start = int(known_3T[0, -1]) + 1 if num_ids else 0  # what was said is text
+    piece_3T, start = mrope_positions(piece.ids, piece.grids, cfg, start)
+    turn_3T = np.tile(start + np.arange(max_tokens + 1), (3, 1))
+    positions_3T = np.concatenate((known_3T, piece_3T.numpy(), turn_3T), axis=1)
+    if piece.encoder is not None:
+        piece.encoder.expect(piece.frames)
+    for row in rows:
+        if piece.grids:
+            row.pieces.append((num_ids, piece))
+        row.ids += piece.ids
+        row.positions_3T = positions_3T
+        row.begin_turn(max_tokens)
