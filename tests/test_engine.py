@@ -1,17 +1,17 @@
 """The sampler's engine: whatever the schedule, its tokens are those of a plain forward pass."""
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from kernels.draw import draw
 from nanosport.engine import own
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.pages import Pages, WidePages
 from nanosport.engine.sampler import Piece, Sampling
-from nanosport.engine.step import Step, draw
+from nanosport.engine.step import Steps, ladder
 from nanosport.files import ASSETS
 from nanosport.model.folder import load_tokenizer
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, join_projections, mrope_positions
@@ -44,6 +44,27 @@ def model(tokenizer):
     return Qwen25VL(ModelConfig.from_dict(raw)).init_weights(std=0.3).requires_grad_(False)
 
 
+class Shown:
+    """What stands for a FrameEncoder: made-up features, a frame's name is its number."""
+
+    def __init__(self, device="cpu"):
+        self.device, self.made, self.asked, self.expected = device, [], [], []
+
+    def make(self, rng, num_tokens: int) -> int:
+        self.made.append(torch.from_numpy(rng.normal(size=(num_tokens, 32))).float())
+        return len(self.made) - 1
+
+    def expect(self, frames) -> None:
+        self.expected.append(list(frames))
+
+    def features(self, frames) -> torch.Tensor:
+        self.asked.append(list(frames))
+        return self.plain(frames).to(self.device)
+
+    def plain(self, frames) -> torch.Tensor:
+        return torch.cat([self.made[k] for k in frames])
+
+
 class Talk:
     """What a conversation should hold, kept beside the sampler."""
 
@@ -53,7 +74,7 @@ class Talk:
     def hear(self, piece: Piece) -> None:
         self.ids += piece.ids
         self.grids += piece.grids
-        self.features += [piece.features()] if piece.features else []
+        self.features += [piece.encoder.plain(piece.frames)] if piece.frames else []
 
     def check(self, model, sampler, seed) -> None:
         """Each turn against a forward pass without a cache, with the draws of its stream."""
@@ -65,29 +86,30 @@ class Talk:
         for start, said in self.turns:
             draws = torch.from_numpy(stream.random(NUM_NEW))[: len(said.ids)]
             logits = hidden_TD[start - 1 : start - 1 + len(said.ids)] @ model.head_weight_VD.T
-            token, logp = draw(logits, draws, sampler.sampling, sampler.banned)
+            how = sampler.sampling.temperature, sampler.sampling.top_p, sampler.banned
+            token, logp = draw(logits, draws, *how)
             assert token.tolist() == list(said.ids)
             torch.testing.assert_close(torch.tensor(said.sampled_logp), logp, rtol=0, atol=5e-5)
 
 
-def random_piece(rng, model, longest: int = 40) -> Piece:
+def random_piece(rng, shown: Shown, longest: int = 40) -> Piece:
     """Text, with up to two frames between."""
-    ids, grids = rng.integers(10, 200, rng.integers(1, longest)).tolist(), []
+    ids, grids, frames = rng.integers(10, 200, rng.integers(1, longest)).tolist(), [], []
     for _ in range(rng.integers(0, 3)):
         h, w = (2 * rng.integers(1, 4, 2)).tolist()
         ids += [3, *[5] * (h * w // 4), 4, *rng.integers(10, 200, rng.integers(1, 4)).tolist()]
         grids.append((1, h, w))
-    features_ND = torch.from_numpy(rng.normal(size=(ids.count(5), 32))).float()
-    return Piece(ids, grids, (lambda: features_ND) if grids else None)
+        frames.append(shown.make(rng, h * w // 4))
+    return Piece(ids, grids, frames, shown if frames else None)
 
 
-def play(sampler, model, rng, num_groups: int, on_turn=lambda: None) -> list[tuple]:
+def play(sampler, rng, num_groups: int, device="cpu") -> list[tuple]:
     """Play random episodes of up to three turns; return each with the seed of its stream."""
-    talks, done, waiting = {}, [], list(range(num_groups))
+    talks, done, waiting, shown = {}, [], list(range(num_groups)), Shown(device)
 
     def open_some() -> None:
         for group in [waiting.pop() for _ in range(min(len(waiting), rng.integers(1, 3)))]:
-            prompt, size = random_piece(rng, model), int(rng.integers(1, 4))
+            prompt, size = random_piece(rng, shown), int(rng.integers(1, 4))
             streams = [np.random.default_rng([group, member]) for member in range(size)]
             for member, number in enumerate(sampler.open(prompt, streams)):
                 talks[number] = Talk(), [group, member]
@@ -98,7 +120,6 @@ def play(sampler, model, rng, num_groups: int, on_turn=lambda: None) -> list[tup
         if waiting and not talks:
             open_some()
         for number, said in sampler.turns():
-            on_turn()
             talk, seed = talks[number]
             talk.turns.append((len(talk.ids), said))
             talk.ids += said.ids
@@ -106,7 +127,7 @@ def play(sampler, model, rng, num_groups: int, on_turn=lambda: None) -> list[tup
                 sampler.close(number)
                 done.append(talks.pop(number))
             else:
-                piece = random_piece(rng, model)
+                piece = random_piece(rng, shown)
                 talk.hear(piece)
                 sampler.say(number, piece)
             if waiting and rng.random() < 0.3:  # others come in the middle
@@ -116,16 +137,15 @@ def play(sampler, model, rng, num_groups: int, on_turn=lambda: None) -> list[tup
 
 def make_sampler(model, tokenizer, pages: Pages | None, sampling: Sampling, like_gpu: bool):
     """like_gpu: with a GPU's schedule: packs beside steps, a step launched ahead, a ladder."""
-    sampler = OwnSampler(model, tokenizer, sampling, (lambda: pages) if pages else None)
-    sampler.on_gpu = like_gpu
+    sampler = OwnSampler(model, tokenizer, sampling)
+    sampler.pages, sampler.on_gpu = pages, like_gpu
     sampler.end_ids = set(range(0, len(tokenizer), 5))  # turns of any length
     return sampler
 
 
 @pytest.fixture
 def no_graphs(monkeypatch):
-    monkeypatch.setattr(Step, "capture", lambda step, graphs: None)
-    monkeypatch.setattr(own, "Graphs", lambda: "graphs")
+    monkeypatch.setattr(Steps, "capture", lambda steps, step: None)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
 
@@ -150,7 +170,7 @@ def test_tokens_and_logprobs_are_those_of_a_plain_pass(
             pages = Pages(model.cfg, num_pages, size, "cpu", torch.float32)
         sampling = Sampling(float(rng.choice([0, 0.8, 1.5])), float(rng.choice([1, 0.9])), NUM_NEW)
         sampler = make_sampler(model, tokenizer, pages, sampling, like_gpu)
-        done = play(sampler, model, rng, int(rng.integers(1, 9)))
+        done = play(sampler, rng, int(rng.integers(1, 9)))
         for talk, seed in done:
             talk.check(model, sampler, seed)
         assert pages.num_used == 0 and not sampler.rows and not pages.users[1:].any()
@@ -194,13 +214,14 @@ def test_no_page_is_lost_where_a_video_is(like_gpu, model, tokenizer, no_graphs)
     pages = fixed_pages(model)
     sampler = make_sampler(model, tokenizer, pages, Sampling(max_new_tokens=4), like_gpu)
 
-    def lost():
-        raise OSError("the disk is gone")
+    class Lost(Shown):
+        def features(self, frames):
+            raise OSError("the disk is gone")
 
     numbers = sampler.open(Piece([20, 21, 22]), [np.random.default_rng(k) for k in range(4)])
     with pytest.raises(OSError, match="the disk is gone"):
         for number, _ in sampler.turns():
-            frames = Piece([3, 5, 4, 30], [(1, 2, 2)], lost)
+            frames = Piece([3, 5, 4, 30], [(1, 2, 2)], [0], Lost())
             sampler.say(number, frames if number == numbers[2] else Piece([30, 31]))
     for number in numbers:
         sampler.close(number)
@@ -210,6 +231,34 @@ def test_no_page_is_lost_where_a_video_is(like_gpu, model, tokenizer, no_graphs)
     again = make_sampler(model, tokenizer, fixed_pages(model), Sampling(max_new_tokens=4), like_gpu)
     again.open(Piece([20, 21, 22]), [np.random.default_rng(0)])
     assert turn[1].ids == next(iter(again.turns()))[1].ids
+
+
+@pytest.mark.parametrize("like_gpu", [True, False])
+def test_frames_of_all_that_is_read_together_are_asked_for_together(
+    like_gpu, model, tokenizer, no_graphs, monkeypatch
+):
+    """Also where a pack's end cuts through a frame; and expected once for a group."""
+    said = []
+    for budget in (8192, 22):
+        monkeypatch.setattr(own, "PACK_TOKENS", budget)
+        sampling = Sampling(0.0, max_new_tokens=NUM_NEW)
+        sampler = make_sampler(model, tokenizer, fixed_pages(model), sampling, like_gpu)
+        rng, shown = np.random.default_rng(3), Shown()
+        for k in range(3):
+            frames = [shown.make(rng, 6), shown.make(rng, 6)]
+            ids = [20 + k, 3, *[5] * 6, 4, 30, 3, *[5] * 6, 4, 31]
+            prompt = Piece(ids, [(1, 4, 6)] * 2, frames, shown)
+            sampler.open(prompt, [np.random.default_rng(m) for m in range(3)])
+        assert shown.expected == [[0, 1], [2, 3], [4, 5]]
+        said.append(sorted(sampler.turns()))
+        for number in list(sampler.rows):
+            sampler.close(number)
+        if budget == 8192:
+            assert shown.asked == [[0, 1, 2, 3, 4, 5]]
+        else:
+            assert shown.asked == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5]]
+    ids = [[turn.ids for _, turn in turns] for turns in said]
+    assert ids[0] == ids[1] and len(set(ids[0])) > 1
 
 
 def test_a_conversation_that_no_cache_holds_says_so(model, tokenizer, no_graphs):
@@ -296,7 +345,7 @@ def test_joined_projections_are_the_same_weights(model):
 
 
 def test_a_ladder_of_few_sizes_holds_any_number():
-    sizes = [own.ladder(n) for n in range(1, 300)]
+    sizes = [ladder(n) for n in range(1, 300)]
     assert all(n <= size < 1.51 * n + 1 for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 18
 
@@ -338,7 +387,6 @@ def test_on_a_card_a_token_costs_no_copy_to_it_and_no_wait(card, model, tokenize
     sampling = Sampling(0.8, 0.9, max_new_tokens=12)
     sampler = make_on_card(model, tokenizer, sampling)
     sampler.end_ids = set()
-    sampler.pages = sampler.make_pages()
     for k in range(5):
         sampler.open(Piece([20 + k, *range(30, 40 + k)]), [np.random.default_rng(k)])
     while not all(row.can_speak for row in sampler.rows.values()):
@@ -354,7 +402,7 @@ def test_on_a_card_a_token_costs_no_copy_to_it_and_no_wait(card, model, tokenize
         # on a real card a graph makes one launch of them
         assert card.counts["launches"] < 170
     row = next(iter(sampler.rows.values()))
-    assert len(row.draft.ids) == 8 and row.length == len(row.ids) - 1
+    assert len(row.said) == 8 and row.length == len(row.ids) - 1
 
 
 def test_on_a_card_the_same_is_said(card, model, tokenizer):
@@ -362,20 +410,11 @@ def test_on_a_card_the_same_is_said(card, model, tokenizer):
     place."""
     rng = np.random.default_rng(5)
     sampler = make_on_card(model, tokenizer, Sampling(0.8, max_new_tokens=NUM_NEW), 16)
-    open_, say = sampler.open, sampler.say
-    sampler.open = lambda prompt, streams: open_(with_features_there(prompt), streams)
-    sampler.say = lambda number, piece: say(number, with_features_there(piece))
-    done = play(sampler, model, rng, 6)
+    done = play(sampler, rng, 6, CARD)
     assert sampler.counts["rows_put_back"] > 0 and len(done) >= 6
     for talk, seed in done:
         talk.check(model, with_host_bans(sampler), seed)
     assert sampler.pages.num_used == 0
-
-
-def with_features_there(piece: Piece) -> Piece:
-    if piece.features is None:
-        return piece
-    return replace(piece, features=lambda: piece.features().to(CARD))
 
 
 def with_host_bans(sampler: OwnSampler) -> OwnSampler:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import policy_loss, policy_row
+from kernels.draw import draw
 from kernels.policy_loss import (
     Objective,
     TokenInputs,
@@ -16,8 +17,6 @@ from kernels.policy_loss import (
     linear_logprobs,
 )
 from nanosport.engine import step
-from nanosport.engine.sampler import Sampling
-from nanosport.engine.step import draw
 from nanosport.env.env import Limits
 from nanosport.env.rollout import replay
 from nanosport.image import ImageConfig
@@ -340,9 +339,8 @@ def test_small_changes_of_the_policy_are_seen_from_bfloat16(
 def test_the_sampler_and_the_loss_take_the_same_logits(monkeypatch):
     torch.manual_seed(0)
     hidden, weight = torch.randn(9, D).bfloat16(), torch.randn(V, D).bfloat16()
-    token, logp = draw(
-        step.float_logits(hidden, weight), torch.rand(9).double(), Sampling(temperature=0.7), BANNED
-    )
+    draws = torch.rand(9).double()
+    token, logp = draw(step.float_logits(hidden, weight), draws, 0.7, 1.0, BANNED)
     trained, _ = linear_logprobs(hidden, weight, token, 0.7, BANNED)
     torch.testing.assert_close(logp, trained, rtol=1e-6, atol=1e-6)
     z = (hidden.double() @ weight.double().T / 0.7).index_fill(1, BANNED, float("-inf"))

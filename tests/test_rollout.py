@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.draw import draw
 from kernels.policy_loss import linear_logprobs
 from nanosport.engine import own
-from nanosport.engine.own import Draft, OwnSampler
+from nanosport.engine.own import OwnSampler
+from nanosport.engine.row import Row
 from nanosport.engine.sampler import Generated, Piece, Sampling
-from nanosport.engine.step import draw
 from nanosport.env.env import Limits
 from nanosport.env.prompt import IMAGE_PAD, SYSTEM, VISION_END, VISION_START
 from nanosport.env.reward import format_valid, gated_reward
 from nanosport.env.rollout import Conversation, replay, rollout
 from nanosport.env.tools import STOPS, tool_call
 from nanosport.image import ImageConfig
+from nanosport.model import frames
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
 from nanosport.model.qwen2_5_vl import mrope_positions
@@ -193,7 +195,7 @@ def test_a_bad_call_is_answered_with_an_error_and_the_episode_goes_on(
 ):
     bad = f"<think>x</think>\n{tool_call(20, 9000)}"
     conversation, piece = play([bad], questions[0], encoder, tokenizer)
-    assert conversation.env.status is None and piece.features is None
+    assert conversation.env.status is None and not piece.frames
     said = tokenizer.decode(piece.ids, skip_special_tokens=False)
     assert (
         "<tool_response>\nerror: the interval must lie inside 0 to" in said
@@ -321,7 +323,7 @@ def test_long_pieces_in_several_packs_give_the_same(
     straight = rollout(sampler, *play)
     compute = sampler._compute
     sampler._compute = lambda pack: (
-        seen.extend((n, row.length + n) for row, n in pack) or compute(pack)
+        seen.extend((end - start, end) for _, start, end in pack) or compute(pack)
     )
     monkeypatch.setattr(own, "PACK_PAIRS", pairs)
     packed = rollout(sampler, *play)
@@ -341,7 +343,8 @@ def test_a_groups_prompt_is_read_once(model, tokenizer, encoder, questions):
         episodes = rollout(sampler, encoder, questions[:2], Limits(max_turns=1), 4)
     finally:
         del encoder.features
-    assert len(asked) == 2
+    (names,) = asked  # those of both prompts, together
+    assert len(names) == len(set(names)) == 16
     prompts = [episode.ids[: episode.mask.index(1)] for episode in episodes[::4]]
     assert sampler.counts["tokens_read"] == sum(map(len, prompts)) - 2  # each but its last token
 
@@ -360,7 +363,10 @@ def test_vision_tokens_are_never_sampled_however_likely(taught_folder, tokenizer
             mrope_positions(piece.ids, piece.grids, model.cfg)[0],
         )
         last_D = model.hidden(
-            ids_T, positions, torch.tensor([0, len(ids_T)], dtype=torch.int32), piece.features()
+            ids_T,
+            positions,
+            torch.tensor([0, len(ids_T)], dtype=torch.int32),
+            encoder.features(piece.frames),
         )[-1]
         model.model.embed_tokens.weight[pads] = 50 * last_D / last_D.norm()
     assert int((last_D @ model.head_weight_VD.T).argmax()) in pads
@@ -455,13 +461,14 @@ def test_an_action_that_ends_at_the_limit_counts(model, tokenizer):
     """The last token allowed completes the stop text: there is an action, though no end."""
     sampler = make_sampler(model, tokenizer)
     for num_tokens in (48, 4):
-        draft = Draft(np.zeros(num_tokens + 1))
+        row = Row(0, np.random.default_rng(0))
+        row.begin_turn(num_tokens)
         for token in tokenizer.encode(f"B{STOPS[1]}", add_special_tokens=False)[:num_tokens]:
-            sampler._take(draft, token, -0.5)
-        said = draft.generated()
+            sampler._take(row, token, -0.5)
+        said = row.end_turn()
         assert (said.stopped, said.num_end, said.text_ids) == (True, 0, said.ids)
-    sampler._take(draft, tokenizer.convert_tokens_to_ids("<|im_end|>"), -0.5)
-    assert draft.generated().num_end == 1
+    sampler._take(row, tokenizer.convert_tokens_to_ids("<|im_end|>"), -0.5)
+    assert row.end_turn().num_end == 1
 
 
 @pytest.fixture(scope="module")
@@ -502,7 +509,8 @@ def test_top_p_and_greedy(model, tokenizer):
     def shares(**sampling):
         sampler = make_sampler(model, tokenizer, **sampling)
         assert not set(top) & set(sampler.banned.tolist())
-        token_B, logp_B = draw(logits_BV, draws, sampler.sampling, sampler.banned)
+        how = sampler.sampling.temperature, sampler.sampling.top_p, sampler.banned
+        token_B, logp_B = draw(logits_BV, draws, *how)
         counts = torch.bincount(token_B, minlength=len(p)) / 4000
         return counts[top].tolist(), token_B, logp_B
 
@@ -522,7 +530,7 @@ def test_top_p_and_greedy(model, tokenizer):
     torch.testing.assert_close(logp_B, p.log()[token_B], atol=1e-5, rtol=0)
     extremes = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     sampler = make_sampler(model, tokenizer)
-    drawn, _ = draw(logits_BV[:2], extremes, sampler.sampling, sampler.banned)
+    drawn, _ = draw(logits_BV[:2], extremes, 1.0, 1.0, sampler.banned)
     assert not set(drawn.tolist()) & set(sampler.banned.tolist())
 
 
@@ -559,6 +567,26 @@ def test_frames_are_encoded_once(model, taught_folder, tokenizer, questions):
         and len(small.cache) == 3
         and small.cached_bytes == three
     )
+
+
+def test_frames_go_through_the_tower_together(model, taught_folder, questions, monkeypatch):
+    """Up to a number of patches, each frame once; their features are those of one by one."""
+    image, clip = ImageConfig.from_folder(taught_folder), questions[0].clip
+    names, calls, encode = [(clip, k) for k in (40, 3, 90, 3, 7, 11)], [], model.encode
+    one_by_one = FrameEncoder(model, image)
+    apart = torch.cat([one_by_one.features([name]) for name in names])
+    monkeypatch.setattr(
+        model, "encode", lambda patches, grids: calls.append(len(grids)) or encode(patches, grids)
+    )
+    _, height, width = one_by_one.grid(clip)
+    for budget, expected in ((76_544, [5]), (2 * height * width + 1, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(frames, "TOWER_PATCHES", budget)
+        together = FrameEncoder(model, image)
+        torch.testing.assert_close(together.features(names), apart, rtol=0, atol=1e-5)
+        assert calls == expected
+        together.features(names)
+        assert calls == expected
+        calls.clear()
 
 
 @pytest.mark.parametrize(

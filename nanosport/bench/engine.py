@@ -26,8 +26,9 @@ import torch
 from nanosport.cli import ending
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.pages import PAGE, Pages
+from nanosport.engine.row import Row
 from nanosport.engine.sampler import Piece, Sampling
-from nanosport.engine.step import Step
+from nanosport.engine.step import Steps
 from nanosport.fields import COUNT
 from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.image import ImageConfig
@@ -70,7 +71,7 @@ def step_ms(sampler: OwnSampler, num_rows: int, cached: int) -> float:
         ids = rng.integers(10, 200, cached + 1).tolist()
         (number,) = sampler.open(Piece(ids), [np.random.default_rng(k)])
         row = sampler.rows[number]
-        sampler.pages.reserve(row, row.room)
+        sampler.pages.reserve(row)
         row.length = cached
     sampler._speak()  # captures the graph
     sampler._speak()
@@ -94,7 +95,7 @@ def step_rows(model: Qwen25VL, repeats: int, gpu: bool, card: str) -> list[dict]
     )
     sampler.end_ids, rows = set(), []  # every turn is as long
     for with_graph in (True, False) if gpu else (False,):
-        no_graph = patch.object(Step, "capture", lambda step, graphs: None)
+        no_graph = patch.object(Steps, "capture", lambda steps, step: None)
         with nullcontext() if with_graph else no_graph:
             for num_rows, cached in cases if gpu else [(1, 60), (8, 60)]:
                 times = [step_ms(sampler, num_rows, cached) for _ in range(repeats)]
@@ -130,8 +131,7 @@ def shown(encoder: FrameEncoder, clip: Clip, indices, text: list[int]) -> Piece:
     cfg, names = encoder.model.cfg, [(clip, int(i)) for i in indices]
     image = [cfg.image_token_id] * encoder.tokens_per_frame(clip)
     frame = [cfg.vision_start_token_id, *image, cfg.vision_end_token_id]
-    features, expect = partial(encoder.features, names), partial(encoder.expect, names)
-    return Piece(frame * len(names) + text, [encoder.grid(clip)] * len(names), features, expect)
+    return Piece(frame * len(names) + text, [encoder.grid(clip)] * len(names), names, encoder)
 
 
 def play_episodes(model: Qwen25VL, image: ImageConfig, num_groups: int, size: tuple) -> dict:
@@ -139,15 +139,16 @@ def play_episodes(model: Qwen25VL, image: ImageConfig, num_groups: int, size: tu
     encoder, rng = FrameEncoder(model, image), np.random.default_rng(0)
     sampler = OwnSampler(model, load_tokenizer(ASSETS / "nano-sft"), Sampling(max_new_tokens=400))
 
-    def take(draft, token: int, logp: float) -> None:
-        draft.ids.append(token)
-        draft.sampled_logp.append(logp)
-        draft.stopped = len(draft.ids) == draft.goal
+    take, goals = sampler._take, {}
+
+    def take_until(row: Row, token: int, logp: float) -> None:
+        take(row, token, logp)
+        row.stopped = len(row.sampled_logp) == goals[row.number]
 
     def speak(number: int) -> None:
-        sampler.rows[number].draft.goal = int(np.clip(rng.lognormal(np.log(60), 0.6), 8, 400))
+        goals[number] = int(np.clip(rng.lognormal(np.log(60), 0.6), 8, 400))
 
-    sampler._take = take
+    sampler._take = take_until
     with tempfile.TemporaryDirectory() as folder:
         clips = [Clip(str(Path(folder) / f"{k}.mp4")) for k in range(num_groups)]
         for k, clip in enumerate(clips):
@@ -179,6 +180,20 @@ def play_episodes(model: Qwen25VL, image: ImageConfig, num_groups: int, size: tu
     return {name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()}
 
 
+class CutFrames:
+    """What stands for a FrameEncoder here: frames that are cut already, encoded whenever they are
+    asked for."""
+
+    def __init__(self, model: Qwen25VL, patches_FPC: torch.Tensor, grid: tuple[int, int, int]):
+        self.model, self.patches_FPC, self.grid = model, patches_FPC, grid
+
+    def expect(self, frames: range) -> None:
+        pass
+
+    def features(self, frames: list[int]) -> torch.Tensor:
+        return self.model.encode(self.patches_FPC[frames].flatten(0, 1), [self.grid] * len(frames))
+
+
 def beside_generate(repeats: int, num_prompts: int = 8, num_tokens: int = 48) -> dict:
     """The same turns of the nano model by transformers' generate: prompts of eight frames, eight
     samples each, one turn, all as long."""
@@ -188,7 +203,8 @@ def beside_generate(repeats: int, num_prompts: int = 8, num_tokens: int = 48) ->
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
     cfg, grid = model.cfg, (1, 6, 10)
-    patches = torch.randn(num_prompts, FRAMES * 60, cfg.vision.patch_width)
+    width = cfg.vision.patch_width
+    patches_FPC = torch.randn(num_prompts * FRAMES, 60, width)
     frame = [cfg.vision_start_token_id, *[cfg.image_token_id] * 15, cfg.vision_end_token_id]
     prompts = [frame * FRAMES + rng.integers(10, 200, TEXT).tolist() for _ in range(num_prompts)]
     sampling = Sampling(max_new_tokens=num_tokens)
@@ -197,12 +213,14 @@ def beside_generate(repeats: int, num_prompts: int = 8, num_tokens: int = 48) ->
     def ours() -> None:
         sampler = OwnSampler(model, tokenizer, sampling)
         sampler.end_ids = set()
-        for ids, patches_PC in zip(prompts, patches):
-            features = partial(model.encode, patches_PC, [grid] * FRAMES)
-            piece = Piece(ids, [grid] * FRAMES, features)
+        encoder = CutFrames(model, patches_FPC, grid)
+        for k, ids in enumerate(prompts):
+            frames = range(k * FRAMES, (k + 1) * FRAMES)
+            piece = Piece(ids, [grid] * FRAMES, frames, encoder)
             sampler.open(piece, [np.random.default_rng(k) for k in range(8)])
         assert sum(len(said.ids) for _, said in sampler.turns()) == 8 * num_prompts * num_tokens
 
+    patches = patches_FPC.view(num_prompts, -1, width)
     ids = torch.tensor(prompts).repeat_interleave(8, 0)
     given = {
         "input_ids": ids,

@@ -11,8 +11,8 @@ Letters: T packed tokens, D hidden, V vocabulary.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 from math import isfinite
 from pathlib import Path
 
@@ -20,19 +20,14 @@ import numpy as np
 import torch
 
 from kernels.attention import Keys, varlen_attention
-from nanosport.engine.pages import PAGE, Cached, Pages, WidePages
+from nanosport.engine.pages import PAGE, Pages, WidePages
+from nanosport.engine.row import Row, hear
 from nanosport.engine.sampler import Generated, Piece, Sampling
-from nanosport.engine.step import Graphs, Launched, Step
+from nanosport.engine.step import Launched, Steps
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import (
-    Qwen25VL,
-    join_projections,
-    mrope_cos_sin,
-    mrope_positions,
-    mrope_tables,
-)
+from nanosport.model.qwen2_5_vl import Qwen25VL, join_projections, mrope_cos_sin, mrope_tables
 
 PACK_TOKENS = 8192
 """A pack has at most so many new tokens."""
@@ -49,113 +44,10 @@ POOL_SHARE, POOL_TOKENS = 0.6, 2**22
 and logits need the rest."""
 
 
-class Draft:
-    """A turn while it is being sampled."""
-
-    def __init__(self, draws: np.ndarray):
-        self.draws = draws
-        """One for each token that it may have, and one to spare."""
-        self.ids, self.sampled_logp = [], []
-        self.closed = False
-        """Whether a stop text has been said: one token more, and the turn has ended."""
-        self.stopped = False
-
-    def generated(self) -> Generated:
-        ids, sampled_logp = tuple(self.ids), tuple(self.sampled_logp)
-        return Generated(ids, sampled_logp, self.closed or self.stopped, int(self.stopped))
-
-
-class Row(Cached):
-    """A conversation: all its tokens, of which the first `length` are in the cache.
-
-    A row can speak when all but its last token are there: that one is the next step's input.
-    """
-
-    def __init__(self, number: int, stream: np.random.Generator):
-        super().__init__()
-        self.number, self.stream = number, stream
-        self.ids: list[int] = []
-        self.positions_3T = np.empty((3, 0), dtype=np.int64)
-        """Of what has come in pieces; what is being said counts on from there."""
-        self.next_start = 0
-        self.pieces: list[tuple[int, Piece]] = []
-        """Those with frames, and where they begin."""
-        self.draft: Draft | None = None
-        """None while the row waits to be answered."""
-        self.due = 0
-        """It reads when so many steps have been made, or when no row can speak."""
-        self.group: list[Row] = [self]
-        """The rows that begin alike, with so many tokens before the last of their prompt."""
-        self.shared = 0
-
-    def add(self, piece: Piece, cfg, num_draws: int) -> None:
-        """Go on with a piece, and speak after it."""
-        start = self.positions_3T.shape[1]
-        said = np.arange(self.next_start, self.next_start + len(self.ids) - start)
-        positions_3T, self.next_start = mrope_positions(
-            piece.ids, piece.grids, cfg, self.next_start + len(said)
-        )
-        parts = self.positions_3T, np.tile(said, (3, 1)), positions_3T.numpy()
-        self.positions_3T = np.concatenate(parts, axis=1)
-        if piece.grids:
-            self.pieces.append((len(self.ids), piece))
-        if piece.expect is not None:
-            piece.expect()
-        self.ids += piece.ids
-        self.draft = Draft(np.append(self.stream.random(num_draws), 0.0))
-
-    @property
-    def num_unread(self) -> int:
-        """Tokens to compute before it can speak."""
-        return len(self.ids) - 1 - self.length
-
-    @property
-    def can_speak(self) -> bool:
-        return self.draft is not None and self.num_unread == 0 and bool(self.pages)
-
-    @property
-    def must_read(self) -> bool:
-        return self.draft is not None and not self.can_speak
-
-    @property
-    def room(self) -> int:
-        """How long it can get in this turn, and by the step that is launched ahead of its end."""
-        return len(self.ids) + len(self.draft.draws) - len(self.draft.ids)
-
-    def positions(self, start: int, end: int) -> np.ndarray:
-        """positions_3T of its tokens start … end − 1."""
-        known = self.positions_3T.shape[1]
-        said = self.next_start + np.arange(max(start, known), max(end, known)) - known
-        return np.concatenate((self.positions_3T[:, start:end], np.tile(said, (3, 1))), axis=1)
-
-    @property
-    def last_position(self) -> int:
-        """Of its last token, which is text: the same on all axes."""
-        return self.next_start + len(self.ids) - self.positions_3T.shape[1] - 1
-
-    def features(self, start: int, end: int, image_id: int) -> list[torch.Tensor]:
-        """The features of the image tokens among its tokens start … end − 1."""
-        parts = []
-        for first, piece in self.pieces:
-            is_image = np.array(piece.ids) == image_id
-            before = is_image[: max(0, start - first)].sum()
-            count = is_image[: max(0, end - first)].sum() - before
-            if count:
-                parts.append(piece.features()[before : before + count])
-        return parts
-
-
 class OwnSampler:
     """A Sampler (see sampler.py) over a model in this process."""
 
-    def __init__(
-        self,
-        model: Qwen25VL,
-        tokenizer,
-        sampling: Sampling,
-        make_pages: Callable[[], Pages] | None = None,
-    ):
-        """make_pages: makes the cache; else it is what the device likes."""
+    def __init__(self, model: Qwen25VL, tokenizer, sampling: Sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.device = model.head_weight_VD.device
         self.on_gpu = self.device.type == "cuda"
@@ -169,15 +61,12 @@ class OwnSampler:
         if self.on_gpu:
             join_projections(model)
 
-        self.make_pages = make_pages or self._pages_of_device
         self.pages: Pages | None = None
         self.num_opened = 0
         self.rows: dict[int, Row] = {}  # the open conversations, the oldest first
-        self.steps: dict[tuple[int, int], Step] = {}
-        self.step: Step | None = None
+        self.steps, self.step = Steps(model, sampling, self.banned), None
         self.batch: list[Row | None] = []  # the row of each slot of the step; None: it has left
         self.launched: deque[Launched] = deque()
-        self.graphs, self.width = None, 0
         self.counts: Counter[str] = Counter()
         """tokens_read, tokens_said, decode_steps, rows_put_back, pages (in use at most),
         seconds_read, seconds_speak."""
@@ -188,28 +77,27 @@ class OwnSampler:
         numbers = range(self.num_opened, self.num_opened + len(streams))
         self.num_opened += len(streams)
         group = [Row(number, stream) for number, stream in zip(numbers, streams)]
+        hear(group, prompt, self.model.cfg, self.sampling.max_new_tokens)
         for row in group:
-            row.add(prompt, self.model.cfg, self.sampling.max_new_tokens)
             row.group, row.shared = group, len(prompt.ids) - 1
         self.rows |= zip(numbers, group)
         return list(numbers)
 
     def turns(self) -> Iterator[tuple[int, Generated]]:
-        while any(row.draft is not None for row in self.rows.values()):
+        while any(row.draws is not None for row in self.rows.values()):
             if self.pages is None:
                 self.pages = self.make_pages()
-            self._read()
+            if self._read() and not self.on_gpu:
+                continue  # a CPU reads everything before rows speak
             began = time.monotonic()
-            ended = [(row, row.draft.generated()) for row in self._speak()]
+            ended = [(row.number, row.end_turn()) for row in self._speak()]
             self.counts["seconds_speak"] += time.monotonic() - began
-            for row, _ in ended:
-                row.draft = None
-            yield from ((row.number, said) for row, said in ended)
+            yield from ended
 
     def say(self, number: int, piece: Piece) -> None:
         row = self.rows[number]
-        row.add(piece, self.model.cfg, self.sampling.max_new_tokens)
-        row.due = self.counts["decode_steps"] + READ_AFTER * bool(piece.grids)
+        hear([row], piece, self.model.cfg, self.sampling.max_new_tokens)
+        row.due = self.counts["decode_steps"] + READ_AFTER * (self.on_gpu and bool(piece.grids))
 
     def close(self, number: int) -> None:
         row = self.rows.pop(number, None)
@@ -220,10 +108,9 @@ class OwnSampler:
     def sleep(self) -> None:
         for row in self.rows.values():
             self._put_back(row)
-        self.pages, self.step = None, None
-        self.steps.clear()
+        self.pages, self.step, self.batch = None, None, []
+        self.steps.drop()
         self.launched.clear()
-        self.batch, self.graphs = [], None
         if self.on_gpu:  # to the driver: what trains would cut the cache's memory into pieces
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -235,65 +122,57 @@ class OwnSampler:
 
     # Reading.
 
-    def _read(self) -> None:
-        """Compute what rows have not read yet: a pack, or on a CPU all, when no row can speak."""
-        while self.on_gpu or not any(self.batch):
-            began, unread = time.monotonic(), [row for row in self.rows.values() if row.must_read]
-            if self.on_gpu and any(row.can_speak for row in self.rows.values()):
-                unread = [row for row in unread if row.due <= self.counts["decode_steps"]]
-            pack = self._next_pack(unread)
-            if pack:
-                self._compute(pack)
-                if self.on_gpu:  # else its time would be the next step's
-                    torch.cuda.synchronize()
-            self.counts["seconds_read"] += time.monotonic() - began
-            if self.on_gpu or not pack:
-                return
+    def _read(self) -> bool:
+        """Compute a pack of what rows have not read yet, if there is one; on a CPU not beside rows
+        that speak."""
+        if not self.on_gpu and any(self.batch):
+            return False
+        began, rows = time.monotonic(), self.rows.values()
+        unread = [row for row in rows if row.draws is not None and not row.can_speak]
+        if any(row.can_speak for row in rows):
+            unread = [row for row in unread if row.due <= self.counts["decode_steps"]]
+        pack = self._next_pack(unread)
+        if pack:
+            self._compute(pack)
+            if self.on_gpu:  # else its time would be the next step's
+                torch.cuda.synchronize()
+        self.counts["seconds_read"] += time.monotonic() - began
+        return bool(pack)
 
-    def _next_pack(self, unread: Sequence[Row]) -> list[tuple[Row, int]]:
-        """(row, tokens to compute now) for the oldest rows, which have room for all their turn."""
+    def _next_pack(self, unread: Sequence[Row]) -> list[tuple[Row, int, int]]:
+        """(row, start, end) of the tokens to compute now, of the oldest rows; they get room for all
+        their turn."""
         pack, budget, num_keys = [], PACK_TOKENS, 0
         for row in unread:
             num_keys += len(row.ids)
             if budget == 0 or (pack and num_keys > PACK_KEYS):
                 break
-            if not row.length:
-                read = [other for other in row.group if other.length >= row.shared > 0]
-                if row.shared and not read and row.group[0] is not row:
-                    continue  # the first of its group reads for all
-                if not self._make_room(row, read[0] if read else None):
-                    break
-            elif not self._make_room(row, None):
+            if not row.pages and not row.source and row is not row.group[0]:
+                continue  # the first of its group reads for all
+            if not self._make_room(row):
                 break
             if row.num_unread:
-                longest = PACK_PAIRS // len(row.ids)
-                pack.append((row, min(row.num_unread, budget, max(1, longest))))
-                budget -= pack[-1][1]
+                count = min(row.num_unread, budget, max(1, PACK_PAIRS // len(row.ids)))
+                pack.append((row, row.length, row.length + count))
+                budget -= count
         return pack
 
-    def _make_room(self, row: Row, source: Row | None) -> bool:
-        """Give a row the pages of its turn, if need be those of younger rows. source: a row that it
-        begins like."""
-        while True:
-            if source is not None and source.length >= row.shared:
-                given = self.pages.fork(row, source, row.shared, row.room)
-            else:
-                given = self.pages.reserve(row, row.room)
-            if given:
-                self.counts["pages"] = max(self.counts["pages"], self.pages.num_used)
-                return True
+    def _make_room(self, row: Row) -> bool:
+        """Give a row the pages of its turn, if need be those of younger rows."""
+        while not self.pages.reserve(row):
             holders = [other for other in self.rows.values() if other.pages]
             if not holders or holders == [row]:
-                size, room = self.pages.size, row.room
+                has = self.pages.size * (len(self.pages.users) - 1)
                 raise ValueError(
-                    f"a conversation needs room for {room} tokens, but the cache has "
-                    f"{size * (len(self.pages.users) - 1)}: a GPU with more memory left, or "
-                    f"smaller --max-pixels, is needed"
+                    f"a conversation needs room for {row.room} tokens, but the cache has {has}: "
+                    f"a GPU with more memory left, or smaller --max-pixels, is needed"
                 )
             if holders[-1].number <= row.number:
                 return False
             self._put_back(holders[-1])
             self.counts["rows_put_back"] += 1
+        self.counts["pages"] = max(self.counts["pages"], self.pages.num_used)
+        return True
 
     def _put_back(self, row: Row) -> None:
         """Take a row out of the cache."""
@@ -303,17 +182,16 @@ class OwnSampler:
             self.pages.release(row)
 
     @torch.no_grad()
-    def _compute(self, pack: Sequence[tuple[Row, int]]) -> None:
-        """Compute the next tokens of some rows, into the cache."""
-        spans = [(row, row.length, row.length + count) for row, count in pack]
-        cfg, model = self.model.cfg, self.model
-        ids = [i for row, start, end in spans for i in row.ids[start:end]]
-        positions = np.concatenate([row.positions(start, end) for row, start, end in spans], axis=1)
+    def _compute(self, pack: Sequence[tuple[Row, int, int]]) -> None:
+        """Compute the tokens start … end − 1 of some rows, into the cache."""
+        cfg, model, ends = self.model.cfg, self.model, [end for _, _, end in pack]
+        lengths = [end - start for _, start, end in pack]
+        ids = [i for row, start, end in pack for i in row.ids[start:end]]
+        positions = np.concatenate([row.positions_3T[:, a:b] for row, a, b in pack], axis=1)
         new_places, seen_places = (
-            self.pages.places(self.pages.slots(part))
-            for part in (spans, [(row, 0, end) for row, _, end in spans])
+            self.pages.places(self.pages.slots(spans))
+            for spans in (pack, [(row, 0, end) for row, _, end in pack])
         )
-        lengths, ends = [count for _, count in pack], [end for _, _, end in spans]
         cu_seqlens, cu_keys = (
             torch.tensor([0, *accumulate(part)], dtype=torch.int32).to(self.device)
             for part in (lengths, ends)
@@ -325,15 +203,24 @@ class OwnSampler:
             kv = self.pages.read(layer, seen_places)
             return varlen_attention(q_THd, *kv, cu_seqlens, max(lengths), causal=True, keys=keys)
 
-        features = [f for span in spans for f in span[0].features(*span[1:], cfg.image_token_id)]
-        features_ND = torch.cat(features) if features else None
-        x_TD = model.embed(torch.tensor(ids).to(self.device), features_ND)
+        x_TD = model.embed(torch.tensor(ids).to(self.device), self._features(pack))
         positions_3T = torch.from_numpy(positions).to(self.device)
         cos_sin = mrope_cos_sin(positions_3T, mrope_tables(cfg, self.device), x_TD.dtype)
         model.run_layers(x_TD, cos_sin, attend)
-        for row, _, end in spans:
+        for row, _, end in pack:
             row.length = end
         self.counts["tokens_read"] += len(ids)
+
+    def _features(self, pack: Sequence[tuple[Row, int, int]]) -> torch.Tensor | None:
+        """features_ND of a pack's image tokens; their frames are asked for together."""
+        image_id, features = self.model.cfg.image_token_id, []
+        shown = [part for row, start, end in pack for part in row.shown(start, end, image_id)]
+        for encoder, parts in groupby(shown, key=lambda part: part[0].encoder):
+            pieces, firsts, lasts = zip(*parts)
+            names = [name for piece in pieces for name in piece.frames]
+            of_piece = encoder.features(names).split([p.ids.count(image_id) for p in pieces])
+            features += [f_ND[a:b] for f_ND, a, b in zip(of_piece, firsts, lasts)]
+        return torch.cat(features) if features else None
 
     # Speaking.
 
@@ -346,7 +233,8 @@ class OwnSampler:
         if self._is_stale(ready):
             if self.launched:  # its tokens are the next input
                 return self._take_step()
-            self._line_up(ready)
+            self.batch = self.pages.line_up(ready, self.rows.values())
+            self.step = self.steps.of(self.batch, self.pages, self.on_gpu) if ready else None
         if not ready:
             return []
         self.launched.append(self.step.launch())
@@ -360,51 +248,28 @@ class OwnSampler:
         came = len(ready) > len(self.batch) - left
         return came or left > (0 if self.on_gpu else len(self.batch) // 6)
 
-    def _line_up(self, ready: Sequence[Row]) -> None:
-        self.batch = self.pages.line_up(ready)
-        if not ready:
-            return
-        num_rows, width = len(ready), max(len(row.pages) for row in ready)
-        if self.on_gpu:
-            self.width = max(self.width, ladder(max(width, 64)))  # a graph for each would be waste
-            num_rows, width = ladder(num_rows), self.width
-        self.step = self.steps.get((num_rows, width))
-        if self.step is None:
-            how = self.sampling, self.banned, num_rows, width
-            self.step = Step(self.model, self.pages, *how)
-            if self.on_gpu:
-                self.graphs = self.graphs or Graphs()
-                self.step.capture(self.graphs)
-                self.steps[num_rows, width] = self.step
-        states = [
-            (row.ids[-1], row.last_position, row.length, len(row.draft.ids)) for row in self.batch
-        ]
-        self.step.load(
-            states, [row.pages for row in self.batch], [row.draft.draws for row in self.batch]
-        )
-
     def _take_step(self) -> list[Row]:
         """Read a step's tokens; return the rows whose turn ends there."""
         ended = []
         for slot, (row, token, logp) in enumerate(zip(self.batch, *self.launched.popleft().read())):
-            if row is not None:
-                if not isfinite(logp):
-                    raise ValueError("the sampler's logits are not finite: its weights are broken")
-                self._take(row.draft, int(token), logp)
-                row.ids.append(int(token))
-                row.length += 1
-                if row.draft.stopped or len(row.draft.ids) == self.sampling.max_new_tokens:
-                    ended.append(row)
-                    self.batch[slot] = None
-        self.counts["tokens_said"] += sum(row is not None for row in self.batch) + len(ended)
+            if row is None:
+                continue
+            if not isfinite(logp):
+                raise ValueError("the sampler's logits are not finite: its weights are broken")
+            self._take(row, int(token), logp)
+            self.counts["tokens_said"] += 1
+            if row.stopped or len(row.sampled_logp) == self.sampling.max_new_tokens:
+                ended.append(row)
+                self.batch[slot] = None
         return ended
 
-    def _take(self, draft: Draft, token: int, logp: float) -> None:
-        """Add a token to its turn, and see whether it ends there."""
-        draft.ids.append(token)
-        draft.sampled_logp.append(logp)
-        draft.stopped = draft.closed or token in self.end_ids
-        draft.closed = draft.closed or self._closes(draft.ids)
+    def _take(self, row: Row, token: int, logp: float) -> None:
+        """Let a row say a token, and see whether its turn ends there."""
+        row.ids.append(token)
+        row.sampled_logp.append(logp)
+        row.length += 1
+        row.stopped = row.closed or token in self.end_ids
+        row.closed = row.closed or self._closes(row.said)
 
     def _closes(self, ids: list[int]) -> bool:
         """Whether the last id completes a stop text."""
@@ -413,7 +278,7 @@ class OwnSampler:
         tail = self.tokenizer.decode(ids[-12:], skip_special_tokens=False)
         return any(stop in tail for stop in self.sampling.stops)
 
-    def _pages_of_device(self) -> Pages:
+    def make_pages(self) -> Pages:
         cfg, dtype = self.model.cfg, self.model.head_weight_VD.dtype
         if not self.on_gpu:
             return WidePages(cfg, self.device, dtype)
@@ -421,12 +286,6 @@ class OwnSampler:
         left = POOL_SHARE * torch.cuda.mem_get_info(self.device)[0]
         num_pages = min(int(left) // Pages.page_bytes(cfg, PAGE, dtype), POOL_TOKENS // PAGE)
         return Pages(cfg, num_pages, PAGE, self.device, dtype)
-
-
-def ladder(count: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …: so few graphs serve any number of rows."""
-    power = 1 << max(0, (count - 1).bit_length())
-    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power
 
 
 def load_sampler(

@@ -11,12 +11,15 @@ run them together, and hands on each turn when it has ended.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:  # a command's --help must not wait for the model's code
+    from nanosport.model.frames import FrameEncoder, FrameName
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,11 @@ class Piece:
     ids: Sequence[int]
     grids: Sequence[tuple[int, int, int]] = ()
     """(1, height, width) in patches, one for each frame."""
-    features: Callable[[], torch.Tensor] | None = None
-    """Returns the vision tower's features_ND of the frames, in order. A sampler asks when it reads
-    the piece, and once more where it has to read it again."""
-    expect: Callable[[], None] | None = None
-    """Begins to decode the frames: a sampler calls it when the piece comes."""
+    frames: Sequence["FrameName"] = ()
+    """Their names, in order."""
+    encoder: "FrameEncoder | None" = None
+    """Who has their features. A sampler tells it to `expect` the frames when the piece comes, and
+    asks for the `features` of all that it reads together; again where it has to read again."""
 
 
 @dataclass(frozen=True)

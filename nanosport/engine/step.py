@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from kernels.draw import draw
 from kernels.policy_loss import float_logits
 from nanosport.engine.pages import Pages
+from nanosport.engine.row import Row
 from nanosport.engine.sampler import Sampling
 from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_cos_sin, mrope_tables
 
@@ -34,68 +36,37 @@ class Launched:
         return tuple(self.out_2R.tolist())
 
 
-class Graphs:
-    """What the CUDA graphs of a sampler share: their memory, and the stream they are captured on,
-    whose workspaces are then made once."""
-
-    def __init__(self):
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-
 class Step:
     """The step of up to R rows."""
 
     def __init__(
-        self,
-        model: Qwen25VL,
-        pages: Pages,
-        sampling: Sampling,
-        banned: torch.Tensor,
-        num_rows: int,
-        width: int,
+        self, model: Qwen25VL, sampling: Sampling, banned: torch.Tensor, pages: Pages, shape
     ):
-        """width: the pages that a row can have."""
+        """shape: (rows, pages that one of them can have)."""
+        (num_rows, width), device = shape, model.head_weight_VD.device
         self.model, self.pages, self.sampling, self.banned = model, pages, sampling, banned
-        self.device = model.head_weight_VD.device
-        self.tables = mrope_tables(model.cfg, self.device)
-        zeros = {"dtype": torch.long, "device": self.device}
-        self.state_5R = torch.zeros(5, num_rows, **zeros)
+        self.tables = mrope_tables(model.cfg, device)
+        self.state_5R = torch.zeros(5, num_rows, dtype=torch.long, device=device)
         """Next input token, its position, the tokens before it, draws used, 1 where a row
         speaks."""
-        self.table_RW = torch.zeros(num_rows, width, dtype=torch.int32, device=self.device)
+        self.table_RW = torch.zeros(num_rows, width, dtype=torch.int32, device=device)
         num_draws = sampling.max_new_tokens + 1  # a step may be launched ahead of a turn's end
-        self.draws_RT = torch.zeros(num_rows, num_draws, dtype=torch.float64, device=self.device)
-        self.out_2R = torch.zeros(2, num_rows, dtype=torch.float64, device=self.device)
+        self.draws_RT = torch.zeros(num_rows, num_draws, dtype=torch.float64, device=device)
+        self.out_2R = torch.zeros(2, num_rows, dtype=torch.float64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return tuple(self.table_RW.shape)
-
-    def load(self, states: Sequence[tuple], tables: Sequence[list[int]], draws: Sequence) -> None:
-        """Take these rows: (token, position, cached tokens, draws used) each, their pages, and what
-        their turn draws. The slots that are left write to page 0."""
-        (num_rows, width), used = self.shape, len(states)
-        state = np.zeros((5, num_rows), dtype=np.int64)
-        state[:4, :used], state[4, :used] = np.array(states).T, 1
-        table = np.zeros((num_rows, width), dtype=np.int32)
-        for row, pages in enumerate(tables):
-            table[row, : len(pages)] = pages
+    def load(self, rows: Sequence[Row]) -> None:
+        """Take these rows. The slots that are left write to page 0."""
+        state = np.zeros(self.state_5R.shape, dtype=np.int64)
+        table = np.zeros(self.table_RW.shape, dtype=np.int32)
+        for r, row in enumerate(rows):
+            position = row.positions_3T[0, row.length]  # of text: the same on all axes
+            state[:, r] = row.ids[-1], position, row.length, len(row.sampled_logp), 1
+            table[r, : len(row.pages)] = row.pages
+        draws = np.stack([row.draws for row in rows])
         self.state_5R.copy_(torch.from_numpy(state))
         self.table_RW.copy_(torch.from_numpy(table))
-        self.draws_RT[:used].copy_(torch.from_numpy(np.stack(draws)))
-
-    def capture(self, graphs: Graphs) -> None:
-        """Make a CUDA graph of the step."""
-        graphs.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(graphs.stream):  # compiles kernels, lets cuBLAS take what it needs
-            self.run()
-        torch.cuda.current_stream().wait_stream(graphs.stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # other threads (NCCL has one) may ask the card things that a capture forbids its own
-        how = {"pool": graphs.pool, "stream": graphs.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.graph, **how):
-            self.run()
+        self.draws_RT[: len(rows)].copy_(torch.from_numpy(draws))
 
     def launch(self) -> Launched:
         if self.graph is not None:
@@ -108,7 +79,7 @@ class Step:
     def run(self) -> None:
         """Compute the input tokens, draw the next ones, and make them the input."""
         token_R, position_R, cached_R, drawn_R, speaks_R = self.state_5R
-        size, model = self.pages.size, self.model
+        size, model, how = self.pages.size, self.model, self.sampling
         page_R1 = self.table_RW.gather(1, (cached_R // size)[:, None])
         places = self.pages.places(page_R1[:, 0] * size + cached_R % size)
         attend_cached = self.pages.attention(self.table_RW, (cached_R + 1).int())
@@ -122,33 +93,55 @@ class Step:
         hidden_RD = model.run_layers(x_RD, cos_sin, attend)
         logits_RV = float_logits(hidden_RD, model.head_weight_VD)
         draw_R = self.draws_RT.gather(1, drawn_R[:, None])[:, 0]
-        next_R, logp_R = draw(logits_RV, draw_R, self.sampling, self.banned)
+        next_R, logp_R = draw(logits_RV, draw_R, how.temperature, how.top_p, self.banned)
         self.out_2R[0], self.out_2R[1] = next_R, logp_R
         token_R.copy_(next_R)
         self.state_5R[1:4] += speaks_R
 
 
-def draw(logits_RV, draw_R, sampling: Sampling, banned: torch.Tensor) -> tuple:
-    """(token_R, logp_R): the inverse of the cumulative distribution at draw_R ∈ [0, 1)."""
-    temperature, top_p = sampling.temperature, sampling.top_p
-    logits_RV = (logits_RV / (temperature or 1.0)).index_fill(1, banned, float("-inf"))
-    log_p_RV = logits_RV.log_softmax(-1)
-    if temperature == 0:
-        token_R = log_p_RV.argmax(-1)
-        return token_R, log_p_RV.gather(1, token_R[:, None])[:, 0]
+class Steps:
+    """The steps of a sampler. On a GPU few sizes serve any number of rows, each with a CUDA graph;
+    the graphs share their memory, and the stream they are captured on, whose workspaces are then
+    made once."""
 
-    # top-p: only the most likely tokens, the first of which reach that probability together
-    p_RV = log_p_RV.double().exp()
-    if top_p < 1:
-        sorted_RV, order_RV = p_RV.sort(dim=-1, descending=True, stable=True)
-        outside_RV = sorted_RV.cumsum(-1) - sorted_RV >= top_p
-        outside_RV = torch.empty_like(outside_RV).scatter_(1, order_RV, outside_RV)
-        p_RV = p_RV.masked_fill(outside_RV, 0.0)
+    def __init__(self, model: Qwen25VL, sampling: Sampling, banned: torch.Tensor):
+        self.how, self.width = (model, sampling, banned), 64
+        self.drop()
 
-    # a draw below the total meets a token with a probability above 0: banned ones add nothing
-    cumulative_RV = p_RV.cumsum(-1)
-    total_R1 = cumulative_RV[:, -1:]
-    point_R1 = (draw_R[:, None] * total_R1).minimum(total_R1 * (1 - 1e-12))
-    token_R = torch.searchsorted(cumulative_RV, point_R1, right=True)[:, 0]
-    token_R = token_R.clamp(max=logits_RV.shape[1] - 1)  # of NaN comes an id that is not there
-    return token_R, log_p_RV.gather(1, token_R[:, None])[:, 0]
+    def drop(self) -> None:
+        """Forget them: the pages that they read go."""
+        self.captured: dict[tuple[int, int], Step] = {}
+        self.pool, self.stream = None, None
+
+    def of(self, rows: Sequence[Row], pages: Pages, on_gpu: bool) -> Step:
+        """The step of these rows, loaded."""
+        shape = len(rows), max(len(row.pages) for row in rows)
+        if on_gpu:  # the width only grows, else there would be many graphs
+            self.width = max(self.width, ladder(shape[1]))
+            shape = ladder(shape[0]), self.width
+        step = self.captured.get(shape) or Step(*self.how, pages, shape)
+        if on_gpu and shape not in self.captured:
+            self.capture(step)
+            self.captured[shape] = step
+        step.load(rows)
+        return step
+
+    def capture(self, step: Step) -> None:
+        """Make a CUDA graph of the step."""
+        if self.stream is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # compiles kernels, lets cuBLAS take what it needs
+            step.run()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        step.graph = torch.cuda.CUDAGraph()
+        # other threads (NCCL has one) may ask the card things that a capture forbids its own
+        how = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(step.graph, **how):
+            step.run()
+
+
+def ladder(count: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16, …"""
+    power = 1 << max(0, (count - 1).bit_length())
+    return power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power

@@ -5,7 +5,6 @@ never decoded and encoded again.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from nanosport.engine.sampler import Generated, Piece
@@ -39,9 +38,8 @@ class Transcript:
         self.sampled_logp += [0.0] * len(ids)
         if not frames:
             return Piece(ids)
-        names, encoder = [(self.clip, index) for index in frames], self.encoder
-        grids = [self.grid] * len(frames)
-        return Piece(ids, grids, partial(encoder.features, names), partial(encoder.expect, names))
+        names = [(self.clip, index) for index in frames]
+        return Piece(ids, [self.grid] * len(names), names, self.encoder)
 
     def add_turn(self, said: Generated) -> str:
         """Add what the model says, its end of turn included, mask 1, and return its text."""

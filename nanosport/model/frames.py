@@ -20,8 +20,8 @@ from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import Clip
 from nanosport.video import Video, VideoError
 
-CHUNK = 64
-"""Frames go through the tower so many at a time."""
+TOWER_PATCHES = 76_544
+"""So many patches go through the tower together at most, or one frame: 64 frames of 640×360."""
 INDEXED_FRAMES = 5_000_000
 """Files stay indexed up to so many frames, about 200 bytes each: 55 hours at 25 a second."""
 DECODERS = 4
@@ -150,8 +150,8 @@ class FrameEncoder:
         if not self.frozen:
             return self._encode(names)
         missing = in_order({n for n in names if n not in self.cache})
-        for start in range(0, len(missing), CHUNK):
-            self._remember(missing[start : start + CHUNK])
+        for batch in self._batches(missing):
+            self._remember(batch)
         self.counts["frames_cached"] += len(names) - len(missing)
         features = [self.cache[name] for name in names]
 
@@ -161,6 +161,18 @@ class FrameEncoder:
         while self.cached_bytes > self.cache_bytes:
             self.cached_bytes -= self.cache.popitem(last=False)[1].nbytes
         return torch.cat(features)
+
+    def _batches(self, names: Sequence[FrameName]) -> list[list[FrameName]]:
+        """The frames that go through the tower together."""
+        batches, left = [], 0
+        for name in names:
+            _, height, width = self.grid(name[0])
+            if height * width > left:
+                batches.append([])
+                left = TOWER_PATCHES
+            batches[-1].append(name)
+            left -= height * width
+        return batches
 
     @torch.no_grad()
     def _remember(self, names: Sequence[FrameName]) -> None:

@@ -16,12 +16,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import rl
 import train
 from nanosport import cli
-from nanosport.engine.own import PACK_TOKENS, OwnSampler, Row
+from nanosport.engine.own import PACK_TOKENS, OwnSampler
 from nanosport.engine.pages import PAGE, Pages
 from nanosport.engine.sampler import Sampling
 from nanosport.engine.step import Step
 from nanosport.model.cost import num_weights
-from nanosport.model.frames import CACHE_BYTES, CHUNK
+from nanosport.model.frames import CACHE_BYTES, TOWER_PATCHES
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
 from nanosport.model.vision import VisionConfig, VisionTower
 from nanosport.plan.ledger import Ledger, counting
@@ -169,25 +169,27 @@ def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.
     with counting(on_gpu=True) as ledger:
         ledger.enter("rollout copy")
         sampler = OwnSampler(policy.to_empty(device="cpu"), tokenizer, sampling)
-        row, before = Row(0, np.random.default_rng(0)), min(longest, run.episode_tokens)
-        for piece in (texts.piece(0, before), texts.piece(num_frames, 1)):
-            row.add(piece, model, run.max_new_tokens)
+        before = min(longest, run.episode_tokens)
+        (number,) = sampler.open(texts.piece(0, before), [np.random.default_rng(0)])
+        sampler.say(number, texts.piece(num_frames, 1))
+        row = sampler.rows[number]
         ledger.enter("a pack's pages")
         sampler.pages = Pages(model, ceil(row.room / PAGE), PAGE, "cpu", torch.bfloat16)
-        sampler.pages.reserve(row, row.room)
+        sampler.pages.reserve(row)
         row.length = before
         ledger.enter("prefill")
-        sampler._compute([(row, row.num_unread)])
+        sampler._compute([(row, before, len(row.ids) - 1)])
         ledger.enter("decode")
         shape = prompts * run.group_size, len(row.pages)
-        Step(policy, sampler.pages, sampling, sampler.banned, *shape).run()
+        Step(policy, sampling, sampler.banned, sampler.pages, shape).run()
     pages = {"KV cache": most * Pages.page_bytes(model, PAGE, torch.bfloat16), "a pack's pages": 0}
     return {name: ledger.peaks[name] | pages for name in ("prefill", "decode")}
 
 
 @lru_cache
 def encode_bytes(cfg: VisionConfig, lengths: Lengths) -> float:
-    """What the tower holds at its peak, besides its weights, where it encodes CHUNK frames."""
+    """What the tower holds at its peak, besides its weights, where it encodes as many
+    frames as go through it together."""
     cfg = replace(cfg, depth=2, fullatt_block_indexes=(1,))  # one block's room is the next one's
     with torch.device("meta"):
         tower = VisionTower(cfg).to(torch.bfloat16)
@@ -195,8 +197,10 @@ def encode_bytes(cfg: VisionConfig, lengths: Lengths) -> float:
         ledger.enter("weights")
         tower.to_empty(device="cpu")
         ledger.enter("frames")
-        patches_PC = torch.empty(CHUNK * lengths.frame_tokens * cfg.merge_unit, cfg.patch_width)
-        tower(patches_PC, [lengths.grid(cfg.spatial_merge_size)] * CHUNK)
+        frame_patches = lengths.frame_tokens * cfg.merge_unit
+        frames = max(1, TOWER_PATCHES // frame_patches)
+        patches_PC = torch.empty(frames * frame_patches, cfg.patch_width)
+        tower(patches_PC, [lengths.grid(cfg.spatial_merge_size)] * frames)
     return ledger.peaks["frames"]["frames"]
 
 

@@ -97,9 +97,10 @@ class Texts:
     def piece(self, num_frames: int, num_text: int) -> Piece:
         """Frames and text as a sampler is given them."""
         shape = (num_frames * self.lengths.frame_tokens, self.cfg.hidden_size)
-        ids = self.frames(num_frames) + self.text(num_text)
         features = partial(torch.empty, shape, dtype=torch.bfloat16)
-        return Piece(ids, [self.grid] * num_frames, features)
+        encoder = SimpleNamespace(expect=lambda names: None, features=lambda names: features())
+        ids, names = self.frames(num_frames) + self.text(num_text), range(num_frames)
+        return Piece(ids, [self.grid] * num_frames, names, encoder)
 
 
 def make_episodes(

@@ -26,6 +26,20 @@ from nanosport.image import ImageConfig, preprocess
 from nanosport.model.folder import load_model, load_tokenizer
 
 
+class ShownFrames:
+    """What a Piece asks for its features, where the frames came as pictures."""
+
+    def __init__(self, model, patches: list[torch.Tensor], grids: list[tuple[int, int, int]]):
+        self.model, self.patches, self.grids = model, patches, grids
+
+    def expect(self, frames) -> None:
+        pass
+
+    def features(self, frames: list[int]) -> torch.Tensor:
+        patches_PC = torch.cat([self.patches[k] for k in frames])
+        return self.model.encode(patches_PC, [self.grids[k] for k in frames])
+
+
 class ChatServer:
     def __init__(self, folder):
         self.model, self.tokenizer, self.image = (
@@ -109,9 +123,7 @@ class ChatServer:
                 )
             text += "<|im_end|>\n"
         ids = self.tokenizer.encode(text + "<|im_start|>assistant\n", add_special_tokens=False)
-        piece = Piece(
-            ids, grids, (lambda: self.model.encode(torch.cat(patches), grids)) if grids else None
-        )
+        piece = Piece(ids, grids, range(len(grids)), ShownFrames(self.model, patches, grids))
         num_tokens = min(body["max_tokens"], 160)
         sampling = Sampling(body["temperature"], max_new_tokens=num_tokens, stops=STOPS)
         sampler = OwnSampler(self.model, self.tokenizer, sampling)
