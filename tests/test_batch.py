@@ -1,7 +1,7 @@
 """Packing: what episodes begin with alike is computed once, and nothing else changes."""
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import ModuleType
 
 import numpy as np
@@ -24,8 +24,10 @@ from nanosport.env.tools import STOPS
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
+from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import read_questions
 from nanosport.train.pack import MIN_SHARED, pack, prefix_tree
+from tests.helpers.fake_card import CARD, FakeCard, move
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -321,3 +323,42 @@ def test_what_is_shared_is_long_enough_to_pay(groups, model, taught_folder):
     assert (per_key[per_key > 0] >= MIN_SHARED).all() and (
         per_key == 0
     ).sum() == 1  # the system's prompt begins them all
+
+
+def to_card(x):
+    """A batch's tensors, or a TokenInputs', on the card."""
+    moved = {}
+    for field in fields(x):
+        value = getattr(x, field.name)
+        if isinstance(value, Keys):
+            value = to_card(value)
+        if (
+            isinstance(value, torch.Tensor)
+            and field.name != "cu_seqlens"
+            or (isinstance(x, Keys) and isinstance(value, torch.Tensor))
+        ):
+            value = value.to(CARD)
+        moved[field.name] = value
+    return replace(x, **moved)
+
+
+def test_on_a_card_a_pass_waits_only_for_its_segments(model, groups, taught_folder):
+    """A group in one pack, its prompt shared, with frames, to the log-probs: no tensor lies in the
+    wrong place, and the host waits where the attention of a CPU asks for its bounds alone."""
+    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    batch = pack(groups, encoder, model.cfg)
+    assert batch.keys is not None and len(batch.features_ND)
+    with torch.no_grad():
+        wanted, _ = linear_logprobs(batch.hidden_MD(model), model.head_weight_VD, batch.targets_M)
+        twin = Qwen25VL(model.cfg)
+        twin.load_state_dict(model.state_dict())
+        with FakeCard() as card:
+            move(twin)
+            there = to_card(batch)
+            card.counts.clear()
+            hidden_MD = there.hidden_MD(twin)
+            waits = 2 * 2 * model.cfg.num_hidden_layers  # of sdpa_per_length
+            assert card.counts["waits"] <= waits and card.counts["launches"] > 100
+            rows = hidden_MD.to("cpu")
+            got, _ = linear_logprobs(rows, model.head_weight_VD, batch.targets_M)
+    torch.testing.assert_close(got, wanted)

@@ -114,6 +114,14 @@ def as_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
 
 
+def check_features(is_image: torch.Tensor, features_ND: torch.Tensor | None) -> None:
+    """Raise ValueError unless there are as many vision features as image tokens."""
+    num_tokens, num_features = int(is_image.sum()), 0 if features_ND is None else len(features_ND)
+    if num_tokens != num_features:
+        counts = f"{num_tokens} image tokens, but {num_features} vision features"
+        raise ValueError(f"{counts}: they must be as many")
+
+
 def mrope_positions(
     ids: Sequence[int] | torch.Tensor,
     grids: Sequence[tuple[int, int, int]],
@@ -247,11 +255,8 @@ class Qwen25VL(nn.Module):
     def embed(self, ids, features_ND=None):
         """Token embeddings, with the features in the places of the image tokens, in order."""
         x, is_image = self.model.embed_tokens(ids), ids == self.cfg.image_token_id
-        num_tokens = int(is_image.sum())
-        num_features = 0 if features_ND is None else len(features_ND)
-        if num_tokens != num_features:
-            counts = f"{num_tokens} image tokens, but {num_features} vision features"
-            raise ValueError(f"{counts}: they must be as many")
+        if ids.device.type == "cpu":  # a GPU would be waited for: there, `pack` has compared them
+            check_features(is_image, features_ND)
         if features_ND is None:
             return x
         return x.masked_scatter(is_image[..., None], features_ND.to(x.dtype))
@@ -261,11 +266,12 @@ class Qwen25VL(nn.Module):
     ) -> torch.Tensor:
         """hidden_TD of sequences packed end to end, after the final norm; differentiable.
 
-        cu_seqlens: int32 (number of sequences + 1), first 0, last T. features_ND: from `visual`,
-        all images in order. keys: what each segment sees where they share what they begin with.
+        cu_seqlens: int32 (number of sequences + 1), first 0, last T, on the CPU, so that no GPU is
+        waited for. features_ND: from `visual`, all images in order. keys: what each segment sees
+        where they share what they begin with.
         """
         x_TD = self.embed(ids_T, features_ND)
-        max_seqlen = int(cu_seqlens.diff().max())
+        max_seqlen, cu_seqlens = int(cu_seqlens.diff().max()), cu_seqlens.to(x_TD.device)
 
         def attend(layer, q, k, v):
             return varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal=True, keys=keys)

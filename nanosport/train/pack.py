@@ -15,7 +15,7 @@ import torch
 
 from kernels.attention import Keys
 from nanosport.model.frames import FrameEncoder, FrameName
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, mrope_positions
+from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, check_features, mrope_positions
 from nanosport.records import Episode
 
 MIN_SHARED = 32
@@ -29,6 +29,7 @@ class Batch:
     ids_T: torch.Tensor
     positions_3T: torch.Tensor
     cu_seqlens: torch.Tensor
+    """On the CPU."""
     keys: Keys | None
     """What each segment sees, where some see more than themselves."""
     features_ND: torch.Tensor
@@ -98,7 +99,7 @@ def pack(
     longest = max(len(tokens.ids) for tokens in sequences)
     min_shared = MIN_SHARED if share_prefix else longest + 1
     nodes, last_nodes = prefix_tree([tokens.keys for tokens in sequences], min_shared)
-    return lay_out(sequences, nodes, last_nodes, encoder, device)
+    return lay_out(sequences, nodes, last_nodes, encoder, cfg.image_token_id, device)
 
 
 def tokens_of(episode: Episode, cfg: ModelConfig, numbers: dict[FrameName, int]) -> EpisodeTokens:
@@ -176,6 +177,7 @@ def lay_out(
     nodes: Sequence[Node],
     last_nodes: Sequence[int],
     encoder: FrameEncoder,
+    image_token: int,
     device,
 ) -> Batch:
     """Third pass: the nodes one after the other, and where each episode's tokens then lie."""
@@ -201,12 +203,14 @@ def lay_out(
         logp += tokens.sampled_logp
         after_image += tokens.after_image
     shares = any(node.parent is not None for node in nodes)
+    ids_T, features_ND = torch.from_numpy(np.concatenate(ids)), encoder.features(frames)
+    check_features(ids_T == image_token, features_ND)
     return Batch(
-        ids_T=torch.from_numpy(np.concatenate(ids)).to(device),
+        ids_T=ids_T.to(device),
         positions_3T=torch.cat(positions, 1).to(device),
-        cu_seqlens=torch.from_numpy(begins).int().to(device),
+        cu_seqlens=torch.from_numpy(begins).int(),
         keys=Keys.of(seen, device) if shares else None,
-        features_ND=encoder.features(frames),
+        features_ND=features_ND,
         frames=tuple(frames),
         rows_M=torch.tensor(rows, dtype=torch.long).to(device),
         targets_M=torch.tensor(targets, dtype=torch.long).to(device),
