@@ -14,8 +14,9 @@ import torch
 
 import rl
 import train
+from nanosport.bench.device import peak_bytes
 from nanosport.bench.theirs import Work
-from nanosport.bench.train import Ours, held_bytes, peak_bytes
+from nanosport.bench.train import Ours, held_bytes
 from nanosport.model.cost import CARDS, num_weights
 from nanosport.model.folder import load_config
 from nanosport.plan import __main__ as plan
@@ -75,8 +76,9 @@ import torch
 from dataclasses import replace
 from pathlib import Path
 from nanosport.plan.memory import step_peak
+from nanosport.bench.device import peak_bytes
 from nanosport.bench.theirs import Work
-from nanosport.bench.train import NANO, Ours, held_bytes, peak_bytes
+from nanosport.bench.train import NANO, Ours, held_bytes
 from nanosport.cli import leave_group
 from nanosport.model.folder import load_config
 from nanosport.train import dist

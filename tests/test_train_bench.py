@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanosport.bench.device_time import kind_of
+from nanosport.bench.device import kind_of
 from nanosport.bench.theirs import Theirs, Work
 from nanosport.bench.train import NANO, Ours
 from nanosport.model.cost import causal_pairs, head_flops, text_flops

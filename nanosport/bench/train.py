@@ -23,16 +23,14 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 
-from nanosport.bench.device_time import device_ms
+from nanosport.bench.device import device_ms, peak_bytes
 from nanosport.bench.theirs import DEVICE, Theirs, WithLiger, Work, fill
 from nanosport.cli import ending, leave_group
 from nanosport.fields import COUNT
@@ -87,20 +85,6 @@ IMPLEMENTATIONS = {
     Theirs: "transformers, padded",
     WithLiger: "transformers, Liger's layers",
 }
-
-
-def peak_bytes(step: Callable[[], object]) -> int:
-    """What torch has allocated at most during `step`; on a CPU, which keeps no count, above what
-    was there before."""
-    if GPU:
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated()
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
 def held_bytes(trainer: Ours) -> int:

@@ -1,9 +1,10 @@
-"""Where a step's time on the device goes, by kind of kernel."""
+"""What a step takes of the device: its time by kind of kernel, and its memory at the peak."""
 
 import re
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 KINDS = {
@@ -39,3 +40,17 @@ def device_ms(step: Callable[[], object]) -> dict[str, float]:
         elif event.device_type == torch.autograd.DeviceType.CUDA:
             spent[kind_of(event.name)] += event.self_device_time_total
     return {kind: round(spent[kind] / 1e3, 2) for kind in (*KINDS, "other")}
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """What torch has allocated at most during `step`; on a CPU, which keeps no count, above what
+    was there before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        step()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return int(np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max())
