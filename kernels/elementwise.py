@@ -110,7 +110,8 @@ class AddNorm(torch.autograd.Function):
     def forward(ctx, x, delta, weight_D, eps):
         x, wide = x.contiguous(), torch.promote_types(x.dtype, weight_D.dtype)
         total = x if delta is None else torch.empty_like(x)
-        norm, inverse = torch.empty_like(x, dtype=wide), x.new_empty(x.shape[:-1]).float()
+        norm = torch.empty_like(x, dtype=wide)
+        inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
         triton_kernels().add_norm(x, delta, weight_D, eps, total, norm, inverse)
         ctx.save_for_backward(total, weight_D, inverse)
         ctx.set_materialize_grads(False)

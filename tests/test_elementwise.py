@@ -85,7 +85,7 @@ def gradients(op, x) -> dict[str, torch.Tensor]:
     generator, loss = torch.Generator().manual_seed(1), 0.0
     for out in outs:  # numbers that any dtype has
         pull = torch.randn(out.shape, generator=generator).bfloat16()
-        loss = loss + (out * pull.to(out.dtype)).sum()
+        loss = loss + (out * pull.to(out)).sum()
     results = {f"out {number}": out.detach() for number, out in enumerate(outs)}
     found = torch.autograd.grad(loss, list(leaves.values()))
     return results | {f"d {name}": gradient for name, gradient in zip(leaves, found)}
