@@ -202,14 +202,13 @@ def lay_out(
         episode_numbers += [k] * len(tokens.trained)
         logp += tokens.sampled_logp
         after_image += tokens.after_image
-    shares = any(node.parent is not None for node in nodes)
     ids_T, features_ND = torch.from_numpy(np.concatenate(ids)), encoder.features(frames)
     check_features(ids_T == image_token, features_ND)
     return Batch(
         ids_T=ids_T.to(device),
         positions_3T=torch.cat(positions, 1).to(device),
         cu_seqlens=torch.from_numpy(begins).int(),
-        keys=Keys.of(seen, device) if shares else None,
+        keys=Keys.of(seen, device) if any(node.parent is not None for node in nodes) else None,
         features_ND=features_ND,
         frames=tuple(frames),
         rows_M=torch.tensor(rows, dtype=torch.long).to(device),
