@@ -115,7 +115,7 @@ def training_moments(
         take_step(training, actors, episodes)
         if actors:
             ledger.enter("a whole weight", "publish")
-            for _ in dist.trained_weights(training.model):
+            for _ in dist.TrainedWeights(training.model):
                 pass
     return ledger.peaks
 
@@ -253,11 +253,13 @@ def stage_moments(
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
     if is_policy:
         always["reference"] = step["update"]["reference"]
-        always["rollout copy"] = 2 * (sum(weights.values()) - weights["vision"])
+        copy = {"rollout copy": 2 * (sum(weights.values()) - weights["vision"])}
+        always |= copy if run.sampler == "own" else {}
         always["frames of the step"] = images * (micro_batches - 1) * feature
         plays = only(run, "group_size", "max_turns", "max_new_tokens", "episode_tokens")
         rollout = at_depth(lambda cfg: sampler_moments(cfg, lengths, prompts, plays), model, 1)
-        moments["rollout"] = largest(rollout)
+        if run.sampler in ("own", "vllm"):  # vLLM's copy sleeps while the policy learns
+            moments["rollout"] = largest(rollout) | copy
     passes = ("loss", "backward pass", "embedding")
     moments["train"] = largest({name: step[name] for name in passes})
     moments["update"] = largest({"update": step["update"]})
