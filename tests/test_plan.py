@@ -347,7 +347,8 @@ def test_what_no_run_can_be_is_said(cfg, reason):
 def test_what_samples_elsewhere_needs_no_memory_here():
     """vLLM's copy of the weights is away while the policy learns; servers have it all."""
     own, vllm, servers = (
-        stages(Config("7b", sampler=name))["RL"].memory for name in ("own", "vllm", "http://h:1")
+        stages(Config("7b", sampler=name, recompute="all"))["RL"].memory
+        for name in ("own", "vllm", "http://h:1")
     )
     copy = own["always"]["rollout copy"]
     assert copy > 14e9 and vllm["rollout"]["rollout copy"] == copy

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ def encoder():
 @pytest.fixture(autouse=True)
 def names_only(monkeypatch):
     """Frames go by their names: how vLLM writes features is tested with vLLM."""
+    monkeypatch.setattr(servers, "import_vllm", lambda: None)
     monkeypatch.setattr(servers, "sendable", lambda frames, _: [frame.name for frame in frames])
 
 
@@ -183,6 +185,15 @@ def test_no_server_at_the_start_is_one_line(three, model, tokenizer, tmp_path):
             sampler_of([small.url], model, tmp_path)
         sampler = sampler_of([small.url, three[0].url], model, tmp_path)
         assert [bool(server.down) for server in sampler.servers] == [True, False]
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+@pytest.mark.parametrize("name", ["vllm", "http://127.0.0.1:1"])
+def test_without_vllm_there_is_one_line(name, model, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    how = Servers(tmp_path, 1.0, "files", True)
+    with pytest.raises(ValueError, match="vLLM cannot be imported .*; make .venv-vllm"):
+        make_sampler(name, MODEL, model, Sampling(), Room(100, 1), how)
 
 
 @pytest.mark.parametrize(

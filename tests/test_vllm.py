@@ -277,6 +277,18 @@ def test_two_ranks_have_an_engine_each(clips, tmp_path):
     assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
 
 
+def test_two_ranks_share_servers(clips, theirs, tmp_path):
+    """Rank 0 brings the weights; the scripted servers are asked by both ranks, with real frames."""
+    with SamplingServer(theirs.tokenizer) as a, SamplingServer(theirs.tokenizer) as b:
+        b.wrong = lambda number: "old" if number == 9 else None
+        servers = ["--sampler", f"{a.url},{b.url}", "--max-logprob-gap", 100, "--ahead", 1]
+        command("rl.py", *rl_flags(clips, tmp_path / "run"), *servers, ranks=2)
+        assert a.calls.count("/collective_rpc") == b.calls.count("/collective_rpc") == 4
+        assert a.version == b.version == "3"
+        assert len(a.asked) + len(b.asked) >= 3 * 16 * 4
+    assert [row["staleness"] for row in log(tmp_path / "run")] == [0, 1, 1]
+
+
 def test_infer_eval_and_distillation_take_it_too(clips, tmp_path):
     """Greedy answers are those of our own sampler."""
     question = read_questions(clips / "test.jsonl")[0]

@@ -21,7 +21,7 @@ import torch
 import tyro
 from safetensors import safe_open
 
-from nanosport.engine.vllm import engine_flags, renew_packed_head
+from nanosport.engine.vllm import engine_flags, import_vllm, renew_packed_head
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.model.folder import resolve
 
@@ -92,11 +92,9 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--weights-over {cfg.weights_over}: must be files or nccl")
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # its routes for new weights
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    try:
-        from vllm.entrypoints.launchers.api_server.entry import main as serve
-    except ImportError as error:
-        fix = "make .venv-vllm, or on a GPU pip install vllm"
-        raise ValueError(f"vLLM cannot be imported ({error}); {fix}") from error
+    import_vllm()
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
+
     sys.argv[1:] = arguments(cfg)
     serve()
 

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 from nanosport.engine import nccl
 from nanosport.engine.sampler import Generated, Piece, SamplerError, Sampling
-from nanosport.engine.vllm import Answer, Frame, Talk, features_of, items_of
+from nanosport.engine.vllm import Answer, Frame, Talk, features_of, import_vllm, items_of
 from nanosport.model.qwen2_5_vl import ModelConfig
 
 SHARD_BYTES = 4e9
@@ -144,6 +144,7 @@ class ServerSampler:
         sampling: Sampling,
     ):
         """Raises SamplerError where no server can play conversations of max_tokens."""
+        import_vllm()
         self.tokenizer, self.cfg, self.banned, self.sampling = tokenizer, cfg, banned, sampling
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.ends = sorted({end, *cfg.eos_token_ids})
@@ -166,7 +167,7 @@ class ServerSampler:
                     raise Lost(f"takes {room:,} tokens, {max_tokens:,} are needed: --max-tokens")
             except Lost as lost:
                 self._give_up(server, str(lost))
-        self._some_server(())
+        self._some_server()
 
     # The seam.
 
@@ -174,7 +175,7 @@ class ServerSampler:
         features_ND = features_of(prompt)
         numbers = range(self.num_opened, self.num_opened + len(streams))
         self.num_opened += len(streams)
-        home = self._some_server(())  # a group has one: it reads their prompt once
+        home = self._some_server()  # a group has one: it reads their prompt once
         for number, stream in zip(numbers, streams):
             self.talks[number] = Talk(stream, self.ends)
             self.talks[number].add(prompt, features_ND, self.cfg)
@@ -248,10 +249,10 @@ class ServerSampler:
         if news:
             say(f"{server.url}: {why}: given up; others play its conversations")
 
-    def _some_server(self, but: Sequence[Server]) -> Server:
+    def _some_server(self) -> Server:
         """The one with the fewest conversations. Raises SamplerError where none is left."""
         with self.lock:
-            up = [server for server in self.servers if not server.down and server not in but]
+            up = [server for server in self.servers if not server.down]
             if up:
                 return min(up, key=lambda server: server.load)
         whys = "; ".join(f"{server.url}: {server.down}" for server in self.servers)
@@ -291,7 +292,7 @@ class ServerSampler:
         while True:
             home = self.homes.get(number)
             if home is None or home.down:
-                home = self._some_server(())
+                home = self._some_server()
                 self._settle(number, home if number in self.talks else None)
             try:
                 return read_answer(home.post("/inference/v1/generate", body), self.version)

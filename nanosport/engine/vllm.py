@@ -170,17 +170,24 @@ def renew_packed_head(model: torch.nn.Module) -> None:
         dispatch_cpu_unquantized_gemm(head, remove_weight=False)
 
 
+def import_vllm() -> None:
+    """Import vLLM, before several threads do. Raises ValueError where it is not installed."""
+    try:
+        import vllm.model_executor.models.qwen2_vl  # noqa: F401
+    except ImportError as error:
+        fix = "make .venv-vllm/.installed and its python, or on a GPU pip install vllm"
+        raise ValueError(f"vLLM cannot be imported ({error}); {fix}") from error
+
+
 def start_engine(folder: Path, dtype: str, max_tokens: int, max_rows: int):
     """vLLM's LLM in this process, under torchrun one in each. Raises ValueError where it cannot be
     started."""
     # in this very process, so that weights are handed over as tensors
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    try:
-        from vllm import LLM
-    except ImportError as error:
-        fix = "make .venv-vllm, or on a GPU pip install vllm"
-        raise ValueError(f"--sampler vllm: vLLM cannot be imported ({error}); {fix}") from error
+    import_vllm()
+    from vllm import LLM
+
     flags = engine_flags(dtype, max_tokens, max_rows)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
