@@ -1,5 +1,5 @@
 # make demo: the whole story in small, from the shipped backbone.   make demo SMOKE=1: every stage, few steps.
-# make test: the tests.   make test-gpu: what only a GPU can run.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
+# make test: the tests.   make test-gpu: what only a GPU can run.   make test-vllm: the vLLM backend.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
 PYTHON ?= python3
 SEED ?= 0
 OUT ?= out/demo
@@ -14,7 +14,7 @@ SFT :=
 RL :=
 endif
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu test-vllm lint clean
 demo: .venv/.installed
 	rm -rf $(OUT)
 	$(PY) -m data_prep.arena --out $(OUT)/arena --seed $(SEED) $(ARENA)
@@ -35,6 +35,9 @@ test: .venv/.installed
 test-gpu: .venv/.installed
 	$(PY) -m pytest -q -rs --noconftest tests/test_gpu.py
 
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_servers.py
+
 lint: .venv/.installed
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
@@ -43,5 +46,12 @@ lint: .venv/.installed
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
+# torchvision is a CUDA build: on a CPU it imports without what registers its operators
+.venv-vllm/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q --no-deps -r requirements-vllm.txt
+	cp /dev/null .venv-vllm/lib/python*/site-packages/torchvision/_meta_registrations.py
+	touch $@
+
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-vllm out

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data_prep import arena
 from nanosport.cli import Preempted
-from nanosport.engine.own import load_sampler
+from nanosport.engine.players import Room, load_sampler
 from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.endpoint import EndpointError
 from nanosport.env.env import Limits
@@ -78,6 +78,8 @@ class Config:
     """Only the first so many questions are asked."""
     batch_size: Annotated[int, AtLeast(1)] = 32
     """So many questions are played at a time."""
+    sampler: Literal["own", "vllm"] = "own"
+    """Who samples: this project's sampler, or vLLM's engine in this process (docs/vllm.md)."""
     judge_url: str | None = None
     """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers;
     else the words that they share do, in order."""
@@ -270,7 +272,9 @@ def main(cfg: Config) -> None:
         cli.not_the_input(cfg.out, cfg.data, cfg.model, *{question.video for question, _ in rows})
     source = resolve(cfg.model)
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
-    encoder, sampler = players = load_sampler(source, sampling, cfg.max_pixels)
+    room = Room(cfg.episode_tokens + cfg.max_new_tokens, cfg.batch_size)
+    players = load_sampler(source, sampling, cfg.max_pixels, cfg.sampler, room)
+    encoder, sampler = players
     records = Records(cfg.data, rows[: cfg.limit], encoder)
     limits = [limits_of(cfg, mode) for mode in cfg.modes]
     left_out = records.check_prompts(sampler.tokenizer, limits, cfg.max_unusable, rank)

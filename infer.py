@@ -12,12 +12,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from data_prep import arena, draw
-from nanosport.engine.own import load_sampler
+from nanosport.engine.players import Room, load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
 from nanosport.env.rollout import rollout
@@ -60,6 +60,8 @@ class Config:
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A whole episode, frames included, is ended when it reaches so many tokens."""
+    sampler: Literal["own", "vllm"] = "own"
+    """Who samples: this project's sampler, or vLLM's engine in this process (docs/vllm.md)."""
     seed: Annotated[int, AtLeast(0)] = 0
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -133,7 +135,8 @@ def main(cfg: Config) -> None:
     cfg.check()
     began, folder = time.time(), resolve(cfg.model)
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
-    encoder, sampler = load_sampler(folder, sampling, cfg.max_pixels)
+    room = Room(cfg.episode_tokens + cfg.max_new_tokens, rows=1)
+    encoder, sampler = load_sampler(folder, sampling, cfg.max_pixels, cfg.sampler, room)
     asked = cfg.question.strip()
     question = Question("infer", str(cfg.video), "", "recognition", asked, cfg.options, "")
     num_frames = (8 if cfg.tool else 16) if cfg.num_frames is None else cfg.num_frames

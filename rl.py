@@ -13,7 +13,6 @@ length shaping, filtering of groups.
 from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -27,20 +26,13 @@ from kernels.policy_loss import (
     fused_linear_policy_loss,
     linear_logprobs,
 )
-from nanosport.engine.own import OwnSampler
-from nanosport.engine.sampler import Sampling
-from nanosport.env.env import Limits
-from nanosport.env.judge import Judge, judge_of
+from nanosport.env.judge import judge_of
 from nanosport.env.reward import Reward, gated_reward
-from nanosport.env.rollout import rollout
-from nanosport.env.tools import STOPS
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
-from nanosport.model.folder import ASSETS, load_model, load_tokenizer
-from nanosport.model.frames import FrameEncoder
+from nanosport.model.folder import ASSETS
 from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist, presets
-from nanosport.train.config import TrainingConfig
-from nanosport.train.deal import data_order
+from nanosport.train.actors import Actors, RolloutConfig
 from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.train.metrics import (
     TokenMeans,
@@ -48,15 +40,21 @@ from nanosport.train.metrics import (
     check_rollouts,
     log_row,
     rollout_stats,
-    take_work,
 )
 from nanosport.train.pack import Batch
 from nanosport.train.training import Training
-from nanosport.train.variants import VARIANTS, group_advantages, token_scale
+from nanosport.train.variants import (
+    BOUNDS,
+    LAGGING_CAP,
+    VARIANTS,
+    group_advantages,
+    near,
+    token_scale,
+)
 
 
 @dataclass(frozen=True)
-class Config(TrainingConfig):
+class Config(RolloutConfig):
     model: str | None = None
     """The SFT model: a folder, or a hub id. Default: out/sft/model where train.py left one, else
     the shipped assets/nano-sft."""
@@ -70,12 +68,6 @@ class Config(TrainingConfig):
     weight_decay: float = 0.0
     save_every: int = 20
     adam_eps: float = 3e-3
-    num_prompts: Annotated[int, AtLeast(1)] = 32
-    """Questions of a step, over all ranks."""
-    group_size: Annotated[int, AtLeast(2)] = 8
-    """Episodes of each question."""
-    rollout_batch: Annotated[int, AtLeast(1), MAY_CHANGE] = 256
-    """A rank samples so many episodes at a time; it changes memory and time, not what is drawn."""
     updates: Annotated[int, AtLeast(1)] = 1
     """Optimizer updates of a step, each on a part of the questions; with more than 1 the ratio
     leaves 1 and is clipped."""
@@ -103,16 +95,6 @@ class Config(TrainingConfig):
     """β, weight of KL(policy ‖ SFT model)."""
     entropy_bonus: Annotated[float, AtLeast(0)] = 0.0
     """η, weight of the policy's entropy; 0.001 is a usual start."""
-    rollout_cap: Annotated[float | None, Above(0)] = None
-    """Weigh each token by min(trainer's ÷ sampler's probability, this), for samplers that drift
-    from the trainer. None: do not."""
-    temperature: Annotated[float, Above(0)] = 0.8
-    """Temperature of the sampler, and of the log-probs in the loss."""
-    max_new_tokens: Annotated[int, AtLeast(1)] = 160
-    """One assistant turn is cut after so many tokens."""
-    max_turns: Annotated[int, AtLeast(1)] = 5
-    episode_tokens: Annotated[int, AtLeast(1)] = 16_384
-    """A whole episode, frames included, is ended when it reaches so many tokens."""
     max_unusable: Annotated[Share, MAY_CHANGE] = MAX_UNUSABLE
     """Questions that cannot be used are left out, up to this share of them."""
     min_format_rate: Annotated[Share, MAY_CHANGE] = 0.8
@@ -131,6 +113,9 @@ class Config(TrainingConfig):
             raise ValueError(
                 "--rollout-cap weighs tokens, --loss gspo whole sequences: leave one of them out"
             )
+        if self.loss == "gspo" and self.rollout_mask == "token":
+            rule = "takes tokens, --loss gspo whole sequences: choose sequence or geometric"
+            raise ValueError(f"--rollout-mask token: {rule}")
         if self.judge_url and self.judge_wait_s >= self.stuck_after_s:
             raise ValueError(f"--judge-wait-s {self.judge_wait_s}: must be below --stuck-after-s")
         if self.updates > self.num_prompts:
@@ -149,49 +134,9 @@ class Config(TrainingConfig):
             low if high is None else high,
             self.kl,
             self.entropy_bonus,
-            2.0 if self.rollout_cap is None else self.rollout_cap,
+            self.cap_of(self.loss) or LAGGING_CAP,
             variant.likelihood,
         )
-
-
-class Actors:
-    """Who acts beside the model in training: the sampler, which plays; the reference, which it must
-    stay close to; the judge, who scores open answers."""
-
-    def __init__(self, training: Training, judge: Judge | None):
-        cfg, source = training.cfg, training.source
-        self.training, self.judge = training, judge
-        tower = training.computing.visual if cfg.frozen else None  # once in a process
-        loaded = (source, training.device, training.dtype, tower)
-        # who samples needs whole weights: the model itself where it is not sharded, else a copy
-        self.own = load_model(*loaded) if dist.sharded(training.model) else None
-        player = self.own or training.computing
-        self.reference = None
-        if cfg.kl > 0:
-            frozen = load_model(*loaded).requires_grad_(False)
-            self.reference = dist.shard(frozen, training.dtype, training.device)
-        self.encoder = FrameEncoder(player, training.image)
-        self.ref_encoder = self.encoder
-        if self.reference is not None and not cfg.frozen:
-            self.ref_encoder = FrameEncoder(self.reference, training.image)
-        sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
-        self.sampler = OwnSampler(player, load_tokenizer(source), sampling)
-        self.limits = Limits(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens)
-        self.publish()
-
-    def publish(self) -> None:
-        """Give the policy's weights to the sampler. All ranks must call this."""
-        with self.training.stage("weights to the sampler"):
-            if self.own is not None:
-                self.sampler.load_weights(dist.trained_weights(self.training.model))
-            if not self.training.cfg.frozen:
-                self.encoder.forget()
-
-    def play(self, records: Records, drawn: tuple, numbers: list[int]) -> list[Episode]:
-        """Sample the episodes of some questions. drawn: group size, seed and first place, as
-        `rollout` takes them."""
-        questions = [records.rows[number][0] for number in numbers]
-        return rollout(self.sampler, self.encoder, questions, self.limits, *drawn)
 
 
 @dataclass(frozen=True)
@@ -214,17 +159,9 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
 
     Raises Preempted after SIGTERM, ValueError where the judge fails.
     """
-    cfg, rank = training.cfg, training.rank
-    with training.stage("rollout"):
-        picked = data_order(len(records), cfg.seed, step, cfg.num_prompts)
-        mine, first = dist.share(picked, rank), dist.share(range(cfg.num_prompts), rank)[0]
-        size, episodes = max(1, cfg.rollout_batch // cfg.group_size), []
-        for start in range(0, len(mine), size):
-            drawn = (cfg.group_size, (cfg.seed, step), first + start)
-            play = partial(actors.play, records, drawn)
-            episodes += records.take(mine[start : start + size], play)
-        work = take_work(actors.sampler.counts, actors.encoder.counts)
-        actors.sampler.sleep()
+    cfg, episodes, work = training.cfg, [], {}
+    with training.stage("rollout"), training.serving(None):
+        episodes, work = actors.rollouts(records, step)
 
     rewards: list[Reward] = []
     with training.stage("judge"), training.serving(actors.judge):
@@ -240,7 +177,7 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
     if preempted:
         training.stop_inside(step)
     episodes, rewards = map(list, zip(*pairs))
-    replaced = records.num_replaced(picked, episodes[:: cfg.group_size])
+    replaced = records.num_replaced(actors.picked(records, step), episodes[:: cfg.group_size])
     return Rollouts(episodes, rewards, homes, replaced, work)
 
 
@@ -298,25 +235,30 @@ def token_inputs(
     """What the loss must know of a batch's tokens. advantages, scales: one for each episode."""
     cfg, model, device = training.cfg, training.computing, training.device
     reference, banned, temperature = actors.reference, actors.sampler.banned, cfg.temperature
+    episode_M = batch.episode_M
 
     def logprobs(model, batch: Batch) -> torch.Tensor:
         """Log-probs through the path that the loss takes."""
         head_VD, targets_M = model.head_weight_VD, batch.targets_M
         return linear_logprobs(batch.hidden_MD(model), head_VD, targets_M, temperature, banned)[0]
 
-    old_M = logprobs(model, batch) if cfg.updates > 1 else None
+    masks, scale_M = cfg.rollout_mask != "none", scales.to(device)[episode_M]
+    old_M = logprobs(model, batch) if cfg.updates > 1 or masks else None
+    if masks:
+        bound = cfg.rollout_bound or BOUNDS[cfg.rollout_mask]
+        scale_M = scale_M * near(cfg.rollout_mask, bound, old_M - batch.sampled_logp_M, episode_M)
     ref_M = None
     if reference is not None:
         features_ND = actors.ref_encoder.features(batch.frames)
         ref_M = logprobs(reference, replace(batch, features_ND=features_ND))
     return TokenInputs(
         batch.targets_M,
-        advantages.to(device)[batch.episode_M],
-        scales.to(device)[batch.episode_M],
+        advantages.to(device)[episode_M],
+        scale_M,
         old_M,
         ref_M,
-        batch.sampled_logp_M if cfg.rollout_cap is not None else None,
-        batch.episode_M if VARIANTS[cfg.loss].per_sequence else None,
+        batch.sampled_logp_M if cfg.cap_of(cfg.loss) is not None else None,
+        episode_M if VARIANTS[cfg.loss].per_sequence else None,
     )
 
 
@@ -367,7 +309,7 @@ def main(cfg: Config) -> None:
 
     for step in training.steps():
         rollouts = collect(training, actors, records, step)
-        stats = rollout_stats(rollouts.episodes, rollouts.rewards)
+        stats = rollout_stats(rollouts.episodes, rollouts.rewards, step)
         check_rollouts(training, stats, step)
         rewards = [reward.total for reward in rollouts.rewards]
         advantages = group_advantages(rewards, cfg.group_size, cfg.loss)
@@ -385,9 +327,9 @@ def main(cfg: Config) -> None:
                     loss.backward()
                     if micro.counts:
                         loss_sum += loss.item()
-                        means.add(token_stats, micro.batch, micro.tokens.old_logp_M)
+                        means.add(token_stats, micro.batch, micro.tokens)
             updates.append(training.update(step, loss_sum, part.episodes))
-        actors.publish()
+        actors.publish(step + 1)
 
         balance = sum(part.balance for part in parts) / len(parts)
         totals = means.over_ranks(training.device)

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
@@ -66,6 +66,8 @@ class Config:
     temperature: Annotated[float, AtLeast(0)] = 0.7
     max_new_tokens: Annotated[int, AtLeast(1)] = 2048
     """Of one turn."""
+    sampler: Literal["own", "vllm"] = "own"
+    """Who samples a local teacher's turns: this project's sampler, or vLLM (docs/vllm.md)."""
     max_turns: Annotated[int, AtLeast(1)] = 5
     min_accuracy: Share = 0.5
     """A right answer scores at least this, by rule or, open ones, by the judge."""
@@ -158,12 +160,15 @@ class LocalTeacher:
     disk, question by question."""
 
     def __init__(self, cfg: Config, cache: Path):
-        from nanosport.engine.own import load_sampler  # an endpoint's teacher needs no model here
+        # not before it is needed: an endpoint's teacher needs no model here
+        from nanosport.engine.players import Room, load_sampler
         from nanosport.model.folder import resolve, version
 
         sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
         folder = resolve(cfg.teacher)
-        self.encoder, self.sampler = load_sampler(folder, sampling)
+        room = Room(Limits().max_tokens + cfg.max_new_tokens, cfg.samples)
+        players = load_sampler(folder, sampling, None, cfg.sampler, room)
+        self.encoder, self.sampler = players
         self.version = version(folder)
         self.cfg, self.cache, self.lock = cfg, cache, threading.Lock()
 
@@ -172,6 +177,7 @@ class LocalTeacher:
         cfg = self.cfg
         drawn = cfg.samples, cfg.temperature, cfg.max_new_tokens, cfg.max_turns, cfg.seed
         asked = [cfg.teacher, self.version, asdict(question), *drawn]
+        asked += [cfg.sampler] if cfg.sampler != "own" else []  # it draws otherwise
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         path = self.cache / name[:2] / f"{name}.json"
         if path.exists():

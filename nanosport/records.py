@@ -109,6 +109,8 @@ class Turn:
     """Why the action was refused, as the model was told."""
     tokens: tuple[int, int] = (0, 0)
     """The first and one past the last of its sampled ids in the episode."""
+    version: int = 0
+    """The step of the run whose weights have sampled it; 0 outside a run."""
 
 
 @dataclass(frozen=True)

@@ -229,6 +229,10 @@ def test_every_flag_is_compared_unless_it_is_marked():
     }  # fmt: skip
     more = {
         "rollout_batch",
+        "sampler",
+        "sampler_wait_s",
+        "weights_over",
+        "ahead",
         "judge_url",
         "judge_wait_s",
         "min_format_rate",

@@ -283,7 +283,7 @@ def test_what_slept_wakes_with_new_weights(model, tokenizer):
     assert sampler.pages is None and turn() == first
     head = model.head_weight_VD.clone()
     try:
-        sampler.load_weights([("lm_head.weight", -head)])
+        sampler.load_weights([("lm_head.weight", -head)], 1)
         assert turn().ids[0] != first.ids[0]
     finally:
         model.head_weight_VD.copy_(head)

@@ -22,7 +22,14 @@ from nanosport.model.folder import load_config
 from nanosport.plan import __main__ as plan
 from nanosport.plan import memory
 from nanosport.plan.__main__ import Config, stages
-from nanosport.plan.memory import GIB, at_depth, sampler_moments, step_peak, training_moments
+from nanosport.plan.memory import (
+    GIB,
+    at_depth,
+    sampler_moments,
+    step_peak,
+    totals,
+    training_moments,
+)
 from nanosport.plan.synthetic import Lengths, make_episodes
 from nanosport.train import dist, recompute
 
@@ -337,3 +344,16 @@ def test_a_folder_of_ones_own_is_read(nano_folder):
 def test_what_no_run_can_be_is_said(cfg, reason):
     with pytest.raises(ValueError, match=reason):
         plan.report(cfg)
+
+
+def test_what_samples_elsewhere_needs_no_memory_here():
+    """vLLM's copy of the weights is away while the policy learns; servers have it all."""
+    own, vllm, servers = (
+        stages(Config("7b", sampler=name, recompute="all"))["RL"].memory
+        for name in ("own", "vllm", "http://h:1")
+    )
+    copy = own["always"]["rollout copy"]
+    assert copy > 14e9 and vllm["rollout"]["rollout copy"] == copy
+    assert totals(own)["rollout"] == totals(vllm)["rollout"]
+    assert totals(own)["train"] - copy == totals(vllm)["train"] == totals(servers)["train"]
+    assert "rollout" not in servers and "rollout copy" not in servers["always"]

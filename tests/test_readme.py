@@ -97,7 +97,7 @@ def test_every_metric_is_explained_and_no_other():
     )  # fmt: skip
     means = TokenMeans()
     means.sums |= dict.fromkeys(means.NAMES, 1.0)
-    stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)])
+    stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)], 0)
     row = log_row(0, stats, means.over_ranks("cpu"), [Update(1.0, 1.0, 0.1, False)], 1.0)
     row |= take_work(Counter(pages=3))
     assert row["pages"] == 3 and row["rows_put_back"] == 0

@@ -62,7 +62,7 @@ class OwnSampler:
             join_projections(model)
 
         self.pages: Pages | None = None
-        self.num_opened = 0
+        self.num_opened = self.version = 0
         self.rows: dict[int, Row] = {}  # the open conversations, the oldest first
         self.steps, self.step = Steps(model, sampling, self.banned), None
         self.batch: list[Row | None] = []  # the row of each slot of the step; None: it has left
@@ -90,7 +90,7 @@ class OwnSampler:
             if self._read() and not self.on_gpu:
                 continue  # a CPU reads everything before rows speak
             began = time.monotonic()
-            ended = [(row.number, row.end_turn()) for row in self._speak()]
+            ended = [(row.number, row.end_turn(self.version)) for row in self._speak()]
             self.counts["seconds_speak"] += time.monotonic() - began
             yield from ended
 
@@ -115,7 +115,8 @@ class OwnSampler:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        self.version = version
         own = dict(self.model.named_parameters())
         for name, weight in weights:
             own[name].data.copy_(weight)

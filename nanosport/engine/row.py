@@ -69,9 +69,10 @@ class Row:
         self.draws = np.append(self.stream.random(max_tokens), 0.0)
         self.sampled_logp, self.closed, self.stopped = [], False, False
 
-    def end_turn(self) -> Generated:
+    def end_turn(self, version: int = 0) -> Generated:
         self.draws, ids, sampled_logp = None, tuple(self.said), tuple(self.sampled_logp)
-        return Generated(ids, sampled_logp, self.closed or self.stopped, int(self.stopped))
+        ended = self.closed or self.stopped
+        return Generated(ids, sampled_logp, ended, int(self.stopped), version)
 
     def shown(self, start: int, end: int, image_id: int) -> list[tuple[Piece, int, int]]:
         """(piece, first, last) of its features whose tokens are among start … end − 1."""

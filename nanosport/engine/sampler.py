@@ -71,10 +71,16 @@ class Generated:
     num_end: int = 0
     """How many of the last ids are no text: 1 for the end of the turn, or for what the model has
     said in its place after a stop text."""
+    version: int = 0
+    """The version of the weights that have sampled it, as `load_weights` was told."""
 
     @property
     def text_ids(self) -> tuple[int, ...]:
         return self.ids[: len(self.ids) - self.num_end]
+
+
+class SamplerError(ValueError):
+    """Nobody is left who could sample. It says in one line what, why, and what to do."""
 
 
 class Sampler(Protocol):
@@ -105,5 +111,5 @@ class Sampler(Protocol):
     def sleep(self) -> None:
         """Give back the memory that only open conversations need."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take new weights by their published names."""
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Take new weights by their published names. version: the update that they come from."""

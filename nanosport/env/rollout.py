@@ -70,13 +70,13 @@ class Conversation:
         """Return the episode that has ended, with its tokens."""
         tokens = self.transcript
         played = self.env.episode()
-        spans = zip(played.turns, tokens.turn_tokens, strict=True)
+        born = zip(played.turns, tokens.turn_tokens, tokens.versions, strict=True)
         return replace(
             played,
             ids=tuple(tokens.ids),
             mask=tuple(tokens.mask),
             sampled_logp=tuple(tokens.sampled_logp),
-            turns=tuple(replace(turn, tokens=span) for turn, span in spans),
+            turns=tuple(replace(turn, tokens=span, version=its) for turn, span, its in born),
             grid=tokens.grid,
         )
 

@@ -28,6 +28,8 @@ class Transcript:
         """The sampler's log-probability where the mask is 1, 0.0 elsewhere."""
         self.turn_tokens: list[tuple[int, int]] = []
         """First and one past the last id of each of the model's turns."""
+        self.versions: list[int] = []
+        """Of the weights that have sampled each of them."""
 
     def observe(self, text: str, frames: Sequence[int] = ()) -> Piece:
         """Add what the environment says, with the frames that its placeholders stand for: mask 0.
@@ -48,4 +50,5 @@ class Transcript:
         self.mask += [1] * len(said.ids)
         self.sampled_logp += said.sampled_logp
         self.turn_tokens.append((start, len(self.ids)))
+        self.versions.append(said.version)
         return self.tokenizer.decode(said.text_ids, skip_special_tokens=False)

@@ -64,6 +64,7 @@ class FrameEncoder:
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
         self.videos: OrderedDict[str, Video] = OrderedDict()
         self.num_indexed, self.lock = 0, threading.Lock()
+        self.in_turn = threading.Lock()
         self.unusable: dict[str, VideoError] = {}
         """Files that cannot be used, or not any more, and why."""
         self.decoders = ThreadPoolExecutor(DECODERS)
@@ -141,7 +142,11 @@ class FrameEncoder:
         self.coming.clear()
 
     def features(self, names: Sequence[FrameName]) -> torch.Tensor:
-        """Return features_ND of the frames, in their order."""
+        """Return features_ND of the frames, in their order. Threads may share this."""
+        with self.in_turn:
+            return self._features(names)
+
+    def _features(self, names: Sequence[FrameName]) -> torch.Tensor:
         if not names:  # no rows, but the way through a trained tower, which all ranks go together
             cfg = self.model.cfg.vision
             blank_PC = torch.zeros(cfg.merge_unit, cfg.patch_width, device=self.device)

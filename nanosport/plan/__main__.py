@@ -58,6 +58,8 @@ class Config:
     rollout_batch: Annotated[int | None, AtLeast(1)] = None
     offload_adam: bool = False
     share_prefix: bool = True
+    sampler: str = "own"
+    """As rl.py's: own, vllm, or the addresses of servers, which need no memory here."""
     calls: Annotated[float, Above(0)] = 0.8
     """Tool calls of an episode, assumed."""
     prompt_text: Annotated[int, AtLeast(0)] = 300

@@ -115,7 +115,7 @@ def training_moments(
         take_step(training, actors, episodes)
         if actors:
             ledger.enter("a whole weight", "publish")
-            for _ in dist.trained_weights(training.model):
+            for _ in dist.TrainedWeights(training.model):
                 pass
     return ledger.peaks
 
@@ -243,21 +243,22 @@ def stage_moments(
         counted = replace(counted, recompute="all")
     step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3)
     weights, head = num_weights(model), 4 * model.vocab_size * model.hidden_size
-    images = sum(episode.ids.count(model.image_token_id) for episode in episodes)
-    feature, is_policy = 2 * model.hidden_size, isinstance(run, rl.Config)
+    image_bytes = 2 * model.hidden_size * sum(e.ids.count(model.image_token_id) for e in episodes)
 
     always = {"CUDA, NCCL": RESERVED, "vision tower": 2 * weights["vision"]}
     always |= {part: step["update"][part] for part in ("weights", "Adam moments")}
-    always["frames seen"] = min(CACHE_BYTES, run.steps * images * micro_batches * feature)
+    always["frames seen"] = min(CACHE_BYTES, run.steps * image_bytes * micro_batches)
     moments = {"always": always, "start": {"all weights": 4 * sum(weights.values())}}
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
-    if is_policy:
+    if isinstance(run, rl.Config):
+        copy = {"rollout copy": 2 * (sum(weights.values()) - weights["vision"])}
+        always |= copy if run.sampler == "own" else {}
         always["reference"] = step["update"]["reference"]
-        always["rollout copy"] = 2 * (sum(weights.values()) - weights["vision"])
-        always["frames of the step"] = images * (micro_batches - 1) * feature
+        always["frames of the step"] = image_bytes * (micro_batches - 1)
         plays = only(run, "group_size", "max_turns", "max_new_tokens", "episode_tokens")
         rollout = at_depth(lambda cfg: sampler_moments(cfg, lengths, prompts, plays), model, 1)
-        moments["rollout"] = largest(rollout)
+        if "http" not in run.sampler:  # vLLM's copy sleeps while the policy learns
+            moments["rollout"] = largest(rollout) | copy
     passes = ("loss", "backward pass", "embedding")
     moments["train"] = largest({name: step[name] for name in passes})
     moments["update"] = largest({"update": step["update"]})

@@ -187,9 +187,12 @@ def local(weight: torch.Tensor) -> torch.Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def trained_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+class TrainedWeights:
     """(name, weight in one piece) of what is trained, one after the other. All ranks must go
-    through all of them."""
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            yield name, full(weight)
+    through all of them, each time that one does."""
+
+    def __init__(self, model: nn.Module):
+        self.named = [(n, weight) for n, weight in model.named_parameters() if weight.requires_grad]
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, full(weight)) for name, weight in self.named)

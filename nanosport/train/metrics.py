@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kernels.policy_loss import PolicyStats
+from kernels.policy_loss import PolicyStats, TokenInputs
 from nanosport.env.reward import Reward
 from nanosport.records import Episode
 from nanosport.train import dist
@@ -13,8 +13,11 @@ from nanosport.train.pack import Batch
 from nanosport.train.training import Training, Update
 
 
-def rollout_stats(episodes: Sequence[Episode], rewards: Sequence[Reward]) -> dict[str, float]:
+def rollout_stats(
+    episodes: Sequence[Episode], rewards: Sequence[Reward], step: int
+) -> dict[str, float]:
     """Means over a step's episodes."""
+    lags = [step - turn.version for episode in episodes for turn in episode.turns]
     repeats = [any("already returned" in (t.error or "") for t in e.turns) for e in episodes]
     sums = {
         "reward": sum(r.total for r in rewards),
@@ -27,23 +30,26 @@ def rollout_stats(episodes: Sequence[Episode], rewards: Sequence[Reward]) -> dic
         "frames": sum(len(e.frames) for e in episodes),
         "turns": sum(len(e.turns) for e in episodes),
     }
-    return {name: value / len(episodes) for name, value in sums.items()}
+    means = {name: value / len(episodes) for name, value in sums.items()}
+    return means | {"staleness": sum(lags) / max(1, len(lags))}
 
 
 class TokenMeans:
     """Means over a step's sampled tokens, of all ranks."""
 
-    NAMES = ("kl", "entropy", "clipped", "gap_text", "gap_image", "tokens", "image_tokens")
+    NAMES = (
+        "kl", "entropy", "clipped", "masked", "gap_text", "gap_image", "tokens", "image_tokens",
+    )  # fmt: skip
 
     def __init__(self):
         self.sums = dict.fromkeys(self.NAMES, 0.0)
 
-    def add(self, stats: PolicyStats, batch: Batch, old_logp_M: torch.Tensor | None) -> None:
-        """Add a micro-batch. old_logp_M None: `stats` has the policy before its update."""
+    def add(self, stats: PolicyStats, batch: Batch, tokens: TokenInputs) -> None:
+        """Add a micro-batch. No old_logp_M: `stats` has the policy before its update."""
         after_image_M = batch.after_image_M
-        logp_M = stats.logp_M if old_logp_M is None else old_logp_M
+        logp_M = stats.logp_M if tokens.old_logp_M is None else tokens.old_logp_M
         gap_M = (logp_M - batch.sampled_logp_M).abs()
-        values = (stats.kl_M, stats.entropy_M, stats.clipped_M)
+        values = (stats.kl_M, stats.entropy_M, stats.clipped_M, tokens.scale_M == 0)
         values += (gap_M[~after_image_M], gap_M[after_image_M])
         for name, values_M in zip(self.NAMES, (*values, torch.ones_like(gap_M), after_image_M)):
             self.sums[name] += values_M.sum().item()
@@ -55,6 +61,7 @@ class TokenMeans:
         return {
             "kl": sums["kl"] / tokens,
             "clip_fraction": sums["clipped"] / tokens,
+            "masked": sums["masked"] / tokens,
             "entropy": sums["entropy"] / tokens,
             "logprob_gap_text": sums["gap_text"] / max(1.0, tokens - image_tokens),
             "logprob_gap_after_image": sums["gap_image"] / max(1.0, image_tokens),
@@ -65,6 +72,7 @@ class TokenMeans:
 WORK = (
     "tokens_read", "decode_steps", "rows_put_back", "pages", "frames_decoded", "frames_cached",
     "seconds_read", "seconds_speak", "seconds_video", "seconds_tower",
+    "servers_lost", "asked_again",
 )  # fmt: skip
 
 

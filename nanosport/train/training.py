@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from nanosport.cli import Preempted
+from nanosport.engine.sampler import SamplerError
 from nanosport.env.endpoint import EndpointError
 from nanosport.env.judge import Judge
 from nanosport.files import checksum
@@ -251,14 +252,14 @@ class Training:
 
     @contextmanager
     def serving(self, judge: Judge | None):
-        """A block in which a judge is asked. Where it fails the run stops, as after SIGTERM, which
-        ends the block too."""
+        """A block in which a judge is asked, or servers sample. Where they fail the run stops, as
+        after SIGTERM, which ends the judge's block too."""
         self.preemption.service = judge and judge.endpoint
         if self.preemption.asked:
             self.preemption.hear()
         try:
             yield
-        except EndpointError as error:
+        except (EndpointError, SamplerError) as error:
             if not self.preemption.asked:
                 self.failure, self.preemption.asked = str(error), True
 

@@ -8,6 +8,7 @@ rank and micro-batch. A token's scale is then
     constant    1 / (N · L_max)      each token weighs the same, whatever the other episodes are
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -61,3 +62,24 @@ def token_scale(
     if weigh == "token":
         return 1.0 / num_tokens
     return 1.0 / (num_episodes * (length if weigh == "episode" else max_length))
+
+
+LAGGING_CAP = 2.0
+"""What importance weights are cut to where the sampler lags behind, unless a flag says it."""
+BOUNDS = {"token": 2.0, "sequence": 2.0, "geometric": 1.05}
+"""Off by more than this, in either direction, is too far, unless a flag says it."""
+
+
+def near(rule: str, bound: float, log_ratio_M: torch.Tensor, episode_M: torch.Tensor):
+    """Which tokens are near enough to the policy to be learnt from (M, bool).
+
+    log_ratio_M: trainer's minus sampler's log-probability. What must lie within ±log bound is, by
+    the rule, `token` its own log_ratio, `sequence` the sum over its episode, `geometric` the mean.
+    """
+    if rule != "token":
+        sums_N = log_ratio_M.new_zeros(int(episode_M.max()) + 1)
+        sums_2N = torch.stack([sums_N, sums_N])
+        sums_2N.index_add_(1, episode_M, torch.stack([log_ratio_M, torch.ones_like(log_ratio_M)]))
+        scores_N = sums_2N[0] if rule == "sequence" else sums_2N[0] / sums_2N[1].clamp_min(1)
+        log_ratio_M = scores_N[episode_M]
+    return log_ratio_M.abs() <= math.log(bound)

@@ -1,0 +1,185 @@
+"""Who acts beside the model in training, with the flags of how they do: the sampler, which plays;
+the reference, which it must stay close to; the judge, who scores open answers."""
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+from nanosport.engine.players import Room, make_sampler, server_urls
+from nanosport.engine.sampler import Sampling
+from nanosport.engine.servers import Servers
+from nanosport.env.env import Limits
+from nanosport.env.judge import Judge
+from nanosport.env.rollout import rollout
+from nanosport.env.tools import STOPS
+from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost
+from nanosport.model.folder import load_model
+from nanosport.model.frames import FrameEncoder
+from nanosport.records import Episode
+from nanosport.train import dist
+from nanosport.train.config import TrainingConfig
+from nanosport.train.deal import data_order
+from nanosport.train.inputs import Records
+from nanosport.train.metrics import take_work
+from nanosport.train.training import Training
+from nanosport.train.variants import LAGGING_CAP
+
+
+@dataclass(frozen=True)
+class RolloutConfig(TrainingConfig):
+    """The flags of rollouts: who samples, what an episode is given, and what becomes of tokens
+    whose sampler was not quite the policy that learns."""
+
+    num_prompts: Annotated[int, AtLeast(1)] = 32
+    """Questions of a step, over all ranks."""
+    group_size: Annotated[int, AtLeast(2)] = 8
+    """Episodes of each question."""
+    rollout_batch: Annotated[int, AtLeast(1), MAY_CHANGE] = 256
+    """A rank samples so many episodes at a time; it changes memory and time, not what is drawn."""
+    temperature: Annotated[float, Above(0)] = 0.8
+    """Temperature of the sampler, and of the log-probs in the loss."""
+    max_new_tokens: Annotated[int, AtLeast(1)] = 160
+    """One assistant turn is cut after so many tokens."""
+    max_turns: Annotated[int, AtLeast(1)] = 5
+    episode_tokens: Annotated[int, AtLeast(1)] = 16_384
+    """A whole episode, frames included, is ended when it reaches so many tokens."""
+    sampler: Annotated[str, MAY_CHANGE] = "own"
+    """own: this project's. vllm: an engine of vLLM's in each process. Or vLLM servers, also on
+    other nodes: http://HOST:PORT, several with commas between them (docs/vllm.md)."""
+    sampler_wait_s: Annotated[float, Above(0), MAY_CHANGE] = 300.0
+    """A server that has not answered a request for so long is given up, until the next weights."""
+    weights_over: Annotated[Literal["files", "nccl"], MAY_CHANGE] = "files"
+    """How servers get new weights: as files in `out`/sampler, which they must see under the same
+    path, or GPU to GPU."""
+    ahead: Annotated[int, AtLeast(0), AtMost(1), MAY_CHANGE] = 0
+    """1: the next step's episodes are sampled by servers while this step learns, so from weights
+    that are one step older. 0: exact."""
+    rollout_cap: Annotated[float | None, Above(0)] = None
+    """Weigh each token by min(trainer's ÷ sampler's probability, this), for samplers that drift
+    from the trainer. None: do not; with --ahead 1, but for gspo, 2."""
+    rollout_mask: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Leave out tokens where trainer's ÷ sampler's probability is off by more than --rollout-bound:
+    each token's own, or all of an episode's by their product or by its geometric mean. It takes one
+    more forward pass."""
+    rollout_bound: Annotated[float | None, Above(1)] = None
+    """None: 2, and 1.05 for the geometric mean."""
+
+    def check(self) -> None:
+        """Raise ValueError for values that no run can use."""
+        super().check()
+        urls = server_urls(self.sampler)
+        if self.sampler != "own" and not self.frozen:
+            rule = "its frames come from a tower that stays as it is"
+            raise ValueError(
+                f"--sampler {self.sampler}: {rule}: leave --freeze-vision and --freeze-projector on"
+            )
+        if self.ahead and not urls:
+            rule = "learning and sampling at once needs --sampler http://HOST:PORT"
+            raise ValueError(f"--ahead {self.ahead}: {rule}")
+        if urls and 0 < self.stuck_after_s <= self.sampler_wait_s:
+            raise ValueError(
+                f"--sampler-wait-s {self.sampler_wait_s:g}: must be below --stuck-after-s"
+            )
+
+    def cap_of(self, loss: str) -> float | None:
+        """What importance weights are cut to; None where there are none."""
+        lags = self.ahead and loss != "gspo"
+        return LAGGING_CAP if self.rollout_cap is None and lags else self.rollout_cap
+
+
+class Actors:
+    """The sampler with its encoder of frames, the reference, and the judge."""
+
+    def __init__(self, training: Training, judge: Judge | None):
+        cfg, source = training.cfg, training.source
+        self.training, self.judge = training, judge
+        tower = training.computing.visual if cfg.frozen else None  # once in a process
+        loaded = (source, training.device, training.dtype, tower)
+        # who samples needs whole weights: the model itself where it is not sharded, else a copy
+        is_own, is_sharded = cfg.sampler == "own", dist.sharded(training.model)
+        player = load_model(*loaded) if is_own and is_sharded else training.computing
+        self.sampler_is_model = is_own and not is_sharded
+        self.reference = None
+        if cfg.kl > 0:
+            frozen = load_model(*loaded).requires_grad_(False)
+            self.reference = dist.shard(frozen, training.dtype, training.device)
+        self.encoder = FrameEncoder(player, training.image)
+        self.ref_encoder = self.encoder
+        if self.reference is not None and not cfg.frozen:
+            self.ref_encoder = FrameEncoder(self.reference, training.image)
+        sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
+        self.limits = Limits(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens)
+        room = Room(cfg.episode_tokens + cfg.max_new_tokens, cfg.rollout_batch)
+        files = (cfg.out / "sampler").absolute()
+        servers = Servers(files, cfg.sampler_wait_s, cfg.weights_over, training.rank == 0)
+        self.sampler = make_sampler(cfg.sampler, source, player, sampling, room, servers)
+        self.coming: tuple[int, Future] | None = None
+        """The step whose episodes are sampled ahead."""
+        self.publish(training.state["step"])
+
+    def publish(self, version: int) -> None:
+        """Give the policy's weights to the sampler. All ranks must call this. version: the step
+        that they are to play."""
+        if self.coming:
+            with self.training.stage("rollout"):
+                wait([self.coming[1]])
+        with self.training.stage("weights to the sampler"):
+            model = self.training.model
+            theirs = () if self.sampler_is_model else dist.TrainedWeights(model)
+            self.sampler.load_weights(theirs, version)
+            dist.barrier()  # servers have them when rank 0 says so
+            if not self.training.cfg.frozen:
+                self.encoder.forget()
+
+    def rollouts(self, records: Records, step: int) -> tuple[list[Episode], dict[str, float]]:
+        """This rank's episodes of a step, and what its sampler has done for them."""
+        cfg, coming, self.coming = self.training.cfg, self.coming, None
+        if coming and coming[0] == step:
+            episodes = coming[1].result()
+        else:
+            episodes = self.play(records, step)
+        work = take_work(self.sampler.counts, self.encoder.counts)
+        if cfg.ahead and step + 1 < cfg.steps:
+            self._begin(records, step + 1)
+        else:
+            self.sampler.sleep()
+        return episodes, work
+
+    def _begin(self, records: Records, step: int) -> None:
+        """Sample a step's episodes in a thread, with the weights that are there now."""
+        future: Future = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(self.play(records, step))
+            except Exception as error:
+                future.set_exception(error)
+
+        self.coming = step, future
+        threading.Thread(target=run, daemon=True).start()
+
+    def play(self, records: Records, step: int) -> list[Episode]:
+        """Sample this rank's episodes of a step."""
+        cfg, rank = self.training.cfg, self.training.rank
+        picked = self.picked(records, step)
+        mine, first = dist.share(picked, rank), dist.share(range(cfg.num_prompts), rank)[0]
+        size, episodes = max(1, cfg.rollout_batch // cfg.group_size), []
+        for start in range(0, len(mine), size):
+            drawn = (cfg.group_size, (cfg.seed, step), first + start)
+            play = partial(self._play_some, records, drawn)
+            episodes += records.take(mine[start : start + size], play)
+        return episodes
+
+    def _play_some(self, records: Records, drawn: tuple, numbers: list[int]) -> list[Episode]:
+        """The episodes of some questions. drawn: group size, seed and first place, as `rollout`
+        takes them."""
+        questions = [records.rows[number][0] for number in numbers]
+        return rollout(self.sampler, self.encoder, questions, self.limits, *drawn)
+
+    def picked(self, records: Records, step: int) -> Sequence[int]:
+        """The places of a step's questions, of all ranks."""
+        cfg = self.training.cfg
+        return data_order(len(records), cfg.seed, step, cfg.num_prompts)

@@ -1,0 +1,397 @@
+"""vLLM beside our own sampler, token for token: `make test-vllm` runs this in an environment of its
+own. Without vLLM there is nothing to test."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
+
+from data_prep import arena
+from kernels.policy_loss import linear_logprobs
+from nanosport.engine import own
+from nanosport.engine.players import Room, make_sampler
+from nanosport.engine.sampler import Piece, Sampling
+from nanosport.engine.servers import Servers
+from nanosport.engine.vllm import VllmSampler
+from nanosport.env.env import Limits
+from nanosport.env.rollout import rollout
+from nanosport.env.tools import STOPS
+from nanosport.model.folder import ASSETS
+from nanosport.records import read_questions
+from nanosport.train.pack import pack
+from nanosport.video import VideoError
+from tests.helpers.runs import ROOT, assert_same, free_port, log
+from tests.helpers.sampling_server import SamplingServer
+
+MODEL = ASSETS / "nano-deepsport"
+GREEDY, WARM = (Sampling(t, max_new_tokens=160, stops=STOPS) for t in (0.0, 0.8))
+LIMITS, ROOM = Limits(max_tokens=8192), Room(8192 + 160, 64)
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clips")
+    arena.main(arena.Config(out=folder, sft_clips=1, rl_clips=8, test_clips=1, workers=1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """The encoder, and our own sampler, whose model stands for the trainer's."""
+    return own.load_sampler(MODEL, GREEDY)
+
+
+@pytest.fixture(scope="module")
+def theirs(ours) -> VllmSampler:
+    """One engine: a process has no second."""
+    return make_sampler("vllm", MODEL, ours[1].model, GREEDY, ROOM)
+
+
+@pytest.fixture(scope="module")
+def questions(ours, clips):
+    """32 questions that our sampler answers in several turns."""
+    encoder, sampler = ours
+    asked = read_questions(clips / "rl.jsonl")
+    episodes = rollout(sampler, encoder, asked, LIMITS)
+    several = [e.question for e in episodes if len(e.turns) > 1 and len(e.frames) > 8]
+    assert len(several) >= 32
+    return several[:32]
+
+
+def play(sampler, ours, questions, sampling=GREEDY, group_size=1, limits=LIMITS):
+    sampler.sampling = sampling
+    return rollout(sampler, ours[0], questions, limits, group_size)
+
+
+def num_alike(some, others) -> int:
+    return sum(a.ids == b.ids and a.status == b.status for a, b in zip(some, others, strict=True))
+
+
+def gap(some, others) -> float:
+    """The largest difference of two samplers' log-probs of equal episodes."""
+    pairs = [(a.sampled_logp, b.sampled_logp) for a, b in zip(some, others) if a.ids == b.ids]
+    return max(abs(p - q) for a, b in pairs for p, q in zip(a, b, strict=True))
+
+
+def trainer_gap(ours, episodes) -> float:
+    """The largest difference of the sampled log-probs and the trainer's."""
+    encoder, sampler = ours
+    batch = pack(episodes, encoder, sampler.model.cfg)
+    with torch.no_grad():
+        hidden_MD, head_VD = batch.hidden_MD(sampler.model), sampler.model.head_weight_VD
+        logp_M, _ = linear_logprobs(hidden_MD, head_VD, batch.targets_M, 0.8, sampler.banned)
+    return float((logp_M - batch.sampled_logp_M).abs().max())
+
+
+def test_greedy_episodes_are_ours_token_for_token(ours, theirs, questions):
+    wanted, got = (play(sampler, ours, questions) for sampler in (ours[1], theirs))
+    assert num_alike(got, wanted) == 32
+    assert gap(got, wanted) <= 1e-5
+    assert all(len(episode.turns) > 1 for episode in got)
+
+
+@pytest.mark.parametrize("length", [1, 2, 21, 40])
+def test_turns_are_cut_and_end_as_ours(length, ours, theirs, questions):
+    """A turn may end with its last token, before it, or between a stop text and its end."""
+    sampling = replace(GREEDY, max_new_tokens=length)
+    wanted, got = (play(sampler, ours, questions, sampling) for sampler in (ours[1], theirs))
+    assert num_alike(got, wanted) == 32
+
+
+def test_sampled_logprobs_are_the_trainers(ours, theirs, questions):
+    episodes = play(theirs, ours, questions, WARM, group_size=4)
+    assert len({episode.ids for episode in episodes}) > 40  # they are drawn
+    assert trainer_gap(ours, episodes) <= 1e-4
+    again = play(theirs, ours, questions, WARM, group_size=4)
+    assert num_alike(again, episodes) == 128  # by their seeds
+
+
+def test_a_banned_token_is_never_sampled(ours, theirs, questions):
+    said = [i for e in play(theirs, ours, questions, WARM) for i, m in zip(e.ids, e.mask) if m]
+    favourites = {max(set(said), key=said.count), said[0]}
+    banned = torch.tensor(sorted({*theirs.banned.tolist(), *favourites}))
+    strict = VllmSampler(theirs.llm, theirs.tokenizer, theirs.cfg, banned, WARM)
+    episodes = play(strict, ours, questions, replace(WARM, temperature=2.0, max_new_tokens=40))
+    said = {i for e in episodes for i, m in zip(e.ids, e.mask) if m}
+    assert len(said) > 100 and not said & set(banned.tolist())
+
+
+def test_no_picture_can_be_given(ours, theirs, questions):
+    """Placeholders that are expanded, with a picture beside them, are what vLLM would take without
+    an error: this engine has no tower, and no room for a picture."""
+    from PIL import Image
+    from vllm.exceptions import VLLMValidationError
+
+    picture, cfg = Image.new("RGB", (320, 180)), ours[1].model.cfg
+    ids = [900, *[cfg.image_token_id] * 15, 901]
+    with pytest.raises(VLLMValidationError, match="At most 0 image"):
+        theirs.llm.generate({"prompt_token_ids": ids, "multi_modal_data": {"image": [picture]}})
+    assert theirs.llm.apply_model(
+        lambda model: [n for n, _ in model.named_parameters() if "visual" in n]
+    ) == [[]]
+    piece = Piece(ids, [(1, 6, 10)])  # without features
+    with pytest.raises(ValueError, match="15 placeholders for 0 rows"):
+        theirs.open(piece, [np.random.default_rng(0)])
+
+
+def test_what_is_closed_leaves_no_request(ours, theirs, questions):
+    def features(names):
+        raise VideoError("the disk is gone")
+
+    gone = SimpleNamespace(features=features)
+
+    numbers = theirs.open(Piece([900, 901]), [np.random.default_rng(k) for k in range(3)])
+    with pytest.raises(VideoError):
+        theirs.say(numbers[0], Piece([theirs.cfg.image_token_id] * 15, [(1, 6, 10)], [0], gone))
+    for number in numbers:
+        theirs.close(number)
+    assert not theirs.asked and not list(theirs.turns())
+    assert not theirs.llm.llm_engine.has_unfinished_requests()
+
+
+def test_new_weights_are_taken_in_place_and_not_before(ours, theirs, questions):
+    model = ours[1].model
+    kept = {name: weight.clone() for name, weight in model.state_dict().items()}
+    before = play(ours[1], ours, questions)
+    torch.manual_seed(0)
+    with torch.no_grad():  # as if trained
+        for name, weight in model.named_parameters():
+            if not name.startswith("visual."):
+                weight.add_(0.07 * weight.abs().mean() * torch.randn_like(weight))
+    try:
+        wanted = play(ours[1], ours, questions)
+        assert num_alike(before, wanted) < 32
+        assert sum(len(episode.turns) > 1 for episode in wanted) > 16
+        assert num_alike(play(theirs, ours, questions), wanted) < 32  # it was not told
+        stale = play(theirs, ours, questions, WARM)
+        assert trainer_gap(ours, stale) > 1e-3
+        trained = {n: w for n, w in model.named_parameters() if not n.startswith("visual.")}
+        theirs.load_weights(trained.items(), 4)
+        got = play(theirs, ours, questions)
+        assert num_alike(got, wanted) == 32 and gap(got, wanted) <= 1e-5
+        assert {turn.version for episode in got for turn in episode.turns} == {4}
+        assert trainer_gap(ours, play(theirs, ours, questions, WARM)) <= 1e-4
+    finally:
+        model.load_state_dict(kept)
+        theirs.load_weights(kept.items(), 0)
+
+
+def test_weights_go_over_nccl_as_vllm_has_it(ours, theirs, tmp_path, monkeypatch):
+    """With vLLM's own classes, up to the communicator: what the server is told, and that it is told
+    what is then sent; each rank goes through the weights once a server, there or not."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    sent, gone_through = [], []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: info)
+
+    def broadcast(iterator, group, **_):
+        sent.append((group.world_size, [name for name, _ in iterator]))
+
+    monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", broadcast)
+
+    class Weights:
+        named = [("a", torch.zeros(2, 3)), ("b", torch.ones(4))]
+
+        def __iter__(self):
+            gone_through.append(1)
+            return iter(self.named)
+
+    with SamplingServer(theirs.tokenizer) as server:
+        urls = [server.url, f"http://127.0.0.1:{free_port()}"]
+        how = Servers(tmp_path, 20.0, "nccl", True)
+        sampler = make_sampler(",".join(urls), MODEL, ours[1].model, GREEDY, ROOM, how)
+        for version in (1, 2):
+            sampler.load_weights(Weights(), version)
+        assert sent == [(2, ["a", "b"])] * 2 and len(gone_through) == 4
+        assert server.calls[:4] == [
+            "/pause",
+            "/init_weight_transfer_engine",
+            "/start_weight_update",
+            "/update_weights",
+        ]
+        (told,) = {json.dumps(body["update_info"]) for body in server.told if "update_info" in body}
+        assert json.loads(told) == {
+            "names": ["a", "b"],
+            "dtype_names": ["float32"] * 2,
+            "shapes": [[2, 3], [4]],
+        }
+        (init,) = [body["init_info"] for body in server.told if "init_info" in body]
+        assert init["master_address"] == "127.0.0.1" and init["world_size"] == 2
+        assert init["rank_offset"] == 1 and server.version == "2"
+        other = make_sampler(
+            ",".join(urls), MODEL, ours[1].model, GREEDY, ROOM, replace(how, pushes=False)
+        )
+        other.load_weights(Weights(), 3)
+        assert len(gone_through) == 6 and server.version == "2"
+
+
+# The commands, each in a process of its own.
+
+
+def command(*words, ranks: int = 1) -> str:
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    line = [sys.executable, *(several if ranks > 1 else []), *map(str, words)]
+    done = subprocess.run(
+        line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rl_flags(clips, out) -> list:
+    return [
+        *("--model", ASSETS / "nano-sft", "--data", clips / "rl.jsonl", "--out", out),
+        *("--sampler", "vllm", "--num-prompts", 4, "--group-size", 4, "--episode-tokens", 8192),
+        *("--steps", 3, "--warmup", 1, "--min-tool-rate", 0, "--save-every", 2),
+        *("--max-logprob-gap", 1e-5),
+    ]  # fmt: skip
+
+
+def test_rl_learns_and_goes_on_exactly(clips, tmp_path):
+    out = tmp_path / "run"
+    command("rl.py", *rl_flags(clips, out))
+    rows = log(out)
+    assert len(rows) == 3 and all(row["grad_norm"] > 0 and row["staleness"] == 0 for row in rows)
+    (out / "checkpoints" / "step_000003").rename(tmp_path / "aside")
+    command("rl.py", *rl_flags(clips, out), "--resume")
+    assert_same(log(out), rows)
+
+
+def test_two_ranks_have_an_engine_each(clips, tmp_path):
+    command("rl.py", *rl_flags(clips, tmp_path / "run"), ranks=2)
+    rows = log(tmp_path / "run")
+    assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+
+
+def test_two_ranks_share_servers(clips, theirs, tmp_path):
+    """Rank 0 brings the weights; the scripted servers are asked by both ranks, with real frames."""
+    with SamplingServer(theirs.tokenizer) as a, SamplingServer(theirs.tokenizer) as b:
+        b.wrong = lambda number: "old" if number == 9 else None
+        servers = ["--sampler", f"{a.url},{b.url}", "--max-logprob-gap", 100, "--ahead", 1]
+        command("rl.py", *rl_flags(clips, tmp_path / "run"), *servers, ranks=2)
+        assert a.calls.count("/collective_rpc") == b.calls.count("/collective_rpc") == 4
+        assert a.version == b.version == "3"
+        assert len(a.asked) + len(b.asked) >= 3 * 16 * 4
+    assert [row["staleness"] for row in log(tmp_path / "run")] == [0, 1, 1]
+
+
+def test_infer_eval_and_distillation_take_it_too(clips, tmp_path):
+    """Greedy answers are those of our own sampler."""
+    question = read_questions(clips / "test.jsonl")[0]
+    ask = ["infer.py", question.video, question.question, "--json", "--episode-tokens", 8192]
+    mine, its = (json.loads(command(*ask, "--sampler", name)) for name in ("own", "vllm"))
+    assert its["turns"] == mine["turns"]
+    data = ["--data", clips / "test.jsonl", "--limit", 3, "--episode-tokens", 8192]
+    greedy = ["--temperature", 0, "--top-p", 1, "--modes", "tool"]
+    for name in ("own", "vllm"):
+        out = ["--out", tmp_path / f"{name}.json", "--sampler", name]
+        command("eval.py", *data, *greedy, *out)
+    rows = [json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("own", "vllm")]
+    mine, its = (row["nano-deepsport"]["episodes"] for row in rows)
+    assert its == mine and len(its) == 3
+    few = tmp_path / "few.jsonl"
+    lines = (clips / "rl.jsonl").read_text().splitlines()[:2]
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        record["video"] = str(clips / record["video"])
+    few.write_text("".join(json.dumps(record) + "\n" for record in records))
+    out = ["--out", tmp_path / "taught.jsonl", "--sampler", "vllm", "--max-new-tokens", 160]
+    command("-m", "data_prep.distill", few, "--teacher", MODEL, *out)
+    assert (tmp_path / "taught.jsonl").read_text()
+
+
+# Servers: vLLM's own, on loopback.
+
+
+class Server:
+    def __init__(self, port: int, printed: Path):
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        flags = ["--port", str(port), "--max-tokens", str(ROOM.tokens), "--rows", "64"]
+        line = [sys.executable, "-m", "nanosport.engine.serve", str(MODEL), *flags]
+        self.printed = open(printed, "w")
+        told = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True}
+        self.process = subprocess.Popen(line, **told, stdout=self.printed, stderr=self.printed)
+
+    def wait(self) -> "Server":
+        for _ in range(400):
+            assert self.process.poll() is None, Path(self.printed.name).read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=1)
+                return self
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError("the server does not come up")
+
+    def signal(self, number: int) -> None:
+        """Send a signal to all its processes."""
+        os.killpg(self.process.pid, number)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+        self.process.wait(30)
+        self.printed.close()
+
+
+def test_servers_play_as_ours_through_death_and_stall(ours, questions, tmp_path, capfd):
+    ports, running = (free_port(), free_port()), []
+    try:
+        for k, port in enumerate(ports):
+            running.append(Server(port, tmp_path / f"{k}.log"))
+        first, second = (server.wait() for server in running)
+        how = Servers(tmp_path / "weights", 30.0, "files", True)
+        urls = f"{first.url},{second.url}"
+        sampler = make_sampler(urls, MODEL, ours[1].model, GREEDY, ROOM, how)
+        weights = [p for p in ours[1].model.named_parameters() if not p[0].startswith("visual.")]
+        sampler.load_weights(weights, 1)
+        wanted = play(ours[1], ours, questions)
+        got = play(sampler, ours, questions)
+        assert num_alike(got, wanted) == 32 and gap(got, wanted) <= 1e-5
+        assert trainer_gap(ours, play(sampler, ours, questions, WARM)) <= 1e-4
+        assert sampler.counts["servers_lost"] == 0
+
+        # killed in mid-step
+        killer = threading.Timer(0.5, first.signal, [signal.SIGKILL])
+        killer.start()
+        assert num_alike(play(sampler, ours, questions), wanted) == 32
+        killer.join()
+        sampler.sampling = WARM
+        assert num_alike(play(sampler, ours, questions), wanted) == 32
+        assert f"{first.url}: " in capfd.readouterr().err and sampler.counts["servers_lost"] == 1
+
+        # started anew: it has the weights of its folder, and says so
+        first.stop()
+        running.append(Server(ports[0], tmp_path / "anew.log"))
+        running[-1].wait()
+        sampler.servers[0].down = ""  # as a rank that does not know
+        assert num_alike(play(sampler, ours, questions), wanted) == 32
+        assert "has the weights of step default, not of 1" in capfd.readouterr().err
+        sampler.load_weights(weights, 2)
+        assert f"{first.url}: is back" in capfd.readouterr().err
+
+        # stalled
+        for server in sampler.servers:
+            server.wait_s = 5.0
+        second.signal(signal.SIGSTOP)
+        got = play(sampler, ours, questions)
+        second.signal(signal.SIGCONT)
+        assert num_alike(got, wanted) == 32
+        assert {turn.version for episode in got for turn in episode.turns} == {2}
+        assert f"{second.url}: no answer for 5 s" in capfd.readouterr().err
+    finally:
+        for server in running:
+            server.stop()
