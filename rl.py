@@ -320,15 +320,15 @@ def main(cfg: Config) -> None:
 
         updates, means = [], TokenMeans()
         for part in parts:
-            loss_sum = 0.0
+            losses = []
             for micro in part.micro_batches:
                 with training.stage("train"):
                     loss, token_stats = policy_loss(training, actors, micro)
                     loss.backward()
                     if micro.counts:
-                        loss_sum += loss.item()
+                        losses.append(loss.detach())
                         means.add(token_stats, micro.batch, micro.tokens)
-            updates.append(training.update(step, loss_sum, part.episodes))
+            updates.append(training.update(step, losses, part.episodes))
         actors.publish(step + 1)
 
         balance = sum(part.balance for part in parts) / len(parts)

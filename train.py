@@ -93,14 +93,14 @@ def main(cfg: Config) -> None:
         episodes, homes, replaced = collect(training, trajectories, step)
         micro_batches, balance = training.deal(episodes, 1, homes)
         num_tokens = sum(sum(episode.mask) for episode in episodes)
-        loss_sum = 0.0
+        losses = []
         for numbers, counts in micro_batches:
             with training.stage("train"):
                 chosen = [episodes[number] for number in numbers]
                 loss = sft_loss(training, chosen, counts / num_tokens)
                 loss.backward()
-                loss_sum += loss.item()
-        update = training.update(step, loss_sum, episodes)
+                losses.append(loss.detach())
+        update = training.update(step, losses, episodes)
 
         row = {"step": step, "loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr}
         row |= {"tokens": num_tokens, "skipped": int(update.skipped), "balance": balance}

@@ -177,7 +177,7 @@ def advantages_of(episodes: Sequence[Episode], run: rl.Config) -> torch.Tensor:
 
 def take_step(training: Training, actors, episodes: Sequence[Episode]) -> float:
     """One step of train.py or, with actors, of rl.py on given episodes; returns its loss."""
-    homes, loss_sum = [0] * len(episodes), 0.0
+    homes, losses = [0] * len(episodes), []
     if actors is None:
         micro_batches, _ = training.deal(episodes, 1, homes)
         num_tokens = sum(sum(episode.mask) for episode in episodes)
@@ -196,6 +196,6 @@ def take_step(training: Training, actors, episodes: Sequence[Episode]) -> float:
             else:
                 loss, _ = rl.policy_loss(training, actors, micro)
             loss.backward()
-            loss_sum += loss.item()
-    training.update(0, loss_sum, episodes)
-    return loss_sum
+            losses.append(loss.detach())
+    training.update(0, losses, episodes)
+    return sum(loss.item() for loss in losses)

@@ -42,7 +42,7 @@ class TokenMeans:
     )  # fmt: skip
 
     def __init__(self):
-        self.sums = dict.fromkeys(self.NAMES, 0.0)
+        self.sums: list[torch.Tensor] = []
 
     def add(self, stats: PolicyStats, batch: Batch, tokens: TokenInputs) -> None:
         """Add a micro-batch. No old_logp_M: `stats` has the policy before its update."""
@@ -50,13 +50,15 @@ class TokenMeans:
         logp_M = stats.logp_M if tokens.old_logp_M is None else tokens.old_logp_M
         gap_M = (logp_M - batch.sampled_logp_M).abs()
         values = (stats.kl_M, stats.entropy_M, stats.clipped_M, tokens.scale_M == 0)
-        values += (gap_M[~after_image_M], gap_M[after_image_M])
-        for name, values_M in zip(self.NAMES, (*values, torch.ones_like(gap_M), after_image_M)):
-            self.sums[name] += values_M.sum().item()
+        # not gap_M[after_image_M]: a GPU would be waited for, to know how many they are
+        values += tuple(gap_M.where(rows_M, 0.0) for rows_M in (~after_image_M, after_image_M))
+        values += (torch.ones_like(gap_M), after_image_M)
+        self.sums.append(torch.stack([values_M.sum().double() for values_M in values]))
 
     def over_ranks(self, device) -> dict[str, float]:
         """The means, by their names in the log. All ranks must call this."""
-        sums = dict(zip(self.NAMES, dist.total(list(self.sums.values()), device)))
+        zeros = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        sums = dict(zip(self.NAMES, dist.total(sum(self.sums, zeros).tolist(), device)))
         tokens, image_tokens = sums["tokens"], sums["image_tokens"]
         return {
             "kl": sums["kl"] / tokens,

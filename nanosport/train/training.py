@@ -211,15 +211,18 @@ class Training:
         reserved = recompute.reserve(self.model.cfg, num_tokens)
         return recompute.free_bytes(self.device) - to_come - reserved
 
-    def update(self, step: int, loss_sum: float, episodes: Sequence[Episode]) -> Update:
+    def update(
+        self, step: int, losses: Sequence[torch.Tensor], episodes: Sequence[Episode]
+    ) -> Update:
         """Clip the gradients, and take an optimizer step unless loss or gradient is non-finite.
 
-        loss_sum: this rank's part of the loss. episodes: those of all ranks, for the report of a
+        losses: of this rank's micro-batches, whose sum is its part of the loss; a GPU is first
+        waited for here. episodes: those of all ranks, for the report of a
         batch that broke the step.
         """
         cfg = self.cfg
         with self.stage("update"):
-            (loss,) = dist.total([loss_sum], self.device)
+            (loss,) = dist.total([sum(loss.item() for loss in losses)], self.device)
             grad_norm = optim.clip(self.model, cfg.max_grad_norm)
             lr = optim.set_lr(self.optimizer, step, cfg.lr, cfg.warmup, cfg.steps)
             skipped = self.skips.bad(step, loss, grad_norm, episodes)
