@@ -224,6 +224,14 @@ def test_the_papers_recipe_fits_one_node_and_not_one_gpu():
     assert report(Config("7b", gpus=int(one["advice"].split()[1])))["fits"]
 
 
+def test_rl_with_many_calls_fits_one_node():
+    """2.5 calls an episode: the cache grows with every turn, in pages."""
+    many = report(Config("7b", gpus=8, gpu_memory=80, calls=2.5, recompute="all"))
+    assert many["fits"] and max(many["RL"]["total"].values()) < 70 * GIB
+    usual = report(Config("7b", gpus=8, gpu_memory=80, recompute="all"))
+    assert many["RL"]["total"]["rollout"] > usual["RL"]["total"]["rollout"]
+
+
 def test_a_card_of_80_gb_has_79_gib():
     """What an H100 80GB reports."""
     assert 79.0 < plan.USABLE * 80 < 79.2
