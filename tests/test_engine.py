@@ -237,7 +237,8 @@ def test_no_page_is_lost_where_a_video_is(like_gpu, model, tokenizer, no_graphs)
 def test_frames_of_all_that_is_read_together_are_asked_for_together(
     like_gpu, model, tokenizer, no_graphs, monkeypatch
 ):
-    """Also where a pack's end cuts through a frame; and expected once for a group."""
+    """Also where a pack's end cuts through a frame; a group's are expected once, and its positions
+    computed once."""
     said = []
     for budget in (8192, 22):
         monkeypatch.setattr(own, "PACK_TOKENS", budget)
@@ -250,6 +251,7 @@ def test_frames_of_all_that_is_read_together_are_asked_for_together(
             prompt = Piece(ids, [(1, 4, 6)] * 2, frames, shown)
             sampler.open(prompt, [np.random.default_rng(m) for m in range(3)])
         assert shown.expected == [[0, 1], [2, 3], [4, 5]]
+        assert len({id(row.positions_3T) for row in sampler.rows.values()}) == 3
         said.append(sorted(sampler.turns()))
         for number in list(sampler.rows):
             sampler.close(number)

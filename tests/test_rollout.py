@@ -343,8 +343,8 @@ def test_a_groups_prompt_is_read_once(model, tokenizer, encoder, questions):
         episodes = rollout(sampler, encoder, questions[:2], Limits(max_turns=1), 4)
     finally:
         del encoder.features
-    (names,) = asked  # those of both prompts, together
-    assert len(names) == len(set(names)) == 16
+    (names,) = asked  # those of both prompts together, of one clip
+    assert len(names) == 16 and len(set(names)) == 8
     prompts = [episode.ids[: episode.mask.index(1)] for episode in episodes[::4]]
     assert sampler.counts["tokens_read"] == sum(map(len, prompts)) - 2  # each but its last token
 

@@ -188,8 +188,8 @@ def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.
 
 @lru_cache
 def encode_bytes(cfg: VisionConfig, lengths: Lengths) -> float:
-    """What the tower holds at its peak, besides its weights, where it encodes as many
-    frames as go through it together."""
+    """What the tower holds at its peak, besides its weights, for all frames that it takes at
+    once."""
     cfg = replace(cfg, depth=2, fullatt_block_indexes=(1,))  # one block's room is the next one's
     with torch.device("meta"):
         tower = VisionTower(cfg).to(torch.bfloat16)

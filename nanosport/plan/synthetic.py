@@ -3,7 +3,6 @@ without a folder, videos or a sampler: what the planner counts and the benchmark
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import isqrt
 from types import SimpleNamespace
 
@@ -96,11 +95,11 @@ class Texts:
 
     def piece(self, num_frames: int, num_text: int) -> Piece:
         """Frames and text as a sampler is given them."""
-        shape = (num_frames * self.lengths.frame_tokens, self.cfg.hidden_size)
-        features = partial(torch.empty, shape, dtype=torch.bfloat16)
-        encoder = SimpleNamespace(expect=lambda names: None, features=lambda names: features())
-        ids, names = self.frames(num_frames) + self.text(num_text), range(num_frames)
-        return Piece(ids, [self.grid] * num_frames, names, encoder)
+        shape = num_frames * self.lengths.frame_tokens, self.cfg.hidden_size
+        encoder = SimpleNamespace(expect=lambda names: None)
+        encoder.features = lambda names: torch.empty(shape, dtype=torch.bfloat16)
+        ids = self.frames(num_frames) + self.text(num_text)
+        return Piece(ids, [self.grid] * num_frames, range(num_frames), encoder)
 
 
 def make_episodes(
