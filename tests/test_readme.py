@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval as evaluation
 import infer
@@ -96,7 +97,7 @@ def test_every_metric_is_explained_and_no_other():
         (1,), (1,), (0.0,), (3,), (Turn("a", "answer", tokens=(0, 1)),), "answered", "a",
     )  # fmt: skip
     means = TokenMeans()
-    means.sums |= dict.fromkeys(means.NAMES, 1.0)
+    means.sums.append(torch.ones(len(means.NAMES)))
     stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)], 0)
     row = log_row(0, stats, means.over_ranks("cpu"), [Update(1.0, 1.0, 0.1, False)], 1.0)
     row |= take_work(Counter(pages=3))

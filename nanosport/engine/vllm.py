@@ -156,7 +156,7 @@ def engine_flags(dtype: str, max_tokens: int, max_rows: int) -> dict:
     }
     if not torch.cuda.is_available():
         # "CPU Generator does not use offset": a seed, and a prompt read in several parts
-        flags |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 2 * max_tokens}
+        flags |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max_tokens}
         flags |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
     return flags
 
