@@ -54,7 +54,11 @@ class Judge:
     def answer(self, answer: str | None, question: Question) -> float:
         """The score of an answer. Only open ones go to the model: a letter, a number or a span has
         one meaning."""
-        if question.kind != "open" or answer is None or exact(answer, question.answer):
+        if (
+            question.kind != "open"
+            or answer is None
+            or any(exact(answer, truth) for truth in question.answers)
+        ):
             return accuracy(answer, question)
         return self._grade(ANSWER_RUBRIC, question, f"Answer: {answer}")
 
@@ -93,7 +97,8 @@ class Judge:
         return self._grade(REASONING_RUBRIC, question, said)
 
     def _grade(self, rubric: str, question: Question, said: str) -> float:
-        asked = f"Question: {question.question}\n\nReference: {question.answer}\n\n{said}"
+        reference = ", or: ".join(question.answers)
+        asked = f"Question: {question.question}\n\nReference: {reference}\n\n{said}"
         messages = [{"role": "system", "content": rubric}, {"role": "user", "content": asked}]
         tries = [{"temperature": t, "max_tokens": 1000} for t in TEMPERATURES]
         for sample, options in enumerate(tries):
