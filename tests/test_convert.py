@@ -171,7 +171,8 @@ def test_options_keep_their_meaning_in_any_order():
         "a label comes before a text"
     )
     assert len({template(0, str(n), ("a", "b", "c")) for n in range(30)}) == 3
-    for wrong in ([], ["R"], ["w", "w"], ["A and B"], ["both A, or C"]):
+    assert set(shuffle_options(0, "x", "r", ["w", "W ", "v"])[0]) == {"r", "w", "v"}
+    for wrong in ([], ["R"], ["w", "r "], ["A and B"], ["both A, or C"]):
         with pytest.raises(ValueError):
             shuffle_options(0, "x", "r", wrong)
 

@@ -52,7 +52,8 @@ def by_id(questions: list[Question]) -> dict[str, Question]:
 def soccerbench(root: Path) -> None:
     clip = f"materials/q10/SoccerNet-v2/england_epl_2014-2015/{MATCH}/1_05_32.mp4"
     other = f"materials/q12/SoccerReplay-1988/italy_serie-a_2020-2021/{LATER_MATCH}/2_19_01.mp4"
-    touch(root, clip, other, "materials/q14/MVFouls/test/action_1/clip_0.mp4")
+    foul = "materials/q14/MVFouls/test/action_1/clip_0.mp4"
+    touch(root, clip, other, foul, "materials/q14/somewhere/clip_0.mp4")
     four = {"O1": "Corner", "O2": "Goal", "O3": "Foul", "O4": "Offside"}
     entries = [
         {"Q": "Which event is shown?", "materials": [clip], "openA": "A goal.", "closeA": "O2", **four},
@@ -64,11 +65,12 @@ def soccerbench(root: Path) -> None:
         {"Q": "No video?", "materials": None, "openA": "", "closeA": "O1", **four},
         {"Q": "Which of these is the replay?", "materials": [clip, other], "openA": "", "closeA": "O1", **four},
         {"Q": "Out?", "materials": ["../../etc/passwd"], "openA": "", "closeA": "O1", **four},
-        {"Q": "Whose match?", "materials": ["materials/q14/MVFouls/test/action_1/clip_0.mp4"], "closeA": "O1", **four},
+        {"Q": "Whose match?", "materials": ["materials/q14/somewhere/clip_0.mp4"], "closeA": "O1", **four},
         "not an object",
     ]
     put(root, "qa/q10.json", entries)
     put(root, "qa/q12.json", [{"Q": "Who scores?", "materials": [other], "openA": "x", "closeA": "O1", **four}])
+    put(root, "qa/q14.json", [{"Q": "Is it a foul?", "materials": [foul], "openA": "x", "closeA": "O3", **four}])
     put(root, "qa/q2.json", [{"Q": "Not about a video", "materials": None, "closeA": "O3", **four}])
 
 
