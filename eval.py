@@ -34,7 +34,7 @@ from nanosport.env.judge import Judge, agreement, judge_of
 from nanosport.env.played import Played
 from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.rollout import rollout
-from nanosport.env.scoring import accuracy
+from nanosport.env.scoring import accuracy, temporal_iou
 from nanosport.env.tools import STOPS
 from nanosport.fields import Above, AtLeast, AtMost, Share
 from nanosport.files import ASSETS, own_name, provenance, write_atomically
@@ -91,11 +91,23 @@ class Config:
     seed: Annotated[int, AtLeast(0)] = 0
 
 
+def looks(episode: Episode) -> list[tuple[int, int]]:
+    """The windows that were asked for and shown."""
+    return [turn.window for turn in episode.turns if turn.action == "tool" and turn.frames]
+
+
 def contained(episode: Episode) -> bool:
     """Whether one requested window held the whole event."""
     first, last = episode.question.window
-    looks = [turn.window for turn in episode.turns if turn.action == "tool" and turn.frames]
-    return any(start <= first and last <= end for start, end in looks)
+    return any(start <= first and last <= end for start, end in looks(episode))
+
+
+def overlap(episode: Episode) -> float:
+    """Intersection over union, in frames, of the event and the window that fits it best; 0 where
+    none was asked for."""
+    first, last = episode.question.window
+    event = (first, last + 1)
+    return max((temporal_iou((a, b + 1), event) for a, b in looks(episode)), default=0.0)
 
 
 def mean_percent(values: Iterable[float]) -> float | None:
@@ -110,7 +122,8 @@ def figures(episodes: list[Episode], scores: list[float]) -> dict:
     questions = [episode.question for episode in episodes]
     used = [used_tool(episode) for episode in episodes]
     needs = [question.needs_tool for question in questions]
-    placed = [e for e, needed in zip(episodes, needs) if needed and e.question.window]
+    # where nobody knows whether a look is needed, a known event is to be looked at all the same
+    placed = [e for e, n in zip(episodes, needs) if n is not False and e.question.window]
 
     def where(values: list, keys: Iterable, key) -> float | None:
         return mean_percent(value for value, its_key in zip(values, keys) if its_key == key)
@@ -127,6 +140,7 @@ def figures(episodes: list[Episode], scores: list[float]) -> dict:
         "tool_rate_needed": where(used, needs, True),
         "tool_rate_not_needed": where(used, needs, False),
         "window_hit_rate": mean_percent(contained(e) for e in placed),
+        "window_iou": mean_percent(overlap(e) for e in placed),
         "format_rate": mean_percent(format_valid(e) for e in episodes),
         "status": dict(Counter(e.status for e in episodes)),
         "questions": len(episodes),

@@ -430,7 +430,7 @@ def choose(
     """shuffle_options for options by label, where `answer` is a label or, as some sources have it,
     the text of an option."""
     right = [label for label in options if label.casefold() == answer.casefold()]
-    right = right or [label for label, text in options.items() if _slug(text) == _slug(answer)]
+    right = right or [label for label, text in options.items() if slug(text) == slug(answer)]
     if len(right) != 1:
         raise ValueError(
             f"answer {brief(answer)}: must be one of {', '.join(options)}, or the text of one"
@@ -453,7 +453,7 @@ def match_group(path: str) -> str | None:
     for k, part in enumerate(parts[:-1]):
         if season := re.fullmatch(r"(?:(.+)_)?(\d{4}-\d{4})", part):
             league = season[1] or (parts[k - 1] if k else "")
-            return "/".join(["soccer", _slug(f"{league} {season[2]}"), _slug(parts[k + 1])])
+            return "/".join(["soccer", slug(f"{league} {season[2]}"), slug(parts[k + 1])])
     return None
 
 
@@ -496,5 +496,6 @@ def frames_span(video: Path, first: int, last: int) -> tuple[float, float]:
     return float(times[first]), float(times[last])
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """The words of a text in small letters, with single hyphens between."""
     return re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")
