@@ -81,6 +81,8 @@ def table(rows: dict[str, dict]) -> str:
         "window_hit_rate": "window hit",
         "window_iou": "window IoU",
     }
+    if any("ungraded" in row for row in rows.values()):
+        titles["ungraded"] = "ungraded"
     cells = {
         name: ["–" if row.get(key) is None else f"{row[key]:.1f}" for key in titles]
         for name, row in rows.items()

@@ -11,9 +11,16 @@ import pytest
 import torch
 
 from data_prep import arena
-from nanosport.env.reward import format_valid, gated_reward
+from nanosport.env.reward import (
+    Reward,
+    flat_groups,
+    format_valid,
+    gated_reward,
+    reward_function,
+)
 from nanosport.env.scoring import accuracy
 from nanosport.records import Episode, Question, Turn, parse_question
+from nanosport.train.rollouts import Rollouts
 from nanosport.train.variants import VARIANTS, group_advantages, token_scale
 
 CHOICE = Question("q", "v", "soccer", "recognition", "How?", ("a header", "volley", "tap-in"), "B")
@@ -590,6 +597,106 @@ def test_token_scales():
     ) == pytest.approx(64 / 256)
 
 
+@pytest.mark.parametrize(
+    "rate, kind",
+    [(1.0, "direct"), (0.75, "direct"), (0.5, "adaptive"), (0.25, "active"), (0.0, "active")],
+)
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("turns", [(SAY,), (LOOK, SAY)], ids=["without", "with"])
+def test_videobrains_table(rate, kind, right, turns):
+    """Every cell of the published table, and the zeros beside it."""
+    bonus = {
+        ("direct", True, True): 0.0, ("direct", True, False): 0.5, ("direct", False, True): 0.0,
+        ("adaptive", True, True): 0.5, ("adaptive", True, False): 0.5, ("adaptive", False, True): 0.0,
+        ("active", True, True): 0.5, ("active", True, False): 0.0, ("active", False, True): 0.2,
+    }.get((kind, right, len(turns) == 2), 0.0)  # fmt: skip
+    question = replace(OPEN, pass_rate=rate)
+    made = episode("red 7 volley" if right else "blue 3", *turns, question=question)
+    reward = gated_reward(made, "videobrain")
+    assert reward.total == pytest.approx(0.05 + right + bonus) and reward.tool == bonus
+    # half right, as a judge may say, is right; a broken format earns nothing
+    assert gated_reward(made, "videobrain", 0.5).total == pytest.approx(
+        gated_reward(made, "videobrain", 1.0).total
+    )
+    spoilt = episode("red 7 volley", BAD, *turns, question=question)
+    assert gated_reward(spoilt, "videobrain").total == 0.0
+
+
+def test_videobrain_pays_no_look_that_shows_nothing_new():
+    question = replace(OPEN, pass_rate=0.0)
+    again = episode("red 7 volley", look(0, 40, 80), SAY, question=question)
+    assert gated_reward(again, "videobrain").total == pytest.approx(1.05)
+    other = replace(OPEN, pass_rate=0.5)  # it has used the tool all the same
+    again = episode("red 7 volley", look(0, 40, 80), SAY, question=other)
+    assert gated_reward(again, "videobrain").total == pytest.approx(1.05)
+
+
+def test_ablations():
+    right, wrong = (episode(said, LOOK, SAY) for said in ("red 7 volley", "blue 3"))
+    spoilt, blind = episode("red 7 volley", BAD, SAY), episode("red 7 volley", SAY)
+    made = (right, wrong, spoilt, blind)
+    assert [gated_reward(e, "accuracy").total for e in made] == [1.0, 0.0, 1.0, 1.0]
+    assert [gated_reward(e, "ungated").total for e in made] == [1.5, 0.5, -0.05, 1.0]
+    nothing = episode("red 7 volley", look(0, 40, 80), SAY)
+    assert gated_reward(nothing, "ungated").total == 1.0
+
+
+def test_a_reward_of_ones_own(tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text(
+        "BONUS = 0.1\n\ndef short(episode, accuracy):\n    return accuracy - BONUS * len(episode.turns)\n\n"
+        "def one(episode):\n    return 1\n\ndef bad(episode):\n    x = 1\n    return episode.nothing\n\n"
+        "def nan(episode):\n    return float('nan')\n\ndef text(episode):\n    return 'high'\n"
+    )
+    made = episode("red 7 volley", LOOK, SAY)
+    score = reward_function(f"{path}:short")
+    assert score(made, None).total == pytest.approx(0.8) and score(
+        made, 0.5
+    ).total == pytest.approx(0.3)
+    assert (score(made, 0.5).accuracy, score(made, None).new_frames) == (0.5, 2)
+    assert reward_function(f"{path}:one")(made, None).total == 1.0
+    for name, why in {
+        "bad": "question 'q': AttributeError: 'Episode' object has no attribute 'nothing', line 11",
+        "nan": "returned nan; it must be a finite number",
+        "text": "returned 'high'; it must be a finite number",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(why)) as caught:
+            reward_function(f"{path}:{name}")(made, None)
+        assert str(caught.value).startswith(f"--reward {path}:{name}, episode of ")
+    path.write_text("import math\n\nx = 1 / 0\n")
+    for name, why in {
+        f"{path}:score": "ZeroDivisionError: division by zero, line 3",
+        f"{tmp_path}/gone.py:score": "FileNotFoundError",
+        "v3": "must be one of v1, v2, videobrain, accuracy, ungated, or FILE.py:FUNCTION",
+        "my_reward:score": "or FILE.py:FUNCTION",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(why)):
+            reward_function(name)
+    path.write_text("other = 1\n")
+    for name in ("score", "other"):
+        with pytest.raises(ValueError, match="--reward .*(KeyError: 'score'|TypeError)"):
+            reward_function(f"{path}:{name}")
+
+
+def test_flat_groups():
+    rewards = [Reward(total, 0, 0, 1, 0, 0) for total in (1, 1, 1, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3)]
+    assert flat_groups(rewards, 3) == [0, 2] and flat_groups([], 3) == []
+
+
+def test_groups_without_variance_are_refilled():
+    def some(totals, name):
+        made = [replace(episode("x", SAY), answer=f"{name}{k}") for k in range(len(totals))]
+        rewards = [Reward(total, 0, 0, 1, 0, 0) for total in totals]
+        return Rollouts(made, rewards, [0] * len(totals), 1, {"tokens_read": 5})
+
+    first, more = some([1, 1, 0, 1, 2, 2, 3, 3], "a"), some([0, 0, 1, 0, 5, 5], "b")
+    found = first.refilled([0, 2, 3], more, 2)
+    assert [e.answer for e in found.episodes] == ["b2", "b3", "a2", "a3", "a4", "a5", "a6", "a7"]
+    assert [r.total for r in found.rewards] == [1, 0, 0, 1, 2, 2, 3, 3]
+    assert (found.replaced, found.work) == (2, {"tokens_read": 10})
+    assert [e.answer for e in first.episodes] == [f"a{k}" for k in range(8)]
+
+
 def test_a_reward_of_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="'v3': must be v1 or v2"):
+    with pytest.raises(ValueError, match="'v3': must be one of v1, v2, videobrain"):
         gated_reward(episode("red 7 volley", LOOK, SAY), version="v3")
