@@ -30,12 +30,12 @@ from nanosport.engine.players import Room, load_sampler
 from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.endpoint import EndpointError
 from nanosport.env.env import Limits
-from nanosport.env.judge import Judge, agreement, judge_of
+from nanosport.env.judge import MAX_UNGRADED, Judge, agreement, judge_of
 from nanosport.env.played import Played
 from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.rollout import rollout
-from nanosport.env.scoring import accuracy
-from nanosport.env.tools import STOPS
+from nanosport.env.scoring import accuracy, temporal_iou
+from nanosport.env.tools import STOPS, TOOL_NAME, Syntax
 from nanosport.fields import Above, AtLeast, AtMost, Share
 from nanosport.files import ASSETS, own_name, provenance, write_atomically
 from nanosport.model.folder import hub_commit, resolve, version
@@ -74,6 +74,8 @@ class Config:
     """A whole episode, frames included, is ended when it reaches so many tokens."""
     max_unusable: Share = MAX_UNUSABLE
     """Questions that cannot be used are left out, up to this share of them."""
+    call_syntax: Syntax = TOOL_NAME
+    """How the model was taught to call the tool."""
     limit: Annotated[int | None, AtLeast(1)] = None
     """Only the first so many questions are asked."""
     batch_size: Annotated[int, AtLeast(1)] = 32
@@ -88,14 +90,29 @@ class Config:
     out/answers."""
     judge_wait_s: Annotated[float, AtLeast(0)] = 600.0
     """A judge that is away is waited for so long."""
+    max_ungraded: Share = MAX_UNGRADED
+    """An answer without a grade is scored by rule and counted; above this share of them the
+    evaluation ends, and what was played is kept."""
     seed: Annotated[int, AtLeast(0)] = 0
+
+
+def looks(episode: Episode) -> list[tuple[int, int]]:
+    """The windows that were asked for and shown."""
+    return [turn.window for turn in episode.turns if turn.action == "tool" and turn.frames]
 
 
 def contained(episode: Episode) -> bool:
     """Whether one requested window held the whole event."""
     first, last = episode.question.window
-    looks = [turn.window for turn in episode.turns if turn.action == "tool" and turn.frames]
-    return any(start <= first and last <= end for start, end in looks)
+    return any(start <= first and last <= end for start, end in looks(episode))
+
+
+def overlap(episode: Episode) -> float:
+    """Intersection over union, in frames, of the event and the window that fits it best; 0 where
+    none was asked for."""
+    first, last = episode.question.window
+    event = (first, last + 1)
+    return max((temporal_iou((a, b + 1), event) for a, b in looks(episode)), default=0.0)
 
 
 def mean_percent(values: Iterable[float]) -> float | None:
@@ -110,7 +127,8 @@ def figures(episodes: list[Episode], scores: list[float]) -> dict:
     questions = [episode.question for episode in episodes]
     used = [used_tool(episode) for episode in episodes]
     needs = [question.needs_tool for question in questions]
-    placed = [e for e, needed in zip(episodes, needs) if needed and e.question.window]
+    # where nobody knows whether a look is needed, a known event is to be looked at all the same
+    placed = [e for e, n in zip(episodes, needs) if n is not False and e.question.window]
 
     def where(values: list, keys: Iterable, key) -> float | None:
         return mean_percent(value for value, its_key in zip(values, keys) if its_key == key)
@@ -127,6 +145,7 @@ def figures(episodes: list[Episode], scores: list[float]) -> dict:
         "tool_rate_needed": where(used, needs, True),
         "tool_rate_not_needed": where(used, needs, False),
         "window_hit_rate": mean_percent(contained(e) for e in placed),
+        "window_iou": mean_percent(overlap(e) for e in placed),
         "format_rate": mean_percent(format_valid(e) for e in episodes),
         "status": dict(Counter(e.status for e in episodes)),
         "questions": len(episodes),
@@ -150,7 +169,7 @@ def outcome(episode: Episode, score: float) -> dict:
 def limits_of(cfg: Config, mode: str) -> Limits:
     """What an episode of a mode is given."""
     if mode == "tool":
-        return Limits(max_tokens=cfg.episode_tokens)
+        return Limits(max_tokens=cfg.episode_tokens, syntax=cfg.call_syntax)
     return Limits(cfg.num_frames, max_tokens=cfg.episode_tokens, use_tool=False)
 
 
@@ -185,20 +204,20 @@ def run_mode(
     lost = [played.questions[k].id for k, e in zip(mine, episodes) if e is None]
     episodes = [episode for episode in episodes if episode is not None]
 
-    scores = by_rule = [accuracy(e.answer, e.question) for e in episodes]
-    before = judge.endpoint.tally["by_rule"] if judge else 0
+    by_rule = grades = [accuracy(e.answer, e.question) for e in episodes]
     if judge is not None:
-        scores = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
-    scored, _ = dist.gather_items(list(zip(episodes, scores, by_rule)))
+        grades = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
+    scored, _ = dist.gather_items(list(zip(episodes, grades, by_rule)))
     lost, _ = dist.gather_items(lost)
     if not scored:
         raise ValueError(f"{cfg.data}: every video is lost; is the disk there?")
-    episodes, scores, by_rule = map(list, zip(*scored))
-    more = {"judge_and_rule": agreement(by_rule, scores)} if judge else {}
-    declined = judge.endpoint.tally["by_rule"] - before if judge else 0
-    if declined := int(dist.total([declined])[0]):
-        more["by_rule"] = declined
-    more |= {"lost": lost} if lost else {}
+    episodes, grades, by_rule = map(list, zip(*scored))
+    scores = [rule if grade is None else grade for grade, rule in zip(grades, by_rule)]
+    more = {"lost": lost} if lost else {}
+    if judge is not None:
+        more["ungraded"] = grades.count(None)
+        if graded := [pair for pair in zip(by_rule, grades) if pair[1] is not None]:
+            more["judge_and_rule"] = agreement(*zip(*graded))
     outcomes = [outcome(episode, score) for episode, score in zip(episodes, scores)]
     seconds = round(time.time() - began, 1)
     return {**figures(episodes, scores), **more, "seconds": seconds, "episodes": outcomes}
@@ -232,7 +251,7 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
     """What an evaluation of the same model, questions and flags has played before it was
     stopped."""
     # these change no episode
-    others = ("out", "name", "judge_url", "judge", "judge_wait_s", "max_unusable")
+    others = ("out", "name", "judge_url", "judge", "judge_wait_s", "max_ungraded", "max_unusable")
     made_by = {k: str(v) for k, v in asdict(cfg).items() if k not in others}
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
@@ -264,7 +283,8 @@ def main(cfg: Config) -> None:
     if not cfg.modes:
         raise ValueError("--modes: name at least one of tool, no-tool")
     rank = dist.start()[0] if cli.num_processes() > 1 else 0
-    judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"), wait_s=cfg.judge_wait_s)
+    limits = {"max_ungraded": cfg.max_ungraded, "wait_s": cfg.judge_wait_s}
+    judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"), **limits)
     if cfg.data == Config.data:
         dist.once(make_default_data)
     rows = read_records(cfg.data)

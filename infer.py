@@ -21,7 +21,7 @@ from nanosport.engine.players import Room, load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
 from nanosport.env.rollout import rollout
-from nanosport.env.tools import STOPS, split_think
+from nanosport.env.tools import STOPS, TOOL_NAME, Syntax, split_think
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import ASSETS, write_atomically
 from nanosport.model.folder import hub_commit, resolve
@@ -62,6 +62,8 @@ class Config:
     """A whole episode, frames included, is ended when it reaches so many tokens."""
     sampler: Literal["own", "vllm"] = "own"
     """Who samples: this project's sampler, or vLLM's engine in this process (docs/vllm.md)."""
+    call_syntax: Syntax = TOOL_NAME
+    """How the model was taught to call the tool."""
     seed: Annotated[int, AtLeast(0)] = 0
     json: bool = False
     """Print one JSON object and nothing else."""
@@ -140,9 +142,8 @@ def main(cfg: Config) -> None:
     asked = cfg.question.strip()
     question = Question("infer", str(cfg.video), "", "recognition", asked, cfg.options, "")
     num_frames = (8 if cfg.tool else 16) if cfg.num_frames is None else cfg.num_frames
-    limits = Limits(
-        num_frames, max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens, use_tool=cfg.tool
-    )
+    given = {"max_turns": cfg.max_turns, "max_tokens": cfg.episode_tokens}
+    limits = Limits(num_frames, use_tool=cfg.tool, syntax=cfg.call_syntax, **given)
     check_prompt(question, encoder, sampler.tokenizer, [limits])
     video = encoder.open(question.clip)
     note = ARENA_ONLY if is_lost(folder, video) else None

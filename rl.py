@@ -12,7 +12,7 @@ length shaping, filtering of groups.
 
 from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,8 +26,8 @@ from kernels.policy_loss import (
     fused_linear_policy_loss,
     linear_logprobs,
 )
-from nanosport.env.judge import judge_of
-from nanosport.env.reward import Reward, gated_reward
+from nanosport.env.judge import MAX_UNGRADED, judge_of
+from nanosport.env.reward import BY_CLASS, flat_groups
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
 from nanosport.model.folder import ASSETS
 from nanosport.records import Episode, Question, read_records
@@ -42,6 +42,7 @@ from nanosport.train.metrics import (
     rollout_stats,
 )
 from nanosport.train.pack import Batch
+from nanosport.train.rollouts import REFILLS, Rollouts, gathered
 from nanosport.train.training import Training
 from nanosport.train.variants import (
     BOUNDS,
@@ -71,12 +72,6 @@ class Config(RolloutConfig):
     updates: Annotated[int, AtLeast(1)] = 1
     """Optimizer updates of a step, each on a part of the questions; with more than 1 the ratio
     leaves 1 and is clipped."""
-    reward: Literal["v1", "v2"] = "v1"
-    """v1: any useful tool call is paid. v2: a call is paid only where the base model fails on the
-    overview, and elsewhere doing without it is; the questions then need a pass_rate (python -m
-    data_prep.difficulty)."""
-    solved_rate: Share = 0.75
-    """v2: the base model succeeds where its pass rate is at least this; guesses reach 0.5."""
     judge_url: Annotated[str | None, MAY_CHANGE] = None
     """OpenAI-compatible endpoint, up to and with /v1, of a language model that scores open answers;
     else the words that they share do, in order."""
@@ -85,6 +80,9 @@ class Config(RolloutConfig):
     `out`/answers."""
     judge_wait_s: Annotated[float, AtLeast(0), MAY_CHANGE] = 600.0
     """A judge that is away is waited for so long; then the run is saved, and ends."""
+    max_ungraded: Annotated[Share, MAY_CHANGE] = MAX_UNGRADED
+    """An answer without a grade is scored by rule and counted; above this share of them the run is
+    saved, and ends."""
     loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
     """The variant: nanosport/train/variants.py has them in a table."""
     clip_low: Annotated[float | None, Above(0), AtMost(1)] = None
@@ -139,46 +137,22 @@ class Config(RolloutConfig):
         )
 
 
-@dataclass(frozen=True)
-class Rollouts:
-    """The episodes of a step, of every rank: question after question, a group's members side by
-    side."""
-
-    episodes: list[Episode]
-    rewards: list[Reward]
-    homes: list[int]
-    """The rank that has sampled each episode."""
-    replaced: int = 0
-    """So many questions stand in for one whose video is lost."""
-    work: dict[str, float] = field(default_factory=dict)
-    """What this rank's sampler has done."""
-
-
 def collect(training: Training, actors: Actors, records: Records, step: int) -> Rollouts:
-    """Sample and score this rank's episodes of a step, and gather every rank's.
+    """A step's scored episodes, of every rank. With --refill, groups from which there is nothing to
+    learn are replaced by those of further questions.
 
     Raises Preempted after SIGTERM, ValueError where the judge fails.
     """
-    cfg, episodes, work = training.cfg, [], {}
-    with training.stage("rollout"), training.serving(None):
-        episodes, work = actors.rollouts(records, step)
-
-    rewards: list[Reward] = []
-    with training.stage("judge"), training.serving(actors.judge):
-        answers, asked = [e.answer for e in episodes], [e.question for e in episodes]
-        scores = actors.judge.answers(answers, asked) if actors.judge else [None] * len(asked)
-        rewards = [
-            gated_reward(episode, cfg.reward, score, cfg.solved_rate)
-            for episode, score in zip(episodes, scores)
-        ]
-    with training.stage("gather"):  # frames are known by index: an episode is small
-        pairs, homes = dist.gather_items(list(zip(episodes, rewards)))
-        preempted = training.preempted()
-    if preempted:
-        training.stop_inside(step)
-    episodes, rewards = map(list, zip(*pairs))
-    replaced = records.num_replaced(actors.picked(records, step), episodes[:: cfg.group_size])
-    return Rollouts(episodes, rewards, homes, replaced, work)
+    size, num_prompts = training.cfg.group_size, training.cfg.num_prompts
+    rollouts = gathered(training, actors, records, step)
+    num_flat = len(flat_groups(rollouts.rewards, size))
+    for again in range(1, training.cfg.refill + 1):
+        if flat := flat_groups(rollouts.rewards, size):
+            more = gathered(training, actors, records, step, again, len(flat))
+            rollouts = rollouts.refilled(flat, more, size)
+    left = len(flat_groups(rollouts.rewards, size))
+    refills = dict(zip(REFILLS, (num_flat / num_prompts, num_flat - left)))
+    return replace(rollouts, work=rollouts.work | refills)
 
 
 @dataclass(frozen=True)
@@ -275,12 +249,13 @@ def policy_loss(
 
 
 def read_data(cfg: Config) -> list[tuple[Question, list[str]]]:
-    """The records to train on. Raises ValueError where --reward v2 finds one without pass rate."""
+    """The records to train on. Raises ValueError where one has no pass rate that the reward
+    needs."""
     rows = read_records(cfg.data)
     unmeasured = next((q for q, _ in rows if q.pass_rate is None), None)
-    if cfg.reward == "v2" and unmeasured:
+    if cfg.reward in BY_CLASS and unmeasured:
         raise ValueError(
-            f"{cfg.data}: {unmeasured.id} has no pass_rate, which --reward v2 needs: "
+            f"{cfg.data}: {unmeasured.id} has no pass_rate, which --reward {cfg.reward} needs: "
             f"python -m data_prep.difficulty {cfg.data}"
         )
     return rows
@@ -290,7 +265,8 @@ def main(cfg: Config) -> None:
     if cfg.model is None:
         left_by_sft = Path("out/sft/model")
         cfg = replace(cfg, model=str(left_by_sft if left_by_sft.exists() else ASSETS / "nano-sft"))
-    judge = judge_of(cfg.judge_url, cfg.judge, cfg.out / "answers", wait_s=cfg.judge_wait_s)
+    how = {"wait_s": cfg.judge_wait_s, "max_ungraded": cfg.max_ungraded}
+    judge = judge_of(cfg.judge_url, cfg.judge, cfg.out / "answers", **how)
     training = Training(cfg, "RL")
     if cfg.num_prompts < training.world * cfg.updates:
         raise ValueError(

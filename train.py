@@ -86,7 +86,7 @@ def main(cfg: Config) -> None:
     training.load()
     records = Records(cfg.data, rows, training.encoder)
     tokenizer = load_tokenizer(training.source)
-    trajectories = Trajectories(records, tokenizer, cfg.episode_tokens)
+    trajectories = Trajectories(records, tokenizer, cfg.episode_tokens, cfg.call_syntax)
     records.check(trajectories.__getitem__, cfg.max_unusable, training.rank, training.stage)
 
     for step in training.steps():

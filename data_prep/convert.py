@@ -5,14 +5,17 @@
 
 A source is a module of data_prep/sources; its docstring says which files it reads. Every entry ends
 in the record file or in the table of what was skipped and why. Records are checked as a reader will
-check them, and written as they come; the file appears under its name when all are there.
+check them, and written as they come; the file appears under its name when all are there. A run that
+was killed is started again with the same command, and goes on behind the last record.
 """
 
+import hashlib
 import json
 import pkgutil
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import islice
@@ -23,11 +26,11 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import sources
-from data_prep.sources import Skip
+from data_prep.sources import VIDEOS, Folder, Skip
 from nanosport import cli
 from nanosport.fields import AtLeast
-from nanosport.files import writing
-from nanosport.records import Question, parse_question, record_row
+from nanosport.files import mend, named, own_name, writing
+from nanosport.records import Question, parse_question, read_lines, record_row
 
 SHOWN = 20
 """Reasons for skipping that the table shows; the rest is one line."""
@@ -92,10 +95,15 @@ def source_names() -> list[str]:
 
 
 def record_lines(
-    found: Iterable[Question | Skip], root: Path, folder: Path, tally: Tally
+    found: Iterable[Question | Skip],
+    root: Path,
+    folder: Path,
+    tally: Tally,
+    done: Sequence[str] = (),
 ) -> Iterator[str]:
     """The lines of a record file in `folder` for questions whose video is relative to `root`; both
-    end in the tally.
+    end in the tally. done: the ids of the first ones, which are written already: their lines are
+    empty.
 
     What a reader of the file would refuse is skipped, and so is an id that was there before.
     """
@@ -103,6 +111,11 @@ def record_lines(
     for item in found:
         if isinstance(item, Skip):
             tally.skip(item)
+            continue
+        if done[tally.kept : tally.kept + 1] == [item.id]:
+            seen.add(item.id)
+            tally.keep(item)
+            yield ""
             continue
         try:
             if item.id in seen:
@@ -133,14 +146,47 @@ def main(cfg: Config) -> None:
     source, tally = import_module(f"data_prep.sources.{cfg.source}"), Tally()
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
-        writing(out) as file,
+        kept_lines(cfg, root, out) as (file, done),
         tqdm(source.records(cfg.root, cfg.seed), desc=cfg.source, unit="entry") as found,
     ):
-        for line in islice(record_lines(found, root, out.parent, tally), cfg.limit):
-            file.write(line + "\n")
+        if done:
+            print(f"{len(done):,} records are there already: going on behind them")
+        lines = record_lines(found, root, out.parent, tally, done)
+        for line in islice(lines, cfg.limit):
+            file.write(line and line + "\n")
         if not tally.kept:
             raise ValueError(f"{cfg.root}: no entry gives a record\n{tally}")
     print(f"{tally}\nwrote {cfg.out}")
+
+
+@contextmanager
+def kept_lines(cfg: Config, root: Path, out: Path):
+    """(the file to write to, the ids of the records that are there): what a run of the same source,
+    root and seed on the same files has written before it was killed. It takes the name `out` when
+    all is written; where an input is at fault nothing is left."""
+    if not own_name(out):
+        with writing(out) as file:
+            yield file, []
+        return
+    read = [root / name for name in Folder(root).files if not name.lower().endswith(VIDEOS)]
+    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
+    made_by = repr((cfg.source, cfg.seed, cfg.limit, state)).encode()
+    start = f".{out.name}.partial."
+    kept = out.with_name(f"{start}{hashlib.sha256(made_by).hexdigest()[:10]}")
+    for old in out.parent.glob(f"{start}*"):
+        if old != kept:
+            old.unlink()
+    done: list[str] = []
+    if kept.exists():
+        mend(kept)
+        done = [row["id"] for _, row in read_lines(kept, "a record")]
+    try:
+        with named(out, kept), open(kept, "a", encoding="utf-8") as file:
+            yield file, done
+        kept.replace(out)
+    except ValueError:
+        kept.unlink()
+        raise
 
 
 if __name__ == "__main__":

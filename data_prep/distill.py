@@ -22,7 +22,9 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,13 +34,13 @@ from tqdm import tqdm
 from nanosport import cli
 from nanosport.engine.sampler import Sampling
 from nanosport.env import prompt
-from nanosport.env.endpoint import Endpoint, Refused
+from nanosport.env.endpoint import Endpoint, EndpointError, Refused
 from nanosport.env.env import Env, Limits
-from nanosport.env.judge import Judge, NoGrade, judge_of
+from nanosport.env.judge import MAX_UNGRADED, Judge, NoGrade, judge_of
 from nanosport.env.reward import format_valid
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
-from nanosport.env.tools import STOPS, split_think
+from nanosport.env.tools import STOPS, TOOL_NAME, Syntax, split_think
 from nanosport.fields import Above, AtLeast, AtMost, Share
 from nanosport.files import provenance, write_atomically
 from nanosport.image import encode_jpeg
@@ -46,6 +48,9 @@ from nanosport.records import Episode, Question, Turn, check_text, read_question
 from nanosport.video import Video, VideoError
 
 REFUSED = "refused by the endpoint"
+FIRST_REFUSED = 3
+"""Where so many requests are refused before one is answered, the others would be too."""
+PICTURES = re.compile(r"at most (\d+) (?:image|picture|multimodal)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class Config:
     """The judge's name at its endpoint. The key is read from JUDGE_API_KEY."""
     min_grade: Share = 0.75
     """The judge's grade of the reasoning."""
+    max_ungraded: Share = MAX_UNGRADED
+    """An answer without a grade is scored by rule, reasoning without one is left out, and both are
+    counted; above this share of them the run ends."""
+    call_syntax: Syntax = TOOL_NAME
+    """How the teacher is told to call the tool."""
     workers: Annotated[int, AtLeast(1), AtMost(1024)] = 8
     """Questions at a time; the samples of one follow each other."""
     per_minute: Annotated[float, AtLeast(0)] = 0.0
@@ -103,7 +113,8 @@ def play(question: Question, endpoint: Endpoint, limits: Limits, cfg: Config) ->
         while env.status is None:
             try:
                 reply = endpoint.chat(messages, sample, **options)
-            except Refused:
+            except Refused as error:
+                check_refusal(error, endpoint, limits)
                 env.end(REFUSED)
                 break
             text = close_tag(reply.text)
@@ -112,46 +123,71 @@ def play(question: Question, endpoint: Endpoint, limits: Limits, cfg: Config) ->
         yield env.episode()
 
 
+def check_refusal(error: Refused, endpoint: Endpoint, limits: Limits) -> None:
+    """Raise EndpointError where a refusal means that the whole run is of no use."""
+    most = limits.num_frames + limits.frames_per_call * (limits.max_turns - 1)
+    if found := PICTURES.search(str(error)):
+        fix = f"an episode shows up to {most}: let it take as many (vLLM: --limit-mm-per-prompt)"
+        raise EndpointError(f"{error}; it takes {found[1]} pictures, {fix}, or lower --max-turns")
+    tally = endpoint.tally
+    if tally["refused"] >= FIRST_REFUSED and not tally["calls"] + tally["cached"]:
+        raise EndpointError(f"{error}; the first {tally['refused']} requests were all refused")
+
+
 def opening(env: Env) -> list[dict]:
-    """The messages before the first turn."""
-    video = env.video
-    asked = prompt.question_text(env.question, video.num_frames, env.fps)
-    content = [*pictures(env, env.overview), {"type": "text", "text": asked}]
+    """The messages before the first turn: what a rollout's prompt says, token for token."""
+    asked = prompt.question_text(env.question, env.video.num_frames, env.fps)
     return [
-        {"role": "system", "content": prompt.SYSTEM},
-        {"role": "user", "content": content},
+        {"role": "system", "content": prompt.system(syntax=env.limits.syntax)},
+        {"role": "user", "content": pictures(env, env.overview, "", asked)},
     ]
+
+
+def same_prompt(env: Env, endpoint: Endpoint) -> bool | None:
+    """Whether the server makes the rollout's tokens of the teacher's first messages, a picture's
+    placeholders counted as one; None where it does not show its tokens."""
+    blank = [1] * len(env.overview)
+    about = (env.video.num_frames, True, env.fps, env.times_s, env.limits.syntax)
+    text = prompt.opening(env.question, env.overview, blank, *about)
+    said = endpoint.tokens(messages=opening(env), add_generation_prompt=True)
+    meant = endpoint.tokens(prompt=text, add_special_tokens=False)
+    if said is None or meant is None:
+        return None
+    return [token for token, _ in groupby(said)] == [token for token, _ in groupby(meant)]
 
 
 def answer_messages(text: str, turn: Turn, env: Env) -> list[dict]:
     """A turn as a message, and what comes back for it as the next."""
-    shown = pictures(env, turn.frames) or [{"type": "text", "text": f"error: {turn.error}\n"}]
-    start, end = (
-        {"type": "text", "text": tag} for tag in ("<tool_response>\n", "</tool_response>")
+    said, error = (
+        {"role": "assistant", "content": text},
+        "" if turn.frames else f"error: {turn.error}\n",
     )
-    said = {"role": "assistant", "content": text}
-    return [said, {"role": "user", "content": [start, *shown, end]}]
+    shown = pictures(env, turn.frames, f"<tool_response>\n{error}", "</tool_response>")
+    return [said, {"role": "user", "content": shown}]
 
 
-def pictures(env: Env, indices: Sequence[int]) -> list[dict]:
-    """Each frame after its label, as parts of a message: a JPEG in a data URL."""
-    parts = []
-    for index, frame_CHW in zip(indices, env.video.frames(indices)):
+def pictures(env: Env, indices: Sequence[int], before: str, after: str) -> list[dict]:
+    """Each frame after its label and before a newline, between two texts, as parts of a message: a
+    JPEG in a data URL."""
+    parts, text = [], before
+    for index, frame_CHW in zip(indices, env.video.frames(indices) if indices else ()):
         url = "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(frame_CHW)).decode()
-        parts.append({"type": "text", "text": prompt.label(index, env.times_s)})
+        parts.append({"type": "text", "text": text + prompt.label(index, env.times_s)})
         parts.append({"type": "image_url", "image_url": {"url": url}})
-    return parts
+        text = "\n"
+    return [*parts, {"type": "text", "text": text + after}]
 
 
 def close_tag(text: str) -> str:
     """The turn as the sampler would have stopped it: up to its first closing tag, which an endpoint
-    cuts off."""
+    cuts off, and with one newline after its thoughts."""
+    text = re.sub(r"</think>\s*", "</think>\n", text, count=1)
     ends = [text.index(stop) + len(stop) for stop in STOPS if stop in text]
     if ends:
         return text[: min(ends)]
     for stop in STOPS:
         if stop.replace("/", "") in text:
-            return text.rstrip() + stop
+            return text + stop
     return text
 
 
@@ -178,6 +214,7 @@ class LocalTeacher:
         drawn = cfg.samples, cfg.temperature, cfg.max_new_tokens, cfg.max_turns, cfg.seed
         asked = [cfg.teacher, self.version, asdict(question), *drawn]
         asked += [cfg.sampler] if cfg.sampler != "own" else []  # it draws otherwise
+        asked += [cfg.call_syntax] if cfg.call_syntax != TOOL_NAME else []
         name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
         path = self.cache / name[:2] / f"{name}.json"
         if path.exists():
@@ -244,13 +281,16 @@ def fault(episode: Episode, cfg: Config, judge: Judge | None) -> str | None:
         return "over-long reasoning"
     if not consistent(episode):
         return "reasoning against its windows"
-    asked = episode.answer, episode.question
+    asked = [episode.answer], [episode.question]
+    (score,) = judge.answers(*asked) if judge else [None]
+    score = accuracy(episode.answer, episode.question) if score is None else score
+    if score < cfg.min_accuracy:
+        return "wrong answer"
     try:
-        if (accuracy(*asked) if judge is None else judge.answer(*asked)) < cfg.min_accuracy:
-            return "wrong answer"
         if judge is not None and judge.reasoning(episode.question, texts) < cfg.min_grade:
             return "grade of the reasoning"
-    except (NoGrade, Refused):
+    except (NoGrade, Refused) as error:
+        judge.ungraded([error])
         return "no grade from the judge"
     return None
 
@@ -263,7 +303,7 @@ def results(
     cache: Path,
 ) -> Iterator:
     """(question number, sample, fault or None, texts of the turns), as they come."""
-    limits = Limits(max_turns=cfg.max_turns)
+    limits = Limits(max_turns=cfg.max_turns, syntax=cfg.call_syntax)
     local = None if endpoint else LocalTeacher(cfg, cache)
 
     def work(k: int) -> list:
@@ -301,11 +341,27 @@ def trajectories(cfg: Config, questions: list[Question], passed: dict[int, dict]
     return lines
 
 
+def check_prompt(
+    cfg: Config, questions: Sequence[Question], endpoint: Endpoint | None
+) -> bool | None:
+    """Whether an endpoint's teacher is shown the rollout's tokens, with a line where it is not;
+    None where nobody can tell."""
+    same = None
+    for question in questions[: 1 if endpoint else 0]:
+        with suppress(VideoError):
+            video = Video(question.video, span_s=question.span_s)
+            same = same_prompt(Env(question, video, Limits(syntax=cfg.call_syntax)), endpoint)
+    if same is False:
+        why = "its server puts other tokens around the messages than a rollout's prompt has"
+        print(f"note: {cfg.teacher}: {why}; the trajectories are written in the rollout's form")
+    return same
+
+
 def main(cfg: Config) -> None:
     cli.check(cfg)
     cache = cfg.out.with_name(cfg.out.name + ".answers")
     limits = {k: getattr(cfg, k) for k in ("timeout_s", "wait_s", "per_minute")}
-    judge, endpoint = judge_of(cfg.judge_url, cfg.judge, cache, **limits), None
+    judge, endpoint = judge_of(cfg.judge_url, cfg.judge, cache, cfg.max_ungraded, **limits), None
     questions = read_questions(cfg.data)
     counts = cfg.out.with_name(cfg.out.name + ".json")
     read = (cfg.data, cfg.teacher, *{question.video for question in questions})
@@ -314,6 +370,7 @@ def main(cfg: Config) -> None:
     if cfg.url:
         limits |= {"price_in": cfg.price_in, "price_out": cfg.price_out}
         endpoint = Endpoint(cfg.url, cfg.teacher, cache, **limits)
+    same = check_prompt(cfg, questions, endpoint)
 
     # every episode, as it comes
     faults, passed = Counter(), {}
@@ -331,7 +388,7 @@ def main(cfg: Config) -> None:
     report = {"questions": len(questions), "solved": len(passed), "trajectories": len(lines)}
     asked = {"teacher": endpoint, "judge": judge and judge.endpoint}
     tally = {name: {**e.tally, "cost": round(e.cost, 4)} for name, e in asked.items() if e}
-    report |= {"episodes": dict(faults), "endpoints": tally}
+    report |= {"episodes": dict(faults), "endpoints": tally, "same_prompt": same}
     report |= {"config": {k: str(v) for k, v in asdict(cfg).items()}, **provenance()}
     write_atomically(counts, json.dumps(report, indent=1) + "\n")
     for why, count in faults.most_common():

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from data_prep.sources import foul_group
 from nanosport.records import Question, stream_records
 
 SPLITS = ("sft", "rl", "test")
@@ -64,9 +65,11 @@ def real_path(path: str) -> str:
 
 def question_ties(question: Question, video: str) -> list[tuple[str, str]]:
     """Of a question whose video really is `video`. A group that only repeats the video's name is no
-    group of its own."""
+    group of its own. A clip of MVFoul is known by its path, wherever the file lies."""
+    foul = foul_group(question.video)
     return [
         ("video", video),
+        *(group_ties(foul) if foul else ()),
         *(group_ties(question.group) if question.group != question.video else ()),
     ]
 

@@ -21,10 +21,19 @@ ONES = (
 ).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 VALUES = {word: k for k, word in enumerate(ONES)} | {word: 10 * k for k, word in enumerate(TENS, 2)}
+ONE = "|".join(ONES[:10])
+SMALL = rf"(?:(?:{'|'.join(TENS)})(?:[- ](?:{ONE}))?|{'|'.join(ONES)})"
+HUNDREDS = rf"(?:(?:{SMALL}|a) hundred(?:(?: and)? {SMALL})?|{SMALL})"
 NUMERAL = re.compile(
-    rf"\b(?<!no )(?:(?:{'|'.join(TENS)})\b(?:[- ](?:{'|'.join(ONES[1:10])})\b)?"
-    rf"|(?:{'|'.join(ONES)})\b)"
+    rf"\b(?<!no )(?:(?:{HUNDREDS}|a) thousand(?:(?: and)? {HUNDREDS})?|{HUNDREDS})\b"
+    rf"((?: and a half\b)?)((?: point(?: (?:{ONE}))+)?)\b"
 )
+RARE = {word: k for k, words in enumerate(
+    "none nil nought|first once|second twice|third thrice|fourth|fifth|sixth|seventh|eighth|ninth"
+    "|tenth|eleventh|twelfth dozen".split("|")) for word in words.split()
+}  # fmt: skip
+"""Words that are a number where a text has no other."""
+HAN = {sign: k for k, sign in enumerate("零一二三四五六七八九")} | {"〇": 0, "两": 2}
 DECIMAL = re.compile(  # 1,234.5   1.234,5   1.234.567   1'234   9,5   .5
     r"([1-9]\d{0,2}(?:,\d{3})+(?!,)|\d{1,3}(?:\.\d{3})+(?=,)|\d{1,3}(?:\.\d{3}){2,}"
     r"|\d{1,3}(?:'\d{3})+|\d*)(?:[.,](\d+))?(e[-+]?\d{1,3})?"
@@ -34,18 +43,23 @@ MINUTES = r"m(?:in(?:ute)?s?)?"
 SECONDS = r"s(?:ec(?:ond)?s?)?"
 IN_WORDS = re.compile(rf"(?<!\d)(\d+) ?{MINUTES}(?: and)? ?(\d++(?:[.,]\d+)?) ?{SECONDS}\b")
 NUMBER = re.compile(
-    r"(?:(?P<bound>\b(?:not|never|nor|than|least|most|over|under|above|below|up to)\b|[<>≤≥]) ?)?"
+    r"(?:(?P<bound>(?:\b(?:not|never|nor|than|least|most|over|under|above|below|up to|half of"
+    r"|minimum|maximum)|n't)\b|[<>≤≥]) ?)?"
     rf"(?:(?<![\w)])(?P<sign>[-+]))?{WORD_BEFORE}(?<!\d[.,:/])"
     r"(?P<digits>(?:(?<![\w.])\.)?\d+(?:[.,:/'-]\d+)*(?:e[-+]?\d{1,3}(?!\d))?)"
-    r"(?: ?(?P<unit>%|percent\b|k\b|hundred\b|thousand\b|million\b|min(?:ute)?s?\b))?"
-    r"(?P<beyond> ?\+(?! ?\d)| or (?:more|less|fewer)\b)?"
+    r"(?: ?(?P<unit>%|percent\b|k\b|dozen\b|hundred\b|thousand\b|million\b|min(?:ute)?s?\b"
+    r"|h(?:ours?)?\b))?"
+    r"(?P<beyond> ?\+(?! ?\d)| ?[<>≤≥]| or (?:more|less|fewer)\b)?"
 )
-TIMES = {"k": 1e3, "hundred": 1e2, "thousand": 1e3, "million": 1e6}
+TIMES = {"k": 1e3, "dozen": 12, "hundred": 1e2, "thousand": 1e3, "million": 1e6}
 MOMENT = re.compile(
     r"(?<!\d)(?<!\d[.,:])((?:\d++:){0,2}\d++(?:[.,]\d++)?)"
-    rf"(?: ?(?:({MINUTES})|{SECONDS}|秒)(?![a-z]))?"
+    rf"(?:st|nd|rd|th)?(?: ?(?:({MINUTES})|{SECONDS}|秒)(?![a-z]))?"
 )
-BETWEEN = re.compile(r"\W*+(?:(?:to|until|till|and|it|ends?|ending|at|到|至)\b\W*+)*")
+BETWEEN = re.compile(
+    r"\W*+(?:(?:(?:up )?to|until|till?|through|and|it|the|ends?|ending|times?|at|t|seconds?"
+    r"|到|至|bis|a|à|y|et)\b\W*+)*"
+)
 
 
 def plain(text: str) -> str:
@@ -60,16 +74,54 @@ def plain(text: str) -> str:
 
 
 def numerals(text: str) -> str:
-    """The text, in small letters, with digits for the words up to ninety-nine."""
-    return NUMERAL.sub(lambda m: str(sum(VALUES[w] for w in re.split("[- ]", m[0]))), text)
+    """The text, in small letters, with digits for number words: "one hundred and two" is 102, "two
+    and a half" 2.5, "three point two" 3.2."""
+
+    def digits(found: re.Match) -> str:
+        half, point = found[1], found[2]
+        whole = total = 0
+        for word in re.split("[- ]", found[0].removesuffix(point).removesuffix(half)):
+            if word == "thousand":
+                whole, total = 0, max(1, total) * 1000
+            elif word == "hundred":
+                total += max(1, whole) * 100 - whole
+                whole = 0
+            else:
+                value = VALUES.get(word, 0)
+                total, whole = total + value, whole + value
+        after = "5" if half else "".join(str(VALUES[word]) for word in point.split()[1:])
+        return f"{total}.{after}" if after else str(total)
+
+    return NUMERAL.sub(digits, text)
+
+
+def han(sign: re.Match) -> str:
+    """The digits of a Chinese numeral below a thousand: 二十一 is 21."""
+    total = last = 0
+    for each in sign[0]:
+        if each in HAN:
+            last = HAN[each]
+        else:
+            total, last = total + max(1, last) * (10 if each == "十" else 100), 0
+    return str(total + last)
 
 
 def in_digits(text: str) -> str:
     """The plain text in small letters, with digits for words where it has none, and 1:30 for "1 min
     30 s"."""
     text = plain(text).casefold()
-    text = text if re.search(r"\d", text) else numerals(text)
+    for spell in (
+        numerals,
+        rare,
+        lambda text: re.sub("[零〇一二两三四五六七八九十百]+", han, text),
+    ):
+        text = text if re.search(r"\d", text) else spell(text)
     return IN_WORDS.sub(lambda m: f"{m[1]}:{m[2].zfill(2)}", text)
+
+
+def rare(text: str) -> str:
+    """The text with digits for RARE words."""
+    return re.sub(rf"\b(?:{'|'.join(RARE)})\b", lambda m: str(RARE[m[0]]), text)
 
 
 def number(text: str) -> float | None:
@@ -97,8 +149,8 @@ def reading(found: re.Match) -> tuple[float, ...]:
     value *= (-1 if found["sign"] == "-" else 1) * TIMES.get(unit, 1)
     if found["bound"] or found["beyond"] or not math.isfinite(value):
         return ()
-    if unit.startswith("min"):
-        return value, 60 * value
+    if unit.startswith(("min", "h")) and unit != "hundred":
+        return value, value * (60 if unit[0] == "m" else 3600)
     return (value, value / 100) if unit in ("%", "percent") else (value,)
 
 
@@ -113,7 +165,7 @@ def decimal(digits: str) -> float:
 def seconds(clock: str) -> float:
     """The seconds of 12.5, 1:30 or 1:02:03."""
     total = 0.0
-    for part in clock.split(":"):
+    for part in clock.replace(",", ".").split(":") if ":" in clock else [clock]:
         total = 60 * total + decimal(part)
     return total
 
@@ -122,10 +174,12 @@ def time_span(text: str) -> tuple[float, float] | None:
     """(start, end) in seconds of a text such as "12.5-18", "from 12.5 s to 18 s" or "00:12 –
     00:18"; None where it is no span."""
     text = re.sub(r"(?<=[\[(])([\d.:]++),(?=[\d.:]++[\])])", r"\1, ", in_digits(text))  # [12,15]
+    text = re.sub(r"(?<!\d)(\d{1,3})'([0-5]\d)(?!\d)", r"\1:\2", text.replace("_", " "))  # 1'30
     found = list(MOMENT.finditer(text))
     if len(found) != 2 or not BETWEEN.fullmatch(text[found[0].end() : found[1].start()]):
         return None
     minutes = [bool(m[2]) or ":" not in m[1] and bool(found[1][2]) for m in found]
     start, end = (seconds(m[1]) * (60 if in_min else 1) for m, in_min in zip(found, minutes))
     denied = re.search(r"\bnot\b|n't\b", text)
-    return (start, end) if start <= end < math.inf and not denied else None
+    negative = re.match(r"\W*-\d", text)
+    return (start, end) if start <= end < math.inf and not denied and not negative else None

@@ -81,6 +81,9 @@ class Question:
     """Where it stands in its source: file and key."""
     licence: str = ""
     """A note on what the source allows."""
+    also: tuple[str, ...] = ()
+    """Other answers that are as right as `answer`, of the same form; none where there are
+    options."""
     version: int = RECORD_VERSION
 
     def __post_init__(self):
@@ -88,6 +91,11 @@ class Question:
             object.__setattr__(self, "kind", "choice" if self.options else "open")
         if not self.group:
             object.__setattr__(self, "group", self.video)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All that are right."""
+        return (self.answer, *self.also)
 
     @property
     def clip(self) -> Clip:
@@ -258,7 +266,7 @@ def parse_question(row: dict) -> Question:
         value = values[name]
         if not holds(value):
             raise ValueError(f"{name} {value!r:.200}: {rule}")
-        for text in value if name == "options" else filter(is_text, (value,)):
+        for text in filter(is_text, value if isinstance(value, list) else (value,)):
             (check_text if name in ("question", "options") else check_whole)(text, name)
 
     # what joins several fields
@@ -269,10 +277,13 @@ def parse_question(row: dict) -> Question:
         raise ValueError(f"kind {kind!r}: {rule}")
     if kind == "choice" and answer not in list(LETTERS[:num_options]):
         raise ValueError(f"answer {answer!r}: must be the letter of one of {num_options} options")
-    if kind == "number" and number(answer) is None:
-        raise ValueError(f"answer {answer!r}: must be a number")
-    if kind == "span" and time_span(answer) is None:
-        raise ValueError(f"answer {answer!r}: must be a time span such as 12.5-18")
+    if kind == "choice" and question.also:
+        raise ValueError("also: must be empty where there are options")
+    for answer in question.answers:
+        if kind == "number" and number(answer) is None:
+            raise ValueError(f"answer {answer!r}: must be a number")
+        if kind == "span" and time_span(answer) is None:
+            raise ValueError(f"answer {answer!r}: must be a time span such as 12.5-18")
     return question
 
 
@@ -307,6 +318,10 @@ RULES = {  # field: (whether a value will do, the rule in words)
     "pass_rate": (
         lambda v: v is None or is_number(v) and 0 <= v <= 1,
         "must be null or a share between 0 and 1",
+    ),
+    "also": (
+        lambda v: isinstance(v, list | tuple) and all(map(is_text, v)),
+        "must be a list of texts",
     ),
     "tolerance": (lambda v: is_number(v) and 0 <= v < math.inf, "must be 0 or above"),
 } | dict.fromkeys(TEXTS, (is_text, "must be a text"))

@@ -79,7 +79,10 @@ def table(rows: dict[str, dict]) -> str:
         "tool_rate_needed": "… needed",
         "tool_rate_not_needed": "… not needed",
         "window_hit_rate": "window hit",
+        "window_iou": "window IoU",
     }
+    if any("ungraded" in row for row in rows.values()):
+        titles["ungraded"] = "ungraded"
     cells = {
         name: ["–" if row.get(key) is None else f"{row[key]:.1f}" for key in titles]
         for name, row in rows.items()

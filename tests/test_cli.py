@@ -174,7 +174,8 @@ def test_presets_are_the_papers_recipes(script, named):
     """Every preset is a config that a run accepts; RL goes on from where its SFT leaves the
     model."""
     configs = {name: script.Config(**fields) for name, fields in named.items()}
-    assert list(configs) == ["nano", "3b", "7b", "7b-scaled"] and configs["nano"] == script.Config()
+    assert list(configs) == ["nano", "3b", "7b", "7b-scaled", "videobrain"]
+    assert configs["nano"] == script.Config()
     for name, cfg in configs.items():
         cfg.check()
         if script is rl and name != "nano":
@@ -188,6 +189,11 @@ def test_presets_are_the_papers_recipes(script, named):
         assert (
             configs["7b"].episode_tokens - 12_800 >= 8 * 299
         )  # twelve thousand eight hundred of response behind eight frames
+        brain = configs["videobrain"]
+        assert (brain.reward, brain.max_turns, brain.lr, brain.kl) == ("videobrain", 6, 1e-6, 1e-3)
+        assert (brain.entropy_bonus, brain.steps * brain.num_prompts) == (1e-3, 6400)
+        assert (brain.max_new_tokens, brain.episode_tokens) == (8192, 8192 + 16_384)
+        assert brain.freeze_vision and brain.group_size == 8
     for size in ((360, 640), (720, 1280), (1080, 1920)):
         assert smart_resize(*size, ImageConfig(max_pixels=configs["7b"].max_pixels)) == (364, 644)
 

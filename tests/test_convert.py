@@ -19,6 +19,7 @@ from data_prep.sources import (
     choose,
     match_group,
     read_entries,
+    read_items,
     read_json,
     read_pickle,
     shuffle_options,
@@ -171,7 +172,8 @@ def test_options_keep_their_meaning_in_any_order():
         "a label comes before a text"
     )
     assert len({template(0, str(n), ("a", "b", "c")) for n in range(30)}) == 3
-    for wrong in ([], ["R"], ["w", "w"], ["A and B"], ["both A, or C"]):
+    assert set(shuffle_options(0, "x", "r", ["w", "W ", "v"])[0]) == {"r", "w", "v"}
+    for wrong in ([], ["R"], ["w", "r "], ["A and B"], ["both A, or C"]):
         with pytest.raises(ValueError):
             shuffle_options(0, "x", "r", wrong)
 
@@ -193,6 +195,7 @@ def test_match_group():
 
 
 FILES = {
+    "osl": "annotations.json", "events": "data/f3set-tennis/train.json",
     "soccerbench": "qa/q10.json", "soccerreplay": f"italy_serie-a_2020-2021/{LATER_MATCH}/match.json", "xfoul": "xfoul_train.json",
     "finediving": "Annotations/FineDiving_fine-grained_annotation.pkl", "t3set": "P01/short/round_01/comments/global/coach_comment_1.json",
     "sportu": "data/SportU_Video_mc.json", "sports_qa": "meta/train.json", "sportr": "sportr.jsonl", "finebadminton": "questions.json",
@@ -235,7 +238,7 @@ def test_entries_of_any_type_are_skipped_not_fatal(name, tmp_path):
     WRITE[name](tmp_path)
     path = tmp_path / FILES[name]
     data = json.loads(path.read_bytes())
-    entries = data if isinstance(data, list) else data["comments"]
+    entries = data if isinstance(data, list) else data.get("comments") or data["data"]
     first = next(entry for entry in entries if isinstance(entry, dict))
     odd = [
         None,
@@ -428,7 +431,7 @@ def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
     for arguments, words in [
         (
             ("chess", "--root", data, "--out", tmp_path / "o"),
-            "no such source; there are facts_boxing",
+            "no such source; there are events, facts_boxing",
         ),
         (("sportu", "--root", data, "--out", mc), "file of the input"),
         (("sportu", "--root", data, "--out", data), "is a folder"),
@@ -455,6 +458,131 @@ def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
         and "Traceback" not in done.stderr
     )
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_conversion_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
+    sportu(tmp_path / "data")
+    cfg = convert.Config("sportu", tmp_path / "data", tmp_path / "out" / "records.jsonl")
+    convert.main(cfg)
+    whole = cfg.out.read_bytes()
+    cfg.out.unlink()
+
+    checked, parse, killed = [], convert.parse_question, iter([None, None, KeyboardInterrupt])
+
+    def counted(row):
+        checked.append(row["id"])
+        if stop := next(killed, None):
+            raise stop
+        return parse(row)
+
+    monkeypatch.setattr(convert, "parse_question", counted)
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(cfg)
+    (left,) = cfg.out.parent.iterdir()
+    assert len(left.read_text().splitlines()) == 2 and left.name.startswith(
+        ".records.jsonl.partial"
+    )
+    left.write_bytes(left.read_bytes()[:-9])  # cut inside a line
+    assert len(checked) == 3
+    convert.main(cfg)
+    assert cfg.out.read_bytes() == whole and list(cfg.out.parent.iterdir()) == [cfg.out]
+    assert checked[3] == checked[1] and len(checked) == 3 + 4
+    assert "1 records are there already" in capsys.readouterr().out
+
+    # on other files it begins anew, and nothing is left of it
+    killed = iter([None, KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(cfg)
+    mc = tmp_path / "data" / "data" / "SportU_Video_mc.json"
+    mc.write_text(json.dumps(json.loads(mc.read_text())[:2]))
+    convert.main(cfg)
+    assert len(read_questions(cfg.out)) == 3 and list(cfg.out.parent.iterdir()) == [cfg.out]
+
+
+@pytest.mark.parametrize("chunk", (1, 3, 50, 1 << 20))
+def test_an_object_is_read_part_by_part(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    path = tmp_path / "a.json"
+    data = {
+        "version": "2.0",
+        "data": [{"id": 1}, 2.5],
+        "labels": {"a": {"b": []}},
+        "n": -2.5,
+        "e": [],
+    }
+    path.write_text(json.dumps(data, indent=1) + "\n")
+    parts = [("version", None, "2.0"), ("data", 0, {"id": 1}), ("data", 1, 2.5)]
+    parts += [("labels", "a", {"b": []}), ("n", None, -2.5)]
+    assert list(read_items(path, dict)) == parts
+    for wrong in (
+        '{"a": [1, 2}',
+        '{"a" 1}',
+        '{"a": {"b": 1}',
+        '{"a": 1}}',
+        '{"a": [1] "b": 2}',
+        "{,}",
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="a.json: not a whole JSON file .*download it again"):
+            list(read_items(path, dict))
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list, a dict was expected"):
+        list(read_items(path, dict))
+
+
+def osl_file(path: Path, count: int) -> None:
+    with open(path, "w") as file:
+        file.write('{"version": "2.0", "data": [')
+        for n in range(count):
+            answer = {"question": f"Question {n}?", "answers": [f"He falls {n} times. " * 10]}
+            inputs = [{"type": "video", "path": f"clip_{n % 50}.mp4"}]
+            row = {"id": f"s{n}", "inputs": inputs, "answers": [answer]}
+            file.write(("," if n else "") + json.dumps(row))
+        file.write('], "labels": {}}')
+
+
+def match_file(path: Path, count: int) -> None:
+    row = {"video": f"italy_serie-a_2020-2021/{LATER_MATCH}/1_00_01.mp4", "caption": "goal"}
+    rows = [row | {"comments_text_anonymized": f"[PLAYER] {n} " * 20} for n in range(count)]
+    path.write_text(json.dumps(rows))
+
+
+def badminton_file(path: Path, count: int) -> None:
+    row = {"video_id": "0011.mp4", "start_frame": 0, "end_frame": 99, "temporal": "hitting count"}
+    row |= {"local_video": "a.mp4", "options_en": ["A. 1", "B. 2"], "answer": "B"}
+    asked = {"question_en": "How many? " * 20}
+    rows = [row | {"question": asked, "question_id": f"q{n}"} for n in range(count)]
+    path.write_text(json.dumps(rows))
+
+
+LARGE = {
+    "osl": osl_file,
+    "xfoul": osl_file,
+    "soccerreplay": match_file,
+    "finebadminton": badminton_file,
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_file_is_read_in_little_memory(name, tmp_path):
+    names = ("a.mp4", *(f"clip_{n}.mp4" for n in range(50)))
+    touch(tmp_path, *names, f"italy_serie-a_2020-2021/{LATER_MATCH}/1_00_01.mp4")
+    script = (
+        f"from pathlib import Path; from data_prep.sources import {name} as source; import tracemalloc, data_prep.sources;"
+        "data_prep.sources.CHUNK = 1 << 14;"
+        f"tracemalloc.start(); kept = sum(1 for _ in source.records(Path({str(tmp_path)!r}), 0));"
+        "print(kept, tracemalloc.get_traced_memory()[1])"
+    )
+    peaks = []
+    for count in (500, 4_000):
+        LARGE[name](tmp_path / "large.json", count)
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        kept, peak = map(int, done.stdout.split())
+        assert kept >= count
+        peaks.append(peak)
+    assert (tmp_path / "large.json").stat().st_size > 8e5 and peaks[1] - peaks[0] < 5e5
 
 
 def test_100_000_entries_take_less_than_a_minute_and_a_gigabyte(tmp_path):

@@ -1,6 +1,7 @@
 """The endpoint's client, the judge and distillation, against a real server over the engine; and the
 local teacher."""
 
+import io
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from nanosport.env import scoring
 from nanosport.env.endpoint import Endpoint, EndpointError, Refused, Reply
 from nanosport.env.env import Limits
 from nanosport.env.judge import Judge, NoGrade, agreement, grade_of
-from nanosport.env.reward import gated_reward
+from nanosport.env.reward import gated_reward, reward_function, rewards_of
 from nanosport.env.rollout import replay
 from nanosport.env.tools import tool_call
 from nanosport.image import ImageConfig
@@ -383,9 +384,11 @@ def test_frames_travel_as_jpeg():
         def frames(self, indices):
             return frame[None]
 
-    label, part = distill.pictures(SimpleNamespace(video=OneFrame(), times_s=None), [7])
+    env = SimpleNamespace(video=OneFrame(), times_s=None)
+    label, part, after = distill.pictures(env, [7], "<", ">")
+    assert after == {"type": "text", "text": "\n>"}
     url = part["image_url"]["url"]
-    assert label == {"type": "text", "text": "frame 7:"}
+    assert label == {"type": "text", "text": "<frame 7:"}
     assert url.startswith("data:image/jpeg;base64,/9j/") and len(url) < 20_000
 
 
@@ -501,13 +504,28 @@ class Choosy(Endpoint):
 def test_what_a_judge_declines_is_scored_by_rule_and_counted(capsys):
     judge = Judge(Choosy("http://x/v1", "choosy", Path("unused")))
     said = ["a", "b", "c", "red 7 refuse", "red 7 ramble", None]
-    assert judge.answers(said, [OPEN] * 6) == pytest.approx([0.75] * 3 + [2 / 3] * 2 + [0])
+    assert judge.answers(said, [OPEN] * 6) == [0.75] * 3 + [None] * 2 + [0]
+    played = [replace(episode(answer=answer), question=OPEN) for answer in said]
+    judge.endpoint.tally.clear()
+    rewards = rewards_of(played, judge, reward_function("v1"))
+    assert [r.accuracy for r in rewards] == pytest.approx([0.75] * 3 + [2 / 3] * 2 + [0])
+    assert [r.ungraded for r in rewards] == [0, 0, 0, 1, 1, 0]
+    judge.endpoint.tally.clear()
+    assert judge.answers(said, [OPEN] * 6).count(None) == 2
     tally = judge.endpoint.tally
-    assert (tally["graded"], tally["by_rule"]) == (3, 2)
+    assert (tally["graded"], tally["ungraded"]) == (3, 2)
     assert "scored by rule: 2 answers; http://x/v1, choosy: status 400" in capsys.readouterr().err
-    assert judge.answers(["red 7 refuse"], [OPEN]) == pytest.approx([2 / 3])
-    with pytest.raises(EndpointError, match="400"):  # one that grades nothing is of no use
-        judge.answers(["refuse"] * 3, [OPEN] * 3)
+    with pytest.raises(
+        EndpointError,
+        match="400: 'a filter'; 3 of 6 answers got no grade, --max-ungraded allows 0.2",
+    ):
+        judge.answers(["red 7 refuse"], [OPEN])
+    patient = replace(judge, max_ungraded=1.0)
+    assert patient.answers(["refuse"] * 9, [OPEN] * 9) == [None] * 9
+    strict = Judge(Choosy("http://x/v1", "choosy", Path("unused")), max_ungraded=0.0)
+    assert strict.answers(["refuse"] * 2, [OPEN] * 2) == [None] * 2  # two say nothing yet
+    with pytest.raises(EndpointError, match="--max-ungraded"):
+        strict.answers(["refuse"], [OPEN])
 
 
 def test_ctrl_c_does_not_wait_for_requests(monkeypatch):
@@ -618,6 +636,94 @@ def test_a_refused_request_ends_its_episode_only(server, records, tmp_path):
         "refused by the endpoint"
         not in json.loads((tmp_path / "new" / "t.jsonl.json").read_text())["episodes"]
     )
+
+
+def test_a_teacher_is_shown_the_rollouts_tokens(server, records, tmp_path, capsys):
+    """Every request of every episode, after a server's own chat template: the prefix of the episode
+    that SFT then learns from."""
+    server.trouble.clear()
+    server.prompts.clear()
+    cfg = distill.Config(
+        records, "nano", tmp_path / "t.jsonl", server.url, samples=2, max_new_tokens=160, workers=1
+    )
+    server.tokenizes = True
+    try:
+        distill.main(cfg)
+    finally:
+        server.tokenizes = False
+    report = json.loads((tmp_path / "t.jsonl.json").read_text())
+    assert report["same_prompt"] is True and "note" not in capsys.readouterr().out
+    encoder = FrameEncoder(load_model(TEACHER), ImageConfig.from_folder(TEACHER))
+    found, prompts = read_records(cfg.out), {tuple(ids) for ids in server.prompts}
+    turns = 0
+    for question, messages in found:
+        whole = replay(question, messages, encoder, load_tokenizer(TEACHER), Limits())
+        for turn in whole.turns:
+            assert whole.ids[: turn.tokens[0]] in prompts
+            turns += 1
+    assert turns > len(found) > 1  # some of them looked
+
+
+def test_a_server_with_another_template_is_named(server, records, tmp_path, capsys, monkeypatch):
+    text = ChatServer.text
+    server.trouble.clear()
+    monkeypatch.setattr(server, "tokenizes", True)
+    monkeypatch.setattr(
+        ChatServer,
+        "text",
+        lambda self, said: ("Be brief." + text(self, said)[0], *text(self, said)[1:]),
+    )
+    cfg = distill.Config(
+        records, "nano", tmp_path / "t.jsonl", server.url, samples=1, max_new_tokens=3
+    )
+    with pytest.raises(ValueError, match="no episode"):
+        distill.main(cfg)
+    assert "nano: its server puts other tokens around the messages" in capsys.readouterr().out
+    assert json.loads((tmp_path / "t.jsonl.json").read_text())["same_prompt"] is False
+
+
+def refusal(message) -> bytes:
+    return json.dumps({"error": {"message": message, "code": 400}}).encode()
+
+
+def test_a_run_whose_first_requests_are_all_refused_ends_with_the_servers_words(
+    server, records, tmp_path
+):
+    said = "The model `nano` does not take\npictures."
+    server.trouble[:] = [reply(status=400, body=refusal(said))] * 99
+    cfg = distill.Config(records, "nano", tmp_path / "t.jsonl", server.url, workers=1)
+    with pytest.raises(EndpointError) as caught:
+        distill.main(cfg)
+    assert str(caught.value).endswith(
+        "status 400: The model `nano` does not take pictures.; the first 3 requests were all refused"
+    )
+    assert len(server.trouble) == 96
+    server.trouble.clear()
+    distill.main(replace(cfg, samples=1, max_new_tokens=160))  # nothing of it was kept
+
+
+def test_a_server_that_allows_fewer_pictures_is_named(server, records, tmp_path, monkeypatch):
+    said = "At most 8 image(s) may be provided in one prompt."
+
+    def few(self, request) -> None:
+        """Answer as ever, but refuse what shows more than eight pictures."""
+        body = request.rfile.read(int(request.headers["Content-Length"]))
+        if body.count(b'"image_url": {"url"') > 8:
+            return reply(status=400, body=refusal(said))(request)
+        request.rfile = io.BytesIO(body)
+        handle(self, request)
+
+    handle = ChatServer.handle
+    server.trouble.clear()
+    monkeypatch.setattr(ChatServer, "handle", few)
+    cfg = distill.Config(
+        records, "nano", tmp_path / "t.jsonl", server.url, samples=2, max_new_tokens=160, workers=1
+    )
+    words = (
+        "At most 8 image.s. may be provided in one prompt.; it takes 8 pictures, an episode shows "
+    )
+    with pytest.raises(EndpointError, match=f"{words}up to 40: .*--limit-mm-per-prompt"):
+        distill.main(cfg)
 
 
 def test_a_teacher_trained_anew_is_another_teacher(tmp_path):
@@ -763,9 +869,11 @@ def test_the_judge_of_reasoning_is_the_last_filter(grader):
         ("<think>a</think>\n<answer>B", "<think>a</think>\n<answer>B</answer>"),
         (
             '<think>a</think>\n<tool_call>\n{"name": 1}\n',
-            '<think>a</think>\n<tool_call>\n{"name": 1}</tool_call>',
+            '<think>a</think>\n<tool_call>\n{"name": 1}\n</tool_call>',
         ),
-        ("<think>a</think> no action", "<think>a</think> no action"),
+        ("<think>a</think>\n\n<answer>B", "<think>a</think>\n<answer>B</answer>"),
+        ("<think>a</think><answer>B", "<think>a</think>\n<answer>B</answer>"),
+        ("<think>a</think> no action", "<think>a</think>\nno action"),
     ],
 )
 def test_a_turn_is_closed_where_the_engine_would_stop(said, text):

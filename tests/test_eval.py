@@ -16,13 +16,14 @@ import pytest
 
 import eval as evaluation
 import infer
+from nanosport.bench import rewards
 from nanosport.cli import Preempted, Terminal
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.played import Played
 from nanosport.env.tools import STOPS
-from nanosport.records import Question, Turn, read_questions
-from nanosport.report import episode_page
+from nanosport.records import Episode, Question, Turn, read_questions
+from nanosport.report import episode_page, table
 from tests.helpers.chat_server import ChatServer
 from tests.helpers.clips import write
 
@@ -231,3 +232,46 @@ def test_the_page_shows_a_turn_that_broke_the_format(tmp_path):
     episode = evaluation.Episode(question, (), (), (), (0, 39), (turn,), "format_error")
     shown = episode_page(episode)
     assert "&lt;b&gt;no&lt;/b&gt; tags" in shown and "refused: a turn is &lt;think&gt;…" in shown
+
+
+def test_the_windows_of_questions_with_a_known_event_are_measured():
+    """Also where nobody knows whether a look is needed, as with real footage."""
+
+    def played(needs_tool, *windows) -> Episode:
+        asked = Question("q", "v", "tennis", "recognition", "?", (), "a", needs_tool, (40, 59))
+        turns = [Turn("", "tool", window, (window[0],)) for window in windows]
+        late = Turn("", "tool", (40, 59), ())  # nothing came back
+        return Episode(asked, (), (), (), (0,), (*turns, late, Turn("", "answer")), "answered", "a")
+
+    made = [
+        played(None, (40, 59)),  # exact: hit, IoU 1
+        played(None, (30, 69), (0, 9)),  # hit, 20 of 40
+        played(True, (50, 69)),  # 10 of 30
+        played(None),
+        played(False, (40, 59)),  # not asked to look
+    ]
+    row = evaluation.figures(made, [1.0] * 5)
+    assert row["window_hit_rate"] == 50.0
+    assert row["window_iou"] == pytest.approx(100 * (1 + 0.5 + 1 / 3 + 0) / 4, abs=0.01)
+    bare = replace(made[0], question=replace(made[0].question, window=None))
+    assert evaluation.figures([bare], [1.0])["window_iou"] is None
+    assert "window IoU" in table({"m": row}) and "ungraded" not in table({"m": row})
+    assert "| ungraded |" in table({"m": row | {"ungraded": 3}})
+
+
+def test_rewards_stand_beside_each_other_by_seed(tmp_path, capsys):
+    for seed, rate in (("seed0", 1.0), ("seed1", 2.5)):
+        for reward in ("v1", "videobrain"):
+            row = {"accuracy": 90.0 + rate, "tool_rate_not_needed": rate, "episodes": [1]}
+            (tmp_path / seed).mkdir(exist_ok=True)
+            text = json.dumps({"rows": {reward: row}, "command": "x"})
+            (tmp_path / seed / f"eval_{reward}.json").write_text(text)
+    seeds = (tmp_path / "seed0", tmp_path / "seed1")
+    rewards.main(rewards.Config(seeds, tmp_path / "kept"))
+    said = capsys.readouterr().out
+    assert "| videobrain | 91.0 / 92.5 | – / – | – / – | – / – | 1.0 / 2.5 |" in said
+    kept = json.loads((tmp_path / "kept" / "seed1_v1.json").read_text())
+    assert "episodes" not in kept["rows"]["v1"] and kept["command"] == "x"
+    (tmp_path / "seed1" / "eval_v1.json").unlink()
+    with pytest.raises(ValueError, match="seed1: has no eval_v1.json"):
+        rewards.main(rewards.Config(seeds))

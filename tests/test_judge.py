@@ -188,7 +188,8 @@ def test_rl_goes_on_where_the_judge_refuses_an_answer(strict, learning, capsys):
     strict.trouble += [400]
     rl.main(learning)
     assert "scored by rule: 1 answers; " in capsys.readouterr().err
-    assert len((learning.out / "log.jsonl").read_text().splitlines()) == 2
+    log = [json.loads(line) for line in (learning.out / "log.jsonl").read_text().splitlines()]
+    assert [row["ungraded"] for row in log] == [1, 0]
 
 
 def test_an_evaluation_counts_what_is_scored_by_rule(strict, learning, tmp_path):
@@ -196,7 +197,7 @@ def test_an_evaluation_counts_what_is_scored_by_rule(strict, learning, tmp_path)
     cfg = evaluation.Config(str(GUESSER), learning.data, tmp_path / "report.json", ("tool",))
     evaluation.main(replace(cfg, judge_url=strict.url, judge="nano"))
     (row,) = json.loads((tmp_path / "report.json").read_text())["rows"].values()
-    assert row["by_rule"] == 1
+    assert row["ungraded"] == 1 and row["judge_and_rule"]["n"] == len(row["episodes"]) - 1
 
 
 def test_a_judge_is_not_waited_for_until_the_run_counts_as_stuck(learning):

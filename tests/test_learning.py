@@ -2,7 +2,7 @@
 for it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,83 @@ def test_the_reward_of_a_tiny_run_rises(taught_folder, two_questions, tmp_path):
     first, last = sum(rewards[:6]) / 6, sum(rewards[-6:]) / 6
     assert last > first + 0.3, [round(r, 2) for r in rewards]
     assert max(row["logprob_gap_text"] for row in rows) < 1e-3
+
+
+@pytest.fixture
+def small(two_questions, tmp_path) -> rl.Config:
+    """Two steps on the arena's two questions, from the shipped SFT model."""
+    rows = [json.loads(line) for line in two_questions.read_text().splitlines()]
+    data = tmp_path / "rl.jsonl"
+    data.write_text("".join(json.dumps(row | {"pass_rate": 0.5}) + "\n" for row in rows))
+    return rl.Config(
+        str(ROOT / "assets/nano-sft"), data, tmp_path / "rl", steps=2, num_prompts=2, group_size=4, temperature=1.2,
+        max_new_tokens=80, min_format_rate=0, min_tool_rate=0, save_every=1,
+    )  # fmt: skip
+
+
+def log_of(cfg: rl.Config) -> list[dict]:
+    return [json.loads(line) for line in (cfg.out / "log.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def test_rl_learns_from_a_reward_of_ones_own_and_refills_flat_groups(small, tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text(
+        "def flat(episode):\n    return 0.25\n\ndef long(episode, accuracy):\n    return accuracy + len(episode.ids) / 1e4\n"
+    )
+    flat = replace(small, reward=f"{path}:flat", refill=2)
+    rl.main(flat)
+    rows = log_of(flat)
+    assert [(r["flat_groups"], r["refilled"], r["reward"]) for r in rows] == [(1, 0, 0.25)] * 2
+    assert all(abs(r["loss"]) < 1e-6 or r["kl"] > 0 for r in rows)
+    # each of them was sampled three times: once, and for every refill
+    once = replace(small, reward=f"{path}:flat", out=tmp_path / "once")
+    rl.main(once)
+    work = [sum(r["decode_steps"] for r in log_of(cfg)) for cfg in (flat, once)]
+    assert work[0] > 2 * work[1]
+    with pytest.raises(ValueError, match="NameError"):
+        path.write_text("def broken(episode):\n    return nothing\n")
+        rl.main(replace(small, reward=f"{path}:broken", out=tmp_path / "broken"))
+
+
+def test_refilled_groups_come_back_on_resume(small, tmp_path):
+    """By accuracy alone most groups are flat, and what replaces them is drawn anew alike."""
+    whole = replace(small, reward="accuracy", refill=3, steps=3)
+    rl.main(whole)
+    rows = log_of(whole)
+    assert sum(row["refilled"] for row in rows) > 0, [row["flat_groups"] for row in rows]
+    assert all(row["refilled"] <= 2 * row["flat_groups"] for row in rows)
+    cut = replace(whole, out=tmp_path / "cut", steps=2)
+    rl.main(cut)
+    rl.main(replace(cut, steps=3, resume=True))
+    both = [without_clock(log_of(cfg)) for cfg in (whole, cut)]
+    same = ("reward", "refilled", "flat_groups", "tokens", "ungraded")
+    assert [[row[k] for k in same] for row in both[0]][:2] == [
+        [row[k] for k in same] for row in both[1]
+    ][:2]
+    assert both[0][2]["refilled"] == both[1][2]["refilled"]
+
+
+def test_rl_with_videobrains_reward_and_the_first_versions_calls(small, tmp_path):
+    rl.main(replace(small, reward="videobrain", max_turns=6, call_syntax="choose_frames"))
+    rows = log_of(small)
+    # the shipped model was taught other calls: what it says is refused, and no look is paid
+    assert all(row["tool_rate"] == 0 for row in rows) and len(rows) == 2
+    small.data.write_text(small.data.read_text().replace('"pass_rate": 0.5', '"pass_rate": null'))
+    with pytest.raises(ValueError, match="has no pass_rate, which --reward videobrain needs"):
+        rl.main(replace(small, reward="videobrain", out=tmp_path / "other"))
+
+
+def test_flags_of_rewards_are_checked(small):
+    with pytest.raises(ValueError, match="--failed-rate 0.8: must be below --solved-rate 0.75"):
+        rl.main(replace(small, reward="videobrain", failed_rate=0.8))
+    with pytest.raises(ValueError, match="--reward v3: must be one of v1, v2, videobrain"):
+        rl.main(replace(small, reward="v3"))
+    with pytest.raises(ValueError, match="--refill -1"):
+        rl.main(replace(small, refill=-1))
 
 
 def test_rl_refuses_a_model_that_does_not_hold_the_format(nano_folder, two_questions, tmp_path):

@@ -171,3 +171,16 @@ def test_what_a_model_writes_is_not_quoted_back_to_it(call):
         tool_result(action.error).removeprefix("<|im_end|>\n<|im_start|>").partition("</tool")[0]
     )
     assert action.kind == "bad_call" and "<|" not in shown
+
+
+def test_the_first_versions_call_is_said_in_the_prompt():
+    question = Question("q", "v", "golf", "rules", "Who?", (), "red")
+    text = opening(question, [0, 5], [1, 1], 10, syntax="choose_frames")
+    assert (
+        '<tool_call>{"action": "choose_frames", "frame_range": [idx_start, idx_end]}</tool_call>'
+        in text
+    )
+    assert "frame_extraction_tool" not in text
+    assert opening(question, [0, 5], [1, 1], 10, False, syntax="choose_frames") == opening(
+        question, [0, 5], [1, 1], 10, False
+    )

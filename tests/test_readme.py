@@ -21,6 +21,7 @@ from nanosport.plan import __main__ as plan
 from nanosport.records import Episode, Question, Turn
 from nanosport.train import checkpoint
 from nanosport.train.metrics import TokenMeans, log_row, rollout_stats, take_work
+from nanosport.train.rollouts import REFILLS
 from nanosport.train.training import Update
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +101,7 @@ def test_every_metric_is_explained_and_no_other():
     means.sums.append(torch.ones(len(means.NAMES)))
     stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)], 0)
     row = log_row(0, stats, means.over_ranks("cpu"), [Update(1.0, 1.0, 0.1, False)], 1.0)
-    row |= take_work(Counter(pages=3))
+    row |= take_work(Counter(pages=3)) | dict.fromkeys(REFILLS, 0)
     assert row["pages"] == 3 and row["rows_put_back"] == 0
     page = PAGES["metrics.md"]
     of_rl, rest = page.split("## `log.jsonl` of `train.py`")
@@ -108,7 +109,8 @@ def test_every_metric_is_explained_and_no_other():
     assert explained == set(row)
     of_eval = rest.split("## The report of `eval.py`")[1]
     figures = set(evaluation.figures([episode], [1.0])) - set(evaluation.DIMENSIONS)
-    assert set(re.findall(r"`(\w+)`", of_eval)) == figures
+    with_judge = {"ungraded", "judge_and_rule"}
+    assert set(re.findall(r"`(\w+)`", of_eval)) == figures | with_judge
 
 
 def test_the_table_is_made_of_the_committed_figures():

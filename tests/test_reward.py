@@ -1,18 +1,26 @@
 """The reward is the paper's equation (v1), branch by branch; accuracy reads answers as people write
 them."""
 
+import json
 import re
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from data_prep import arena
-from nanosport.env.reward import format_valid, gated_reward
+from nanosport.env.reward import (
+    Reward,
+    flat_groups,
+    format_valid,
+    gated_reward,
+    reward_function,
+)
 from nanosport.env.scoring import accuracy
-from nanosport.records import Episode, Question, Turn
+from nanosport.records import Episode, Question, Turn, parse_question
+from nanosport.train.rollouts import Rollouts
 from nanosport.train.variants import VARIANTS, group_advantages, token_scale
 
 CHOICE = Question("q", "v", "soccer", "recognition", "How?", ("a header", "volley", "tap-in"), "B")
@@ -159,7 +167,7 @@ def test_an_article_is_no_letter_and_a_letter_no_article():
     [
         ("red 7 volley", 1.0),
         ("The Red, 7: VOLLEY!", 1.0),
-        ("volley 7 red", 1 / 3),
+        ("volley 7 red", 1 / 6),  # all of its words, in another order
         ("red", 0.5),
         ("red 7 header", 2 / 3),
         ("red red red", 1 / 3),
@@ -216,6 +224,23 @@ AS_A_PERSON_SAYS = {
         ("choice", "B", SHOTS, "B is wrong, C", 0),
         ("choice", "B", SHOTS, "neither A nor B", 0),
         ("choice", "B", SHOTS, "不是B", 0),
+        *(("choice", "B", SHOTS, said, 0) for said in (
+            "anything but B|all but B|A instead of B|except B|everything except B|wrong: B|I rule out B|"
+            "B can be excluded|B is unlikely|Cannot be B|cannot be option B|I doubt it is B|B is impossible|"
+            "It is not true that it is B|the answer is not B|B cannot be"
+        ).split("|")),
+        ("choice", "A", SHOTS, "A instead of B", 1),
+        ("choice", "A", SHOTS, "A, except B", 1),
+        ("choice", "B", SHOTS, "A B", 0),
+        ("choice", "B", SHOTS, "A B C", 0),
+        ("choice", "A", ("in the net", "out"), "It is not true that it is in the net", 0),
+    ],
+    "a letter in other dress": [
+        ("choice", "B", SHOTS, said, 1)
+        for said in (
+            "ⓑ|⒝|option_b|OptionB|{\"answer\": \"B\"}|<b>B</b>|La respuesta es B|Antwort: B|$\\boxed{\\text{B}}$|"
+            "B is correct|Option B is correct because he taps it in|Letter B|B\n\nExplanation: he taps it"
+        ).split("|")
     ],
     "who hedges says nothing": [
         ("choice", "B", SHOTS, said, 0)
@@ -272,7 +297,17 @@ AS_A_PERSON_SAYS = {
         for truth, answers in {
             "3": "3|3.|+3|three|Three.|3rd|**3**|(3)|３|3 (three)|3, so 3|about 3|3 goals|3kg|三3",
             "-3": "-3|−3|–3|minus three|negative 3|minus 3|answer:-3",
-            "0": "0|-0|zero|0.0",
+            "0": "0|-0|zero|0.0|none|nil",
+            "4": "fourth|the 4th|四|4次",
+            "12": "a dozen|1 dozen|十二|twelfth",
+            "100": "a hundred|one hundred|100%|一百",
+            "120": "one hundred and twenty|one hundred twenty|2 minutes|2:00",
+            "2": "twice|second|two times|2nd|两次",
+            "1": "once|first|one second|a total of one",
+            "2500": "2.5k|two thousand five hundred|twenty-five hundred|2,500",
+            "3.2": "three point two|3,2|degree of difficulty: 3.2",
+            "2.5": "two and a half|2½",
+            "3600": "1 hour|1h|60 min|1:00:00",
             "10": "10|10.|#10|No. 10|no. 10|\\boxed{10}|$10|１０",
             "9.5": "9.5|9,5|9.5/10|9,5 / 10|9.5 out of 10|9.5 out of ten|9½|9.50 points",
             "0.5": ".5|½|1/2|0,5|50%|50 percent",
@@ -291,6 +326,9 @@ AS_A_PERSON_SAYS = {
         for truth, answers in {
             "3": "−3|-3|not 3|more than 3|less than three|at least 3|over 3|>3|3+|3 or more|up to 3|≥ 3|between 3 and 4|3 or 4|"
             "3-4|3–4|3/5|x3|v3|3:2|2:3|3.5.1|none|no one|3 of 5|",
+            "4": "isn't 4|minimum 4|maximum 4|4 dozen|half of 4|4 < x|4 hundred|no idea|fourteen|forty",
+            "7": "one two three four five six seven|not seven|seven or eight|七十",
+            "0": "no|nothing to see|never mind|one or none",
             "95": "9,5|9 5",
             "123": "1,2,3|1 23|12 3",
             "1234": "12,34|1.234",
@@ -308,15 +346,21 @@ AS_A_PERSON_SAYS = {
             "from 12 to 15 seconds|From 12s until 15s.|between 12 and 15|[12, 15]|[12,15]|(12.0, 15.0)|"
             "12,0-15,0|12～15|12 ~ 15 sec|The rally is from 12 to 15 seconds.|0.2 min - 0.25 min|"
             "0.2-0.25 min|starts at 12 s, ends at 15 s|12秒到15秒|从12秒至15秒|１２－１５|"
-            "twelve to fifteen|**12-15**"
+            "twelve to fifteen|**12-15**|12 through 15|from second 12 to second 15|12th to 15th second|t=12 to t=15|"
+            "00:00:12,000 --> 00:00:15,000|from 12 seconds up to 15 seconds|12 bis 15|de 12 a 15|12 → 15|12..15|"
+            "start_time: 12, end_time: 15|{\"start\": 12, \"end\": 15}|<12, 15>"
         ).split("|")
+    ],
+    "a span of minutes": [
+        ("span", "75-90", (), said, 1)
+        for said in "1:15-1:30|1'15-1'30|1m15s-1m30s|1.25-1.5 min|1 min 15 s - 1 min 30 s".split("|")
     ],
     "another span, or none": [
         ("span", "12-15", (), said, score)
         for said, score in {
             "15-12": 0, "12": 0, "at 13": 0, "not 12-15": 0, "12-15 and 20-30": 0, "12 or 15": 0,
             "1-2-3": 0, "12:15": 0, "": 0, "12-18": 0.5, "13.5-16.5": 1.5 / 4.5, "20-30": 0,
-            "12-15 min": 0, "12 s": 0,
+            "12-15 min": 0, "12 s": 0, "-12-15": 0, "0-1000": 3 / 1000, "the whole clip": 0, "nan-nan": 0,
         }.items()
     ],
     "one moment, with a tolerance": [
@@ -336,6 +380,12 @@ AS_A_PERSON_SAYS = {
             ("Red's volley", CALL, "red volley|RED VOLLEY"),
             ("扣杀得分", CALL, "扣杀得分。|扣杀 得分"),
             ("by her", CALL, "by her|By her."),
+            ("9.5", CALL, "9.5|9,5|9.50|Nine point five"),
+            ("3", CALL, "3|3.0|three"),
+            ("50%", CALL, "50%|50 percent|fifty percent"),
+            ("ﬁnal ５", CALL, "final 5"),
+            ("スマッシュ", CALL, "ｽﾏｯｼｭ|スマッシュ。"),
+            ("yes", CALL, "Yes, he did"),
         ]
         for said in answers.split("|")
     ],
@@ -344,11 +394,18 @@ AS_A_PERSON_SAYS = {
         ("open", "-1", CALL, "1", 0),
         ("open", "1", CALL, "-1", 0),
         ("open", ">3", CALL, "<3", 0),
-        ("open", "left to right", CALL, "right to left", 1 / 3),
-        ("open", "red beats blue", CALL, "blue beats red", 1 / 3),
+        ("open", "left to right", CALL, "right to left", 1 / 6),
+        ("open", "red beats blue", CALL, "blue beats red", 1 / 6),
         ("open", "yellow card", CALL, "not yellow card", 0.8 * 2 / 3 / 2),
         ("open", "no goal", CALL, "goal", 1 / 3),
         ("open", "?", CALL, "!", 0),
+        ("open", "7 passes to 10", CALL, "10 passes to 7", 1 / 4),
+        ("open", "before the break", CALL, "after the break", 1 / 4),
+        ("open", "more than 3", CALL, "less than 3", 1 / 3),
+        ("open", "the ball went in", CALL, "the ball went out", 1 / 3),
+        ("open", "red beats blue", CALL, "red or blue", 1 / 3),
+        ("open", "yellow card", CALL, "hardly a yellow card", 0.8 * 2 / 3 / 2),
+        ("open", "扣杀", CALL, "杀扣", 1 / 4),
         ("open", "red 7 volley", CALL, "red 7 tap-in", 4 / 7),
     ],
     "listing does not pay": [
@@ -380,6 +437,27 @@ def test_an_answer_scores_as_a_person_would_score_it(what):
         if scored(*row[:4]) != pytest.approx(row[4])
     ]
     assert not wrong
+
+
+def test_any_of_several_answers_is_right():
+    several = replace(OPEN, also=("a red goal", "it went in"))
+    assert accuracy("red 7 volley", several) == accuracy("It went in!", several) == 1.0
+    assert accuracy("red 7 volley it went in", several) < 0.5
+    count = Question("q", "v", "s", "rules", "?", (), "3", kind="number", also=("5",))
+    assert [accuracy(said, count) for said in ("3", "five", "4", "3 or 5")] == [1, 1, 0, 0]
+    when = Question("q", "v", "s", "rules", "?", (), "3-5", kind="span", also=("20-30",))
+    assert accuracy("20-30", when) == accuracy("3-5", when) == 1.0
+    row = json.loads(json.dumps(asdict(when)))
+    assert parse_question(row) == when
+    for bad in ({"also": ["x"]}, {"also": "20-30"}, {"also": [1]}):
+        with pytest.raises(ValueError, match="also|answer 'x'"):
+            parse_question(row | bad)
+    with pytest.raises(ValueError, match="also: must be empty where there are options"):
+        parse_question(json.loads(json.dumps(asdict(CHOICE))) | {"also": ["A"]})
+
+
+def test_the_table_is_long():
+    assert sum(map(len, AS_A_PERSON_SAYS.values())) >= 450
 
 
 def test_listing_both_earns_less_than_guessing():
@@ -519,6 +597,106 @@ def test_token_scales():
     ) == pytest.approx(64 / 256)
 
 
+@pytest.mark.parametrize(
+    "rate, kind",
+    [(1.0, "direct"), (0.75, "direct"), (0.5, "adaptive"), (0.25, "active"), (0.0, "active")],
+)
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("turns", [(SAY,), (LOOK, SAY)], ids=["without", "with"])
+def test_videobrains_table(rate, kind, right, turns):
+    """Every cell of the published table, and the zeros beside it."""
+    bonus = {
+        ("direct", True, True): 0.0, ("direct", True, False): 0.5, ("direct", False, True): 0.0,
+        ("adaptive", True, True): 0.5, ("adaptive", True, False): 0.5, ("adaptive", False, True): 0.0,
+        ("active", True, True): 0.5, ("active", True, False): 0.0, ("active", False, True): 0.2,
+    }.get((kind, right, len(turns) == 2), 0.0)  # fmt: skip
+    question = replace(OPEN, pass_rate=rate)
+    made = episode("red 7 volley" if right else "blue 3", *turns, question=question)
+    reward = gated_reward(made, "videobrain")
+    assert reward.total == pytest.approx(0.05 + right + bonus) and reward.tool == bonus
+    # half right, as a judge may say, is right; a broken format earns nothing
+    assert gated_reward(made, "videobrain", 0.5).total == pytest.approx(
+        gated_reward(made, "videobrain", 1.0).total
+    )
+    spoilt = episode("red 7 volley", BAD, *turns, question=question)
+    assert gated_reward(spoilt, "videobrain").total == 0.0
+
+
+def test_videobrain_pays_no_look_that_shows_nothing_new():
+    question = replace(OPEN, pass_rate=0.0)
+    again = episode("red 7 volley", look(0, 40, 80), SAY, question=question)
+    assert gated_reward(again, "videobrain").total == pytest.approx(1.05)
+    other = replace(OPEN, pass_rate=0.5)  # it has used the tool all the same
+    again = episode("red 7 volley", look(0, 40, 80), SAY, question=other)
+    assert gated_reward(again, "videobrain").total == pytest.approx(1.05)
+
+
+def test_ablations():
+    right, wrong = (episode(said, LOOK, SAY) for said in ("red 7 volley", "blue 3"))
+    spoilt, blind = episode("red 7 volley", BAD, SAY), episode("red 7 volley", SAY)
+    made = (right, wrong, spoilt, blind)
+    assert [gated_reward(e, "accuracy").total for e in made] == [1.0, 0.0, 1.0, 1.0]
+    assert [gated_reward(e, "ungated").total for e in made] == [1.5, 0.5, -0.05, 1.0]
+    nothing = episode("red 7 volley", look(0, 40, 80), SAY)
+    assert gated_reward(nothing, "ungated").total == 1.0
+
+
+def test_a_reward_of_ones_own(tmp_path):
+    path = tmp_path / "my_reward.py"
+    path.write_text(
+        "BONUS = 0.1\n\ndef short(episode, accuracy):\n    return accuracy - BONUS * len(episode.turns)\n\n"
+        "def one(episode):\n    return 1\n\ndef bad(episode):\n    x = 1\n    return episode.nothing\n\n"
+        "def nan(episode):\n    return float('nan')\n\ndef text(episode):\n    return 'high'\n"
+    )
+    made = episode("red 7 volley", LOOK, SAY)
+    score = reward_function(f"{path}:short")
+    assert score(made, None).total == pytest.approx(0.8) and score(
+        made, 0.5
+    ).total == pytest.approx(0.3)
+    assert (score(made, 0.5).accuracy, score(made, None).new_frames) == (0.5, 2)
+    assert reward_function(f"{path}:one")(made, None).total == 1.0
+    for name, why in {
+        "bad": "question 'q': AttributeError: 'Episode' object has no attribute 'nothing', line 11",
+        "nan": "returned nan; it must be a finite number",
+        "text": "returned 'high'; it must be a finite number",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(why)) as caught:
+            reward_function(f"{path}:{name}")(made, None)
+        assert str(caught.value).startswith(f"--reward {path}:{name}, episode of ")
+    path.write_text("import math\n\nx = 1 / 0\n")
+    for name, why in {
+        f"{path}:score": "ZeroDivisionError: division by zero, line 3",
+        f"{tmp_path}/gone.py:score": "FileNotFoundError",
+        "v3": "must be one of v1, v2, videobrain, accuracy, ungated, or FILE.py:FUNCTION",
+        "my_reward:score": "or FILE.py:FUNCTION",
+    }.items():
+        with pytest.raises(ValueError, match=re.escape(why)):
+            reward_function(name)
+    path.write_text("other = 1\n")
+    for name in ("score", "other"):
+        with pytest.raises(ValueError, match="--reward .*(KeyError: 'score'|TypeError)"):
+            reward_function(f"{path}:{name}")
+
+
+def test_flat_groups():
+    rewards = [Reward(total, 0, 0, 1, 0, 0) for total in (1, 1, 1, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3)]
+    assert flat_groups(rewards, 3) == [0, 2] and flat_groups([], 3) == []
+
+
+def test_groups_without_variance_are_refilled():
+    def some(totals, name):
+        made = [replace(episode("x", SAY), answer=f"{name}{k}") for k in range(len(totals))]
+        rewards = [Reward(total, 0, 0, 1, 0, 0) for total in totals]
+        return Rollouts(made, rewards, [0] * len(totals), 1, {"tokens_read": 5})
+
+    first, more = some([1, 1, 0, 1, 2, 2, 3, 3], "a"), some([0, 0, 1, 0, 5, 5], "b")
+    found = first.refilled([0, 2, 3], more, 2)
+    assert [e.answer for e in found.episodes] == ["b2", "b3", "a2", "a3", "a4", "a5", "a6", "a7"]
+    assert [r.total for r in found.rewards] == [1, 0, 0, 1, 2, 2, 3, 3]
+    assert (found.replaced, found.work) == (2, {"tokens_read": 10})
+    assert [e.answer for e in first.episodes] == [f"a{k}" for k in range(8)]
+
+
 def test_a_reward_of_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="'v3': must be v1 or v2"):
+    with pytest.raises(ValueError, match="'v3': must be one of v1, v2, videobrain"):
         gated_reward(episode("red 7 volley", LOOK, SAY), version="v3")

@@ -270,6 +270,24 @@ def test_a_soccerreplay_question_on_a_soccerbench_match_is_caught(clean):
     assert "held_out" in caught(clean)
 
 
+def test_mvfouls_clips_in_a_soccerbench_shaped_file_are_found(tmp_path):
+    """By the action's name, though the two downloads lie apart and one does not know the match."""
+    fouls = [record(f"xfoul/{n}", video=f"fouls/train/action_{n}/clip_1.mp4") for n in range(30)]
+    clip = "bench/Dataset/video/SoccerNet/mvfouls/train/action_7/clip_1.mp4"
+    match = "soccer/england-epl-2014-2015/2015-02-21-18-00-chelsea-1-1-burnley"
+    bench = record("soccerbench/video_600/0", video=clip, group=match)
+    splits, report = make(tmp_path, bench, *fouls, *many("sportu", 60))
+    assert not ids(splits["sft"] + splits["rl"]) & {"xfoul/7", "soccerbench/video_600/0"}
+    assert "xfoul/6" in ids(splits["sft"] + splits["rl"] + splits["test"])
+    assert "mvfoul/train/action_7" in report["held_out"]
+
+    out = tmp_path / "out"
+    edit(out / "rl.jsonl", record("xfoul/new", video="../other/Train/action_7/clip_0.mp4"))
+    assert "'group mvfoul/train/action_7' is in rl ('xfoul/new')" in caught(out)
+    written(out / "test.jsonl", [row for row in splits["test"] if "bench" not in row["id"]])
+    assert "test-only source has it" in caught(out)
+
+
 def test_a_repeated_id_is_caught(clean):
     edit(clean / "test.jsonl", record(result(clean)[0]["sft"][0]["id"]))
     assert "sft.jsonl and in " in caught(clean) and "test.jsonl" in caught(clean)

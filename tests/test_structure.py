@@ -105,8 +105,8 @@ def test_the_code_stays_small():
     plan, bench = num_lines("nanosport/plan/*.py"), num_lines("nanosport/bench/*.py")
     core = num_lines("*.py", "kernels/**/*.py", "nanosport/**/*.py") - plan - bench
     assert num_lines("rl.py") <= 400 and num_lines("train.py") <= 130
-    assert num_lines("nanosport/bench/train.py") <= 263
-    assert plan <= 935 and core <= 10_914 and num_lines(*everything) <= 18_285
+    assert num_lines("nanosport/bench/train.py") <= 250
+    assert plan <= 935 and core <= 11_350 and num_lines(*everything) <= 19_650
 
 
 COMMANDS = "arena check convert difficulty distill look split teacher"

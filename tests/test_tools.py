@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nanosport.env.tools import MIN_WINDOW, TOOL_NAME, parse, split_think, tool_call
+from nanosport.env.tools import MIN_WINDOW, TOOL_NAME, V1_NAME, parse, split_think, tool_call
 
 THINK = "<think>the score changes.</think>\n"
 GOOD = THINK + tool_call(20, 40)
@@ -204,3 +204,60 @@ def test_no_mutation_raises():
         if action.kind == "tool":
             assert type(action.window[0]) is int and 0 <= action.window[0] < action.window[1] < 100
     assert kinds == {"tool", "answer", "bad_call", "invalid"}
+
+
+# The syntax of the paper's first version, and another reward's rules.
+
+
+@pytest.mark.parametrize(
+    "call, window, error",
+    [
+        ('{"action": "choose_frames", "frame_range": [20, 40]}', (20, 40), None),
+        ('{"frame_range": [20, 40], "action": "choose_frames"}', (20, 40), None),
+        ('{"action": "choose_frames", "frame_range": [40, 20]}', (40, 20), "inside 0 to 99"),
+        ('{"action": "choose_frames", "frame_range": [20, 25]}', (20, 25), "at least 9 frames"),
+        ('{"action": "choose_frames", "frame_range": [20, 40.0]}', None, "integers"),
+        ('{"action": "choose_frames", "frame_range": [20, true]}', None, "integers"),
+        ('{"action": "choose_frames", "frame_range": [20]}', None, "nothing else"),
+        ('{"action": "choose_frames", "frame_range": "20-40"}', None, "nothing else"),
+        ('{"action": "choose_frames", "frame_range": {"a": 1}}', None, "nothing else"),
+        ('{"action": "choose_frames"}', None, "nothing else"),
+        ('{"action": "choose_frames", "frame_range": [20, 40], "fps": 2}', None, "nothing else"),
+        ('{"action": "zoom", "frame_range": [20, 40]}', None, "the only tool is choose_frames"),
+        ("[20, 40]", None, "the only tool is choose_frames"),
+        ("20, 40", None, "not valid JSON"),
+    ],
+)
+def test_the_first_versions_call(call, window, error):
+    action = parse(f"{THINK}<tool_call>{call}</tool_call>", 100, syntax=V1_NAME)
+    assert action.kind == ("bad_call" if error else "tool") and action.window == window
+    assert error is None or error in action.error
+
+
+def test_each_syntax_refuses_the_other():
+    for syntax, other in ((TOOL_NAME, V1_NAME), (V1_NAME, TOOL_NAME)):
+        assert parse(THINK + tool_call(20, 40, syntax), 100, syntax=syntax).window == (20, 40)
+        refused = parse(THINK + tool_call(20, 40, other), 100, syntax=syntax)
+        assert refused.kind == "bad_call" and refused.error == f"the only tool is {syntax}"
+
+
+@pytest.mark.parametrize(
+    "window, near, kind",
+    [
+        ((20, 40), 0, "bad_call"), ((21, 40), 0, "tool"), ((21, 40), 1, "bad_call"), ((19, 41), 1, "bad_call"),
+        ((22, 40), 1, "tool"), ((20, 42), 1, "tool"), ((18, 38), 1, "tool"),
+    ],
+)  # fmt: skip
+def test_a_window_moved_by_a_frame_is_a_repeat_where_that_is_the_rule(window, near, kind):
+    action = parse(THINK + tool_call(*window), 100, ((20, 40),), near=near)
+    assert action.kind == kind and (
+        kind == "tool" or "frames 20 to 40 were already" in action.error
+    )
+
+
+@pytest.mark.parametrize(
+    "length, min_window, kind", [(8, 8, "tool"), (7, 8, "bad_call"), (8, 9, "bad_call")]
+)
+def test_the_shortest_window_is_a_rule_too(length, min_window, kind):
+    action = parse(THINK + tool_call(20, 19 + length), 100, min_window=min_window)
+    assert action.kind == kind

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
@@ -26,6 +27,7 @@ import numpy as np
 from numpy._core import multiarray, numeric
 
 from nanosport.records import Question
+from nanosport.video import Video
 
 VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -168,54 +170,105 @@ def read_json(path: Path, *of: type) -> list | dict:
     return _expect(path, data, of)
 
 
-def read_entries(path: Path) -> Iterator:
-    """The entries of a list in a JSON file, or the lines of a JSON-lines file, one after the other
-    in little memory.
+def read_items(path: Path, *of: type) -> Iterator[tuple]:
+    """What a JSON file holds, part by part in little memory: (None, number, entry) of a list's
+    entries and of a JSON-lines file; (name, None, value) of an object's members, and (name, place,
+    part) for each part of a member that is a list or an object itself.
 
-    Raises ValueError where it is something else, and where it breaks off: when the entries before
-    that are out.
+    Raises ValueError where the file is no list or dict as `of` asks, and where it breaks off: when
+    what is before that is out.
     """
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".jsonl":
-            yield from map(json.loads, filter(str.strip, file))
+            for number, line in enumerate(filter(str.strip, file)):
+                yield None, number, json.loads(line)
             return
-        if file.read(CHUNK).lstrip().startswith("["):
-            file.seek(0)
-            yield from _items(file)
+        text = _Text(file)
+        data = {"[": [], "{": {}}.get(text.peek())
+        data = text.value() if data is None else data
+        if isinstance(data, of) and isinstance(data, list | dict):
+            for place, *within, part in _parts(text, open_members=True):
+                yield (None, place, part) if data == [] else (place, *(within or [None]), part)
+            if text.peek():
+                raise ValueError("more behind the list")
             return
-    yield from read_json(path, list)  # it says what there is instead
+    _expect(path, data, of)
 
 
-def _items(file: TextIO) -> Iterator:
-    """The items of the JSON list that a file holds."""
-    decode, space, number, end = (
-        json.JSONDecoder().raw_decode,
-        re.compile(r"[ \t\n\r]*").match,
-        0,
-        "",
-    )
-    text = file.read(CHUNK)
-    at = text.index("[") + 1
-    while end != "]":
-        at, fault = space(text, at).end(), "Expecting ',' delimiter"
-        if not number and text.startswith("]", at):
-            at += 1
-            break
+def read_entries(path: Path) -> Iterator:
+    """The entries of a list in a JSON file, or the lines of a JSON-lines file, as `read_items` has
+    them."""
+    return (entry for _, _, entry in read_items(path, list))
+
+
+_ENDS = tuple(",]}: \t\n\r")
+_DECODE, _SPACE = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
+
+
+class _Text:
+    """A JSON text that is read piece by piece."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.text, self.at = file, "", 0
+
+    def _more(self) -> bool:
+        """Read as much again as waits; whether there was more."""
+        more = self.file.read(max(CHUNK, len(self.text) - self.at))
+        self.text, self.at = self.text[self.at :] + more, 0
+        return bool(more)
+
+    def peek(self) -> str:
+        """The next sign that is no space; nothing at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, signs: str) -> str:
+        """The next sign, which must be one of these."""
+        if (sign := self.peek()) not in list(signs):
+            raise ValueError(f"Expecting {' or '.join(map(repr, signs))}")
+        self.at += 1
+        return sign
+
+    def value(self):
+        """The next whole value."""
+        self.peek()
+        while True:
+            try:
+                value, after = _DECODE(self.text, self.at)
+            except json.JSONDecodeError as error:
+                if not self._more():
+                    raise ValueError(error.msg) from None
+                continue
+            if self.text[after : after + 1] not in _ENDS and self._more():
+                continue  # a number may go on there
+            self.at = after
+            return value
+
+
+def _parts(text: _Text, open_members: bool = False) -> Iterator[tuple]:
+    """(number, entry) of the list that begins here, (name, value) of the object; open_members: for
+    its lists and objects (name, place, part)."""
+    kind = text.take("[{")
+    end, number = {"[": "]", "{": "}"}[kind], 0
+    sign = text.take(end) if text.peek() == end else ","
+    while sign == ",":
+        place = number
         try:
-            item, after = decode(text, at)
-            after = space(text, after).end()
-            end = text[after : after + 1]
-        except json.JSONDecodeError as error:
-            fault, end = error.msg, ""
-        if end in (",", "]"):
-            yield item
-            number, at = number + 1, after + 1
-        elif more := file.read(max(CHUNK, len(text))):  # the item may go on there
-            text, at = text[at:] + more, 0
-        else:
-            raise ValueError(f"entry {number}: {fault}")
-    if text[at:].strip() or file.read().strip():
-        raise ValueError("more behind the list")
+            if kind == "{":
+                place = text.value()
+                text.take(":")
+                if open_members and text.peek() in ("[", "{"):
+                    yield from ((place, *part) for part in _parts(text))
+                    sign = text.take("," + end)
+                    continue
+            value = text.value()
+            sign = text.take("," + end)
+        except ValueError as error:
+            raise ValueError(f"entry {place}: {error}") from None
+        yield place, value
+        number += 1
 
 
 def _dtype(*arguments) -> np.dtype:
@@ -329,18 +382,40 @@ def template(seed: int, id: str, phrasings: tuple[str, ...]) -> str:
     return random.Random(f"{seed}/{id}/phrasing").choice(phrasings)
 
 
+def option(entry, name: str) -> str:
+    """A field that may be a number too, as a text."""
+    value = entry.get(name) if isinstance(entry, dict) else None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.15g}" if abs(value) < 1e15 else field(entry, name)
+    return field(entry, name)
+
+
+def labelled(texts: list, name: str) -> dict[str, str]:
+    """The options by label of texts such as "A. a smash"."""
+    plain = (text for text in texts if isinstance(text, str))
+    found = (re.fullmatch(r"([A-J])[.):]\s*(\S.*?)\s*", text, re.DOTALL) for text in plain)
+    options = {each[1]: each[2] for each in found if each}
+    if len(options) != len(texts):
+        raise ValueError(f"{name} {brief(texts)}: must be texts with the labels A., B., …")
+    return options
+
+
 def shuffle_options(
     seed: int, id: str, right: str, wrong: Iterable[str], num: int = 10
 ) -> tuple[tuple[str, ...], str]:
     """(options in random order, letter of the right one): the right one and at most num − 1 of the
-    wrong ones.
+    wrong ones, each once.
 
-    "None of the above" stays last. Raises ValueError where two options say the same, or one names
-    another by its letter.
+    "None of the above" stays last. Raises ValueError where a wrong one says the same as the right
+    one, or one names another by its letter.
     """
-    rng, wrong = random.Random(f"{seed}/{id}/options"), list(wrong)
+    rng = random.Random(f"{seed}/{id}/options")
+    same = right.casefold().strip()
+    wrong = list({text.casefold().strip(): text for text in reversed(list(wrong))}.values())[::-1]
+    if any(text.casefold().strip() == same for text in wrong):
+        raise ValueError("options: another one says the same as the right one")
     options = [right, *(wrong if len(wrong) < num else rng.sample(wrong, num - 1))]
-    if not wrong or len({option.casefold().strip() for option in options}) < len(options):
+    if not wrong:
         raise ValueError("options: must be at least two that differ")
     if any(re.search(r"\b[A-J],? (and|or|&) [A-J]\b", option) for option in options):
         raise ValueError("options: one names others by letter, so their order cannot change")
@@ -355,7 +430,7 @@ def choose(
     """shuffle_options for options by label, where `answer` is a label or, as some sources have it,
     the text of an option."""
     right = [label for label in options if label.casefold() == answer.casefold()]
-    right = right or [label for label, text in options.items() if _slug(text) == _slug(answer)]
+    right = right or [label for label, text in options.items() if slug(text) == slug(answer)]
     if len(right) != 1:
         raise ValueError(
             f"answer {brief(answer)}: must be one of {', '.join(options)}, or the text of one"
@@ -378,9 +453,49 @@ def match_group(path: str) -> str | None:
     for k, part in enumerate(parts[:-1]):
         if season := re.fullmatch(r"(?:(.+)_)?(\d{4}-\d{4})", part):
             league = season[1] or (parts[k - 1] if k else "")
-            return "/".join(["soccer", _slug(f"{league} {season[2]}"), _slug(parts[k + 1])])
+            return "/".join(["soccer", slug(f"{league} {season[2]}"), slug(parts[k + 1])])
     return None
 
 
-def _slug(text: str) -> str:
+def foul_group(path: str) -> str | None:
+    """`mvfoul/<split>/action_N` of a path that names a clip of SoccerNet-MVFoul, as every data set
+    that has it does; None where it names none."""
+    found = re.search(r"(?:^|/)(train|valid|test|challenge)/(action_\d+)(?=$|/|__)", path, re.I)
+    return f"mvfoul/{found[1]}/{found[2]}".lower() if found else None
+
+
+SPORTS = {  # the word for it where that is not its name
+    "table.?tennis": "table tennis", "american.?football": "american football",
+    "hockey": "ice hockey", "nba": "basketball", "skating|fs_(comp|perf)": "figure skating",
+    "gym": "gymnastics", "soccer|football|foul": "soccer",
+} | {name: name for name in (
+    "tennis", "badminton", "basketball", "volleyball", "diving", "baseball", "boxing", "fencing",
+)}  # fmt: skip
+
+
+def sport_of(*texts: str) -> str:
+    """The sport that the first of these texts names; `sports` where none does."""
+    for text in texts:
+        for words, sport in SPORTS.items():
+            if re.search(words, text, re.I):
+                return sport
+    return "sports"
+
+
+@lru_cache(maxsize=8)
+def _times(video: str) -> np.ndarray:
+    return Video(video).times_s
+
+
+def frames_span(video: Path, first: int, last: int) -> tuple[float, float]:
+    """The seconds of the frames `first` to `last` of a video, from its own time stamps. Raises
+    ValueError where it cannot be opened, or has not so many."""
+    times = _times(str(video))
+    if not 0 <= first < last < len(times):
+        raise ValueError(f"frames {first} to {last}: its video {video.name} has {len(times)}")
+    return float(times[first]), float(times[last])
+
+
+def slug(text: str) -> str:
+    """The words of a text in small letters, with single hyphens between."""
     return re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", text).lower()).strip("-")

@@ -13,8 +13,8 @@ on the whole rally, nothing narrower than the clip is known and `window` is None
 match.
 
 Quirks: frames are counted in the match's video, not in the clip. `duration` is a word or a number.
-A file name has `_` for the space of its question_id. `quality` is a text or a number. Some answers
-stand in the same place: options are shuffled.
+A stroke may have its hit only. A file name has `_` for the space of its question_id. `quality` is a
+text or a number. Some answers stand in the same place: options are shuffled.
 """
 
 import re
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, choose, each, field, read_json
+from data_prep.sources import Folder, Skip, choose, each, field, labelled, read_entries
 from nanosport.records import Question
 
 SOURCE = "finebadminton"
@@ -40,6 +40,7 @@ DIMENSION = {
     "hitting comment": "commentary",
     "pointer recognition": "assessment",
     "round comment": "assessment",
+    "round count": "recognition",
 }
 ON_LAST_STROKE = (
     "action classification",
@@ -52,39 +53,51 @@ FRAMES = ("start_frame", "hit_frame", "end_frame")
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
-    folder, strokes, asked = Folder(root), defaultdict(dict), []
-    for path in folder.named(r".*\.json", "JSON file of questions"):
-        entries = read_json(root / path, list)
-        rounds = {
-            n: entry
-            for n, entry in enumerate(entries)
-            if isinstance(entry, dict) and "hitting" in entry
-        }
-        yield from each(path, rounds.items(), partial(_collect, strokes))
-        asked.append((path, [(n, entry) for n, entry in enumerate(entries) if n not in rounds]))
-    for path, entries in asked:
-        yield from each(path, entries, partial(_question, folder, strokes, seed, path))
+    folder, strokes = Folder(root), defaultdict(dict)
+    paths = folder.named(r".*\.json", "JSON file of questions")
+    for path in paths:
+        yield from each(path, _entries(root / path, rounds=True), partial(_collect, strokes))
+    for path in paths:
+        ask = partial(_question, folder, strokes, seed, path)
+        yield from each(path, _entries(root / path, rounds=False), ask)
+
+
+def _entries(path: Path, rounds: bool) -> Iterator[tuple]:
+    """(number, entry) of a file's rounds, or of its questions."""
+    for number, entry in enumerate(read_entries(path)):
+        if (isinstance(entry, dict) and "hitting" in entry) == rounds:
+            yield number, entry
+
+
+def _frames(row) -> tuple[int, int, int]:
+    """First, hit and last frame of a stroke; where only the hit is known, it stands for all."""
+    hit = field(row, "hit_frame", int)
+    first, last = (hit if row.get(name) is None else field(row, name, int) for name in FRAMES[::2])
+    return first, hit, last
 
 
 def _collect(strokes: dict, number: int, entry: dict) -> Iterator[Skip]:
-    """Keep a round's strokes by match and frames: the rounds may be there in two languages.
+    """Keep a round's strokes by match and frames: the rounds may be there in two languages. A row
+    without a kind of hit and a player is a mark that its annotator has left.
 
     Of a round with a stroke that cannot be read the others would be counted wrongly: (first, None,
     last) marks where it lies.
     """
     match, rows = field(entry, "video").partition("_")[0], field(entry, "hitting", list)
+    named = [
+        row[name]
+        for row in rows
+        if isinstance(row, dict)
+        for name in FRAMES
+        if isinstance(row.get(name), int)
+    ]
     try:
         strokes[match] |= {
-            tuple(field(row, name, int) for name in FRAMES): row.get("hitter") for row in rows
+            _frames(row): row.get("hitter")
+            for row in rows
+            if not (isinstance(row, dict) and row.get("hit_type") == "" and not row.get("hitter"))
         }
     except ValueError:
-        named = [
-            row[name]
-            for row in rows
-            if isinstance(row, dict)
-            for name in FRAMES
-            if isinstance(row.get(name), int)
-        ]
         if named:
             strokes[match][min(named), None, max(named)] = None
         raise
@@ -131,13 +144,8 @@ def _question(
         field(field(entry, "question", dict), "question_en"),
         f"{SOURCE}/{name.replace(' ', '_')}",
     )
-    texts = [
-        option if isinstance(option, str) else "" for option in field(entry, "options_en", list)
-    ]
-    labelled = {text[:1]: text[2:].strip() for text in texts if re.match(r"[A-J][.):]", text)}
-    if len(labelled) != len(texts) or not all(labelled.values()):
-        raise ValueError(f"options_en {brief(texts)}: must be texts with the labels A., B., …")
-    options, answer = choose(seed, id, labelled, field(entry, "answer"))
+    labels = labelled(field(entry, "options_en", list), "options_en")
+    options, answer = choose(seed, id, labels, field(entry, "answer"))
     right = options["ABCDEFGHIJ".index(answer)]
     yield Question(
         id=id,

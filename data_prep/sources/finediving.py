@@ -3,14 +3,17 @@ questions each.
 
 `FineDiving_fine-grained_annotation.pkl` is {(video, n): {action_type, sub-action_types {id: name},
 frames_labels, dive_score, difficulty, …}}, `fine-grained_annotation_aqa.pkl` {(video, n):
-[action_type, dive_score, difficulty, (unknown), labels]}; the first is read where there is one. The
-clips are folders of frames, `<video>/<n>/*.jpg`, wherever they lie below root.
+[action_type, dive_score, difficulty, steps_transit_frames, labels]}, and
+`FineDiving_coarse_annotation.pkl` {(video, n): {action_type, start_frame, end_frame, dive_score,
+difficulty, …}}; the first of them that is there is read. The clips are folders of frames,
+`<video>/<n>/*.jpg`, wherever they lie below root; the coarse form also takes a whole video.
 
 Quirks: the annotations are pickles, so they are read without running what they name. Both shapes of
 an entry may come in either file. Numbers are numpy scalars. The list form has no names of
-sub-actions: that question is skipped. The official split is in `train_split.pkl` and
-`test_split.pkl`, and is noted in `provenance`; `group` is the competition video, of which the
-official split has dives on both sides.
+sub-actions: they are taken from `Sub_action_Types_Table.pkl`, without which that question is
+skipped, as it is in the coarse form. A failed dive has a score of 0. The official split is in
+`train_split.pkl` and `test_split.pkl`, and is noted in `provenance`; `group` is the competition
+video, of which the official split has dives on both sides.
 """
 
 from collections.abc import Iterator
@@ -20,7 +23,17 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import Folder, Skip, brief, each, read_pickle, shuffle_options, template
+from data_prep.sources import (
+    Folder,
+    Skip,
+    brief,
+    each,
+    field,
+    frames_span,
+    read_pickle,
+    shuffle_options,
+    template,
+)
 from nanosport.records import Question
 
 SOURCE = "finediving"
@@ -56,10 +69,13 @@ ASK = {
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     files = folder.named(
-        r"(FineDiving_)?fine-grained_annotation.*\.pkl", "FineDiving_fine-grained_annotation.pkl"
+        r"(FineDiving_)?(fine-grained|coarse)_annotation.*\.pkl",
+        "FineDiving_fine-grained_annotation.pkl",
     )
-    path = min(files, key=lambda name: "aqa" in name.lower())
-    entries, official = read_pickle(root / path, dict), {}
+    path = min(files, key=lambda name: ("coarse" in name.lower(), "aqa" in name.lower()))
+    entries, official, names = read_pickle(root / path, dict), {}, None
+    for table in (name for name in folder.files if name.endswith("Sub_action_Types_Table.pkl")):
+        names = read_pickle(root / table, dict)
     for split in (
         name for name in folder.files if name.endswith(("train_split.pkl", "test_split.pkl"))
     ):
@@ -70,10 +86,10 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
             raise ValueError(f"{root / split}: {error}") from None
         official |= dict.fromkeys(keys, split.rpartition("/")[2].removesuffix("_split.pkl"))
     codes = sorted(
-        {code for entry in entries.values() if isinstance(code := _fields(entry)[0], str)}
+        {code for entry in entries.values() if isinstance(code := _fields(entry, None)[0], str)}
     )
     named = ((brief(key), (key, entry)) for key, entry in entries.items())
-    yield from each(path, named, partial(_questions, folder, codes, official, seed, path))
+    yield from each(path, named, partial(_questions, folder, (codes, official, names), seed, path))
 
 
 def _key(key) -> tuple[str, int]:
@@ -87,14 +103,14 @@ def _key(key) -> tuple[str, int]:
     return key[0], int(key[1])
 
 
-def _fields(entry) -> tuple:
+def _fields(entry, table: dict | None) -> tuple:
     """(action type, score, difficulty, labels of the frames, names of the sub-actions), each None
     where the entry lacks it."""
     if isinstance(entry, dict):
         names = ("action_type", "dive_score", "difficulty", "frames_labels", "sub-action_types")
         return tuple(entry.get(name) for name in names)
     if isinstance(entry, list | tuple) and len(entry) >= 5:
-        return *entry[:3], entry[4], None
+        return *entry[:3], entry[4], table
     return (None,) * 5
 
 
@@ -128,17 +144,31 @@ def _answer(task: str, value, names, id: str, codes: list, seed: int) -> tuple[t
         right, *others = dict.fromkeys(", then ".join(order) for order in orders)
         return *shuffle_options(seed, id, right, others, num=4), "choice"
     is_number = isinstance(value, int | float | np.integer | np.floating)
-    if not is_number or isinstance(value, bool) or not 0 < value < 1000:
+    failed = task == "score" and is_number and value == 0  # a dive that was not done as announced
+    if not is_number or isinstance(value, bool) or not (0 < value < 1000 or failed):
         raise ValueError(f"{task} {brief(value)}: must be a number between 0 and 1000")
     return (), f"{float(value):.2f}", "number"
 
 
+def _clip(folder: Folder, competition: str, number: int, entry) -> tuple[str, tuple | None]:
+    """(video, span) of a dive: its folder of frames, or its part of the whole video."""
+    try:
+        return folder.video(f"{competition}/{number}"), None
+    except ValueError:
+        if not isinstance(entry, dict) or "start_frame" not in entry:
+            raise
+    video = folder.video(competition)
+    first, last = (field(entry, name, int) for name in ("start_frame", "end_frame"))
+    return video, frames_span(folder.root / video, first, last)
+
+
 def _questions(
-    folder: Folder, codes: list, official: dict, seed: int, path: str, place: str, named
+    folder: Folder, tables: tuple, seed: int, path: str, place: str, named
 ) -> Iterator[Question | Skip]:
+    codes, official, table = tables
     (competition, number), entry = _key(named[0]), named[1]
-    video = folder.video(f"{competition}/{number}")
-    code, score, difficulty, labels, names = _fields(entry)
+    video, span = _clip(folder, competition, number, entry)
+    code, score, difficulty, labels, names = _fields(entry, table)
     tasks = {"code": code, "steps": labels, "difficulty": difficulty, "score": score}
     split = official.get((competition, number), "split unknown")
     for task, value in tasks.items():
@@ -158,6 +188,7 @@ def _questions(
             answer=answer,
             kind=kind,
             tolerance=TOLERANCE.get(task, 0.0),
+            span_s=span,
             source=SOURCE,
             group=f"{SOURCE}/{competition}",
             provenance=f"{path} {(competition, number)}, official {split}",

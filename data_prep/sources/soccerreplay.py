@@ -5,14 +5,22 @@
 comments_text_anonymized}]. Two questions a comment: what happens (recognition, four options) and
 the comment itself (commentary, open).
 
+Two more forms of the same matches: AI4Soccer's `<match>.json`, lists of {question, choices ["A.
+…"], answer "A", type, current_event_index}, questions on what was shown until an event; and
+UniSoccer's `classification_*.json`, lists of {video, caption, comments_text_anonymized} on clips
+that are cut.
+
 Quirks: an older form calls the comments `event_descriptions`. Labels are spelt in several ways
 (`off side` / `off-side`, `foul with no card` / `foul (no card)`, `start of half game` / `start of
 game (half)`). "statistics and summary" shows nothing in the picture: skipped, as the authors do.
-Times are counted from the start of each half's video.
+Times are counted from the start of each half's video. A half is a video of its own: AI4Soccer's
+questions on both halves are skipped, and so are those on what will come.
 """
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +28,14 @@ from data_prep.sources import (
     Folder,
     Skip,
     brief,
+    choose,
     each,
     field,
+    labelled,
     match_group,
-    read_json,
+    read_items,
     shuffle_options,
+    slug,
     template,
 )
 from nanosport.records import Question
@@ -33,11 +44,12 @@ SOURCE = "soccerreplay"
 LICENCE = "gated, NDA; no redistribution"
 DIMENSION = {"event": "recognition", "commentary": "commentary"}
 AROUND_S = 15
+COMMENTS = ("comments", "event_descriptions")
 EVENTS = (
     "corner", "goal", "injury", "own goal", "penalty", "penalty missed", "red card",
     "second yellow card", "substitution", "start of half", "end of half", "yellow card", "throw in",
     "free kick", "saved by goalkeeper", "shot off target", "clearance", "lead to corner", "offside",
-    "var", "foul without card", "ball possession", "ball out of play",
+    "var", "foul without card", "ball possession", "ball out of play", "show added time",
 )  # fmt: skip
 SPELLINGS = {
     "startofgamehalf": "start of half",
@@ -74,37 +86,155 @@ def event_type(label: str) -> str:
     return SPELLINGS[letters]
 
 
+def match_of(path: str) -> str | None:
+    """The match that a path names, by league and season where it says so, else by its date."""
+    dated = (part for part in path.split("/") if re.match(r"\d{4}-\d\d-\d\d[ _-]", part))
+    return match_group(path) or next(
+        (f"soccer/unknown-season/{slug(part)}" for part in dated), None
+    )
+
+
+class Matches:
+    """The videos of the matches below root, and when their events are."""
+
+    def __init__(self, folder: Folder, paths: list[str]):
+        self.folder, self.halves, self.files = folder, {}, defaultdict(list)
+        self.last: dict[str, dict] = {}
+        for video in folder.videos:
+            if (half := re.search(r"/([12])-half\.\w+$", video)) and (match := match_of(video)):
+                self.halves[match.rpartition("/")[2], half[1]] = video, match
+        for path in paths:
+            if match := match_of(path.removesuffix(".json")):
+                self.files[match.rpartition("/")[2]].append(path)
+
+    def half(self, match: str, half: str) -> tuple[str, str]:
+        """(video, group). Raises ValueError where the half has no video."""
+        if (found := self.halves.get((match.rpartition("/")[2], half))) is None:
+            raise ValueError(f"half {half}: the match has no video {half}-half.mkv below root")
+        return found
+
+    def events(self, match: str) -> dict[int, tuple[str, int]]:
+        """(half, second) of each comment of a match by its index."""
+        if match in self.last:
+            return self.last[match]
+        self.last = {match: (found := {})}
+        for path in self.files[match.rpartition("/")[2]]:
+            for member, place, entry in read_items(self.folder.root / path, dict, list):
+                if member in COMMENTS and isinstance(entry, dict):
+                    with suppress(ValueError):
+                        found[entry.get("index", place)] = _moment(entry)
+        return found
+
+
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
-    folder, halves = Folder(root), {}
-    for video in folder.videos:
-        if (half := re.search(r"/([12])-half\.\w+$", video)) and (match := match_group(video)):
-            halves[match, half[1]] = video
-    for path in folder.named(r".*\.json", "JSON file of a match"):
-        data = read_json(root / path, dict)
-        comments = data.get("comments", data.get("event_descriptions"))
-        if not isinstance(comments, list):
-            raise ValueError(
-                f"{root / path}: holds no list `comments` or `event_descriptions`; is it a "
-                "match of this data set?"
-            )
-        if (match := match_group(path.removesuffix(".json"))) is None:
-            raise ValueError(
-                f"{root / path}: its path names no match; keep the folders <league_season>/<match>"
-            )
-        yield from each(path, enumerate(comments), partial(_questions, halves, match, seed, path))
+    folder = Folder(root)
+    paths = folder.named(r".*\.json", "JSON file of a match")
+    matches = Matches(folder, paths)
+    for path in paths:
+        match, used = match_of(path.removesuffix(".json")), False
+        for member, place, entry in read_items(root / path, dict, list):
+            make = _form(member, entry)
+            if make is not None:
+                used = True
+                ask = partial(make, matches, match, seed, path)
+                yield from each(path, [(place, entry)], ask)
+        if not used:
+            yield Skip(path, "holds no comments of a match, and no questions on one")
 
 
-def _questions(
-    halves: dict, match: str, seed: int, path: str, number: int, entry
-) -> Iterator[Question | Skip]:
+def _form(member: str | None, entry) -> Callable | None:
+    """What makes questions of an entry; None where it is none."""
+    if member is None:
+        is_asked = isinstance(entry, dict) and "choices" in entry
+        return _about_half if is_asked else _clip
+    return _questions if member in COMMENTS else None
+
+
+def _moment(entry) -> tuple[str, int]:
+    """(half, second) of a comment."""
     time, half = field(entry, "time_stamp"), brief(entry.get("half")).strip("'")  # 1 or "1"
     if not (clock := re.fullmatch(r"(\d{1,3}):([0-5]?\d)", time)):
         raise ValueError(f"time_stamp {time!r}: must be MM:SS")
-    if (match, half) not in halves:
-        raise ValueError(f"half {half}: the match has no video {half}-half.mkv below root")
-    moment = 60 * int(clock[1]) + int(clock[2])
-    for task, name in (("event", "comments_type"), ("commentary", "comments_text_anonymized")):
-        id, options = f"{SOURCE}/{match.removeprefix('soccer/')}/{number}/{task}", ()
+    return half, 60 * int(clock[1]) + int(clock[2])
+
+
+def _about_half(
+    matches: Matches, match: str | None, seed: int, path: str, number: int, entry
+) -> Iterator[Question]:
+    """A question of AI4Soccer's."""
+    about, span = field(entry, "type"), None
+    if about == "future":
+        raise ValueError("type 'future': asks what will come, which is not in the picture")
+    if about not in ("past", "half"):
+        raise ValueError(f"type {about!r}: asks about both halves, which are two videos")
+    if match is None:
+        raise ValueError("its path names no match: keep the file's name")
+    if about == "past":
+        event = entry.get("current_event_index")
+        half, second = matches.events(match).get(event if isinstance(event, int) else None, ("", 0))
+        if half != "1":
+            why = (
+                "asks about both halves, which are two videos" if half else "its JSON is not there"
+            )
+            raise ValueError(f"type 'past', event {brief(event)} of the match: {why}")
+        span = (0.0, float(second + AROUND_S))
+    video, group = matches.half(match, "1")
+    place = Path(path).parent.name or "questions"
+    id = f"{SOURCE}/{group.removeprefix('soccer/')}/{place}/{number}"
+    labels = labelled(field(entry, "choices", list), "choices")
+    options, answer = choose(seed, id, labels, field(entry, "answer"))
+    yield Question(
+        id=id,
+        video=video,
+        sport="soccer",
+        dimension="recognition",
+        question=field(entry, "question"),
+        options=options,
+        answer=answer,
+        span_s=span,
+        source=SOURCE,
+        group=group,
+        provenance=f"{path} {number}",
+        licence=LICENCE,
+    )
+
+
+def _clip(
+    matches: Matches, match: str | None, seed: int, path: str, number: int, entry
+) -> Iterator[Question | Skip]:
+    """A clip of UniSoccer's."""
+    name = field(entry, "video")
+    if (group := match_group(name)) is None:
+        raise ValueError(f"video {name!r}: names no match")
+    about = matches.folder.video(name), group, None
+    place = path.removesuffix(".json").replace("/", "-")
+    fields = (("event", "caption"), ("commentary", "comments_text_anonymized"))
+    yield from _ask(about, f"{SOURCE}/{place}/{number}", seed, f"{path} {number}", entry, fields)
+
+
+def _questions(
+    matches: Matches, match: str | None, seed: int, path: str, number: int, entry
+) -> Iterator[Question | Skip]:
+    """A comment on a match."""
+    if match is None:
+        raise ValueError("its path names no match: keep the folders <league_season>/<match>")
+    half, moment = _moment(entry)
+    video, group = matches.half(match, half)
+    about = video, group, (float(max(0, moment - AROUND_S)), float(moment + AROUND_S))
+    id = f"{SOURCE}/{group.removeprefix('soccer/')}/{number}"
+    fields = (("event", "comments_type"), ("commentary", "comments_text_anonymized"))
+    yield from _ask(about, id, seed, f"{path} {number}", entry, fields)
+
+
+def _ask(
+    about: tuple, place: str, seed: int, where: str, entry, fields: tuple
+) -> Iterator[Question | Skip]:
+    """What happens, and how it is commented on. about: video, group and span."""
+    video, group, span = about
+    for task, name in fields:
+        if task == "commentary" and name not in entry:
+            continue  # a form without comments
+        id, options = f"{place}/{task}", ()
         try:
             answer = field(entry, name)
             if task == "event":
@@ -113,19 +243,19 @@ def _questions(
                     seed, id, right, (event for event in EVENTS if event != right), num=4
                 )
         except ValueError as error:
-            yield Skip(f"{path} {number}, {task}", str(error))
+            yield Skip(f"{where}, {task}", str(error))
             continue
         yield Question(
             id=id,
-            video=halves[match, half],
+            video=video,
             sport="soccer",
             dimension=DIMENSION[task],
             question=template(seed, id, ASK[task]),
             options=options,
             answer=answer,
-            span_s=(float(max(0, moment - AROUND_S)), float(moment + AROUND_S)),
+            span_s=span,
             source=SOURCE,
-            group=match,
-            provenance=f"{path} {number}",
+            group=group,
+            provenance=where,
             licence=LICENCE,
         )

@@ -2,12 +2,14 @@
 
 `SportU_Video_mc.json`: list of {id, question, options {A … D}, answer, "difficulty level"};
 `SportU_Video_oe.json`: {id, question, answer, …}. `id` is the stem of the clip, whose folder and
-suffix are not documented: it is looked for by its name.
+suffix are not documented: it is looked for by its name. `SportU_text.json` is about no video: its
+rows are skipped.
 
-Quirks: many rows share an `id`, so a row's key is (id, question). Case of names varies
-(`Badminton_1`, `soccer_3_0`, `SportU_video_oe.json`). Some questions have two options only.
-`<sport>_<N>_<K>` are views of one play: `group` is `<sport>_<N>`. There are no times and no
-official split.
+Quirks: ice hockey is `hockey_…`. Options may be numbers, and may repeat: a wrong one is then shown
+once, and where the right one repeats the row is skipped. Many rows share an `id`, so a row's key is
+(id, question). Case of names varies (`Badminton_1`, `soccer_3_0`, `SportU_video_oe.json`). Some
+questions have two options only. `<sport>_<N>_<K>` are views of one play: `group` is `<sport>_<N>`.
+There are no times and no official split.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, choose, each, field, read_entries
+from data_prep.sources import Folder, Skip, choose, each, field, option, read_entries
 from nanosport.records import Question
 
 SOURCE = "sportu"
@@ -39,6 +41,10 @@ DIMENSION = {  # by the first that the question matches
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
+    for path in folder.files:
+        if path.lower().endswith("sportu_text.json"):
+            for number, _ in enumerate(read_entries(root / path)):
+                yield Skip(f"{path} {number}", "the question is about no video")
     for path in folder.named(
         r"SportU_video_(mc|oe)\.json", "SportU_Video_mc.json or SportU_Video_oe.json"
     ):
@@ -55,14 +61,16 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         (),
     )
     play = re.fullmatch(r"([a-z_ ]+?)_(\d+)(?:_\d+)?", stem.lower())
-    if not play or (sport := play[1].replace("_", " ")) not in SPORTS:
+    sport = play[1].replace("_", " ") if play else ""
+    sport = "ice hockey" if sport == "hockey" else sport
+    if sport not in SPORTS:
         raise ValueError(
             f"id {stem!r}: must be <sport>_<N> or <sport>_<N>_<K>, with one of {', '.join(SPORTS)}"
         )
     kind = "mc" if path.lower().endswith("mc.json") else "oe"
     id = f"{SOURCE}/{stem}/{kind}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
     if kind == "mc":
-        texts = {label: field(entry["options"], label) for label in field(entry, "options", dict)}
+        texts = {label: option(entry["options"], label) for label in field(entry, "options", dict)}
         options, answer = choose(seed, id, texts, answer)
     yield Question(
         id=id,

@@ -18,7 +18,16 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, each, field, read_json, shuffle_options, template
+from data_prep.sources import (
+    Folder,
+    Skip,
+    brief,
+    each,
+    field,
+    read_entries,
+    shuffle_options,
+    template,
+)
 from nanosport.records import Question
 
 SOURCE = "t3set"
@@ -89,7 +98,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
         said = [
             (f"{path} {n}", entry)
             for path in paths
-            for n, entry in enumerate(read_json(root / path, list))
+            for n, entry in enumerate(read_entries(root / path))
         ]
         yield from each("", said, partial(_advice, seed, technique.replace("_", " "), common))
         yield from _corrections(seed, technique.replace("_", " "), common, place, said)

@@ -1,7 +1,8 @@
 """X-VARS (SoccerNet-XFoul) and its videos' labels (SoccerNet-MVFoul): fouls, as a referee sees and
 explains them.
 
-XFoul: lists of {path "<split>/action_N", question, answer}, open questions. MVFoul:
+XFoul: lists of {path "<split>/action_N", question, answer}, open questions, or OSL files as the
+module `osl` reads them. MVFoul:
 `<split>/annotations.json` {Set, Actions {"N": {UrlLocal, Offence, Severity …, Clips [{Url, Camera
 type, …}]}}} beside `<split>/action_N/clip_K.mp4`, made into one question a label. `group` is the
 match of UrlLocal.
@@ -25,7 +26,9 @@ from data_prep.sources import (
     each,
     field,
     match_group,
-    read_json,
+    osl,
+    read_entries,
+    read_items,
     shuffle_options,
     template,
 )
@@ -107,20 +110,24 @@ LABELS = {  # field: (dimension, what each value means, ways to ask)
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder, actions, asked = Folder(root), {}, []
     for path in folder.named(r".*\.json", "annotations.json or XFoul list"):
-        data = read_json(root / path, dict, list)
-        if isinstance(data, list):
-            asked.append((path, data))
-        elif isinstance(data.get("Actions"), dict):
-            yield from each(
-                path, data["Actions"].items(), partial(_labels, folder, actions, seed, path)
-            )
-        else:
+        items, members = read_items(root / path, dict, list), set()
+        for member, place, action in items:
+            members.add(member)
+            if member == "Actions":
+                make = partial(_labels, folder, actions, seed, path)
+                yield from each(path, [(place, action)], make)
+        if "data" in members:
+            yield from osl.read(folder, path, seed, (SOURCE, LICENCE))
+        elif members <= {None}:
+            asked.append(path)
+        elif "Actions" not in members:
             raise ValueError(
-                f"{root / path}: is neither a list of questions nor has Actions; remove it, or "
-                "give another --root"
+                f"{root / path}: is neither a list of questions nor has Actions or OSL's data; "
+                "remove it, or give another --root"
             )
-    for path, entries in asked:
-        yield from each(path, enumerate(entries), partial(_question, actions, path))
+    for path in asked:
+        entries = enumerate(read_entries(root / path))
+        yield from each(path, entries, partial(_question, actions, path))
 
 
 def _labels(

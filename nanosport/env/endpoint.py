@@ -99,7 +99,7 @@ class Endpoint:
     """The environment variable that holds its key."""
     tally: Counter = field(default_factory=Counter)
     """calls, cached, retries, prompt_tokens, completion_tokens; answers that a judge
-    has graded, and those that are scored by_rule in its place."""
+    has graded, and those that are ungraded; refused requests."""
 
     def __post_init__(self):
         if "@" in self.url:
@@ -212,18 +212,22 @@ class Endpoint:
                 return future.result(0 if self._dropped else limit_s / parts)
         raise TryAgain("timed out", away=True)
 
-    def _post(self, body: bytes) -> dict:
-        """Send a request once. Raises TryAgain where another try may help, else EndpointError."""
+    def _request(self, url: str, body: bytes) -> urllib.request.Request:
         headers = {"Content-Type": "application/json", "User-Agent": "nanosport"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, headers)
+        return urllib.request.Request(url, body, headers)
+
+    def _post(self, body: bytes) -> dict:
+        """Send a request once. Raises TryAgain where another try may help, else EndpointError."""
+        request = self._request(self.url.rstrip("/") + "/chat/completions", body)
         try:
             with self._opener.open(request, timeout=self.timeout_s) as response:
                 return self._read(read_all(response))
         except urllib.error.HTTPError as error:
-            why = f"status {error.code}: {self._start(read_start(error))}"
+            why = f"status {error.code}: {self._said(read_start(error))}"
             if error.code in (400, 413, 422):
+                self.count(refused=1)
                 raise Refused(f"{self._name}: {why}") from None
             if error.code not in (408, 409, 429) and error.code < 500:
                 fix = f"check the address, the model's name and {self.key_name}"
@@ -242,6 +246,29 @@ class Endpoint:
     def _start(self, raw: bytes) -> str:
         """What a reply begins with, for an error's line; a key at its edge is hidden too."""
         return repr(self._hide(raw)[:300].decode(errors="replace"))
+
+    def _said(self, raw: bytes) -> str:
+        """The sentence of an error's page, as the server has put it, else what the page begins
+        with."""
+        try:
+            said = json.loads(self._hide(raw))
+            for name in ("error", "message", "detail"):
+                said = said.get(name, said) if isinstance(said, dict) else said
+        except (ValueError, RecursionError):
+            said = None
+        return " ".join(said.split())[:500] if isinstance(said, str) else self._start(raw)
+
+    def tokens(self, **asked) -> list[int] | None:
+        """A server's own tokens of a text (`prompt`) or of `messages`, as vLLM's /tokenize has
+        them; None where there is no such service."""
+        url = self.url.rstrip("/").removesuffix("/v1") + "/tokenize"
+        body = json.dumps({"model": self.model, **asked}).encode()
+        try:
+            with self._opener.open(self._request(url, body), timeout=30) as response:
+                tokens = json.loads(read_all(response))["tokens"]
+        except (OSError, http.client.HTTPException, TryAgain, ValueError, KeyError, TypeError):
+            return None
+        return tokens if isinstance(tokens, list) else None
 
     def _wait_turn(self) -> None:
         if self.per_minute:
@@ -288,7 +315,7 @@ def text_of(message: dict) -> str:
     # some servers know that the model reasons, and send that apart
     thought = message.get("reasoning_content") or message.get("reasoning") or ""
     if thought and "<think>" not in text:
-        return f"<think>{thought.strip()}</think>\n{text}"
+        return f"<think>{thought.strip()}</think>\n{text.lstrip()}"
     # the templates of others have opened it
     return f"<think>{text}" if "</think>" in text and "<think>" not in text else text
 

@@ -29,6 +29,12 @@ class Limits:
     """A whole episode may have this many tokens, frames included."""
     use_tool: bool = True
     """False: the tool is not offered, so the answer comes from the overview alone."""
+    syntax: tools.Syntax = tools.TOOL_NAME
+    """How a call is written."""
+    min_window: int = tools.MIN_WINDOW
+    """A window must have so many frames."""
+    near: int = 0
+    """A window off by so many frames from one that was shown repeats it."""
 
     def __post_init__(self):
         for name in ("num_frames", "frames_per_call", "max_turns", "max_tokens"):
@@ -70,7 +76,9 @@ class Env:
     def _act(self, text: str) -> Turn:
         """Run the action of a turn."""
         asked = tuple(turn.window for turn in self.turns if turn.action == "tool")
-        action = tools.parse(text, self.video.num_frames, asked, self.limits.use_tool)
+        limits = self.limits
+        rules = {name: getattr(limits, name) for name in ("syntax", "min_window", "near")}
+        action = tools.parse(text, self.video.num_frames, asked, limits.use_tool, **rules)
         is_last = len(self.turns) + 1 >= self.limits.max_turns
         frames: Sequence[int] = ()
         if action.kind == "answer":

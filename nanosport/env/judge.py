@@ -40,7 +40,9 @@ class NoGrade(EndpointError):
 
 
 PATIENCE = 3
-"""A judge may decline so many answers more than it grades."""
+"""Fewer answers without a grade say nothing of the judge yet."""
+MAX_UNGRADED = 0.2
+"""Where more than this share of the answers get no grade, it is rather the judge that is wrong."""
 
 
 @dataclass(frozen=True)
@@ -50,28 +52,36 @@ class Judge:
     endpoint: Endpoint
     workers: int = 8
     """Requests at a time."""
+    max_ungraded: float = MAX_UNGRADED
+    """So large a share of what it is asked may get no grade."""
 
     def answer(self, answer: str | None, question: Question) -> float:
         """The score of an answer. Only open ones go to the model: a letter, a number or a span has
         one meaning."""
-        if question.kind != "open" or answer is None or exact(answer, question.answer):
+        if (
+            question.kind != "open"
+            or answer is None
+            or any(exact(answer, truth) for truth in question.answers)
+        ):
             return accuracy(answer, question)
         return self._grade(ANSWER_RUBRIC, question, f"Answer: {answer}")
 
-    def answers(self, answers: Sequence[str | None], questions: Sequence[Question]) -> list[float]:
-        """The score of each answer. One that the judge declines is scored by rule, and counted in
-        the endpoint's tally as `by_rule`.
+    def answers(
+        self, answers: Sequence[str | None], questions: Sequence[Question]
+    ) -> list[float | None]:
+        """The score of each answer; None where the judge gives no grade, which is counted in the
+        endpoint's tally as `ungraded`.
 
-        Raises EndpointError where the service fails, or declines too many.
+        Raises EndpointError where the service fails, or leaves too many without a grade.
         """
         declined: list[EndpointError] = []
 
-        def score(answer: str | None, question: Question) -> float:
+        def score(answer: str | None, question: Question) -> float | None:
             try:
                 return self.answer(answer, question)
             except (Refused, NoGrade) as error:
                 declined.append(error)
-                return accuracy(answer, question)
+                return None
 
         with ThreadPoolExecutor(self.workers) as pool:
             try:
@@ -80,12 +90,17 @@ class Judge:
                 self.endpoint.close(drop=not isinstance(error, Exception))
                 raise
         if declined:
-            self.endpoint.count(by_rule=len(declined))
-            tally = self.endpoint.tally
-            if tally["by_rule"] >= tally["graded"] + PATIENCE:
-                raise declined[0]
             print(f"\nscored by rule: {len(declined)} answers; {declined[0]}", file=sys.stderr)
+            self.ungraded(declined)
         return scores
+
+    def ungraded(self, errors: Sequence[EndpointError]) -> None:
+        """Count answers without a grade. Raises EndpointError where they have become too many."""
+        self.endpoint.count(ungraded=len(errors))
+        ungraded, graded = (self.endpoint.tally[name] for name in ("ungraded", "graded"))
+        if ungraded >= PATIENCE and ungraded > self.max_ungraded * (ungraded + graded):
+            share = f"{ungraded} of {ungraded + graded} answers got no grade"
+            raise EndpointError(f"{errors[0]}; {share}, --max-ungraded allows {self.max_ungraded}")
 
     def reasoning(self, question: Question, turns: Sequence[str]) -> float:
         """How well the turns of an episode lead to its answer."""
@@ -93,7 +108,8 @@ class Judge:
         return self._grade(REASONING_RUBRIC, question, said)
 
     def _grade(self, rubric: str, question: Question, said: str) -> float:
-        asked = f"Question: {question.question}\n\nReference: {question.answer}\n\n{said}"
+        reference = ", or: ".join(question.answers)
+        asked = f"Question: {question.question}\n\nReference: {reference}\n\n{said}"
         messages = [{"role": "system", "content": rubric}, {"role": "user", "content": asked}]
         tries = [{"temperature": t, "max_tokens": 1000} for t in TEMPERATURES]
         for sample, options in enumerate(tries):
@@ -120,7 +136,9 @@ def grade_of(reply: Reply) -> int | None:
     return int(found[1]) if word and found and alone and "grade" not in before else None
 
 
-def judge_of(url: str | None, name: str, cache: Path, **limits) -> Judge | None:
+def judge_of(
+    url: str | None, name: str, cache: Path, max_ungraded: float = MAX_UNGRADED, **limits
+) -> Judge | None:
     """The judge behind --judge-url, or None where none is given. limits: the Endpoint's.
 
     Raises ValueError where --judge, its name there, is missing.
@@ -129,7 +147,8 @@ def judge_of(url: str | None, name: str, cache: Path, **limits) -> Judge | None:
         return None
     if not name:
         raise ValueError("--judge-url needs --judge, the model's name there")
-    return Judge(Endpoint(url, name, cache, key_name="JUDGE_API_KEY", **limits))
+    endpoint = Endpoint(url, name, cache, key_name="JUDGE_API_KEY", **limits)
+    return Judge(endpoint, max_ungraded=max_ungraded)
 
 
 def agreement(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:

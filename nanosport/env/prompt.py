@@ -9,7 +9,7 @@ beside a special token, so the pieces' ids are the ids of the whole text.
 import json
 from collections.abc import Sequence
 
-from nanosport.env.tools import SCHEMA
+from nanosport.env.tools import SCHEMA, TOOL_NAME, V1_NAME, Syntax
 from nanosport.records import LETTERS, Question, check_text
 
 END = "<|im_end|>"
@@ -20,13 +20,19 @@ SYSTEM_NO_TOOL = (
     "Answer the question about the sports video. Think inside <think></think>, then answer inside "
     "<answer></answer>."
 )
-SYSTEM = (
+WITH_TOOL = (
     "Answer the question about the sports video. Think inside <think></think>, then either call "
     "the tool to see more frames or answer inside <answer></answer>.\n\n"
-    f"# Tools\n\n<tools>\n{json.dumps(SCHEMA)}\n</tools>\n\n"
+)
+SYSTEM = (
+    f"{WITH_TOOL}# Tools\n\n<tools>\n{json.dumps(SCHEMA)}\n</tools>\n\n"
     "For each function call, return a json object with function name and arguments within "
     "<tool_call></tool_call> XML tags:\n"
     '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+SYSTEM_V1 = (
+    f"{WITH_TOOL}To see more frames between two frame indices, write\n<tool_call>"
+    f'{{"action": "{V1_NAME}", "frame_range": [idx_start, idx_end]}}</tool_call>'
 )
 HOW = {
     "choice": "Answer with one option.",
@@ -67,6 +73,12 @@ def question_text(question: Question, num_frames: int, fps: float | None = None)
     return f"The video has {num_frames} frames{rate}. {asked}"
 
 
+def system(use_tool: bool = True, syntax: Syntax = TOOL_NAME) -> str:
+    """What the model is told first."""
+    with_tool = SYSTEM_V1 if syntax == V1_NAME else SYSTEM
+    return with_tool if use_tool else SYSTEM_NO_TOOL
+
+
 def opening(
     question: Question,
     indices: Sequence[int],
@@ -75,12 +87,12 @@ def opening(
     use_tool: bool = True,
     fps: float | None = None,
     times_s: Sequence[float] | None = None,
+    syntax: Syntax = TOOL_NAME,
 ) -> str:
     """Everything before the first assistant token."""
-    system = SYSTEM if use_tool else SYSTEM_NO_TOOL
     user = frame_text(indices, tokens_per_frame, times_s)
     user += question_text(question, num_frames, fps)
-    start = f"<|im_start|>system\n{system}{END}\n<|im_start|>user\n"
+    start = f"<|im_start|>system\n{system(use_tool, syntax)}{END}\n<|im_start|>user\n"
     return f"{start}{user}{END}\n<|im_start|>assistant\n"
 
 

@@ -42,6 +42,7 @@ class Conversation:
             env.limits.use_tool,
             env.fps,
             env.times_s,
+            env.limits.syntax,
         )
         return transcript.observe(text, env.overview)
 

@@ -13,15 +13,26 @@ TOKEN = re.compile(  # a number with its sign, a score such as 2-1, a word
 COMPOUND = re.compile(r"(?<![^\W\d_])[^\W\d_]++-[^\W\d_]+")
 ARTICLES = frozenset("a an the".split())
 FILLERS = frozenset(
-    "it its is was were are be by with of and this that he she they his her".split()
+    "it its is was were are be been by with of and this that he she they his her did does do has"
+    " have had".split()
 )
-DENIALS = frozenset("not no never without cannot nor neither".split())
+DENIALS = frozenset("not no never without cannot nor neither hardly or".split())
+OPPOSITES = [
+    (one, two) for pair in (
+        "before after|more less|most least|over under|above below|in out|inside outside"
+        "|up down|first last|home away|top bottom|front back|forward backward|high low|win lose"
+    ).split("|") for one, two in (pair.split(), pair.split()[::-1])
+]  # fmt: skip
 ENDS = " .,;:!?'\"*_()[]{}。、【】「」"
 """Signs that may stand around an answer."""
 HEDGE = re.compile(r" (?:or|或)  pick|pick\w  (?:or|或) ")
 DENIED = re.compile(  # in words two spaces apart
-    r" (?:not|nor|neither|never|than|不  是)  (?:(?:be|think|it|is|option)  )*pick(\w) "
-    r"| pick(\w)  (?:(?:is  |was  )?(?:wrong|incorrect|false)|(?:is|was)  not) "
+    r" (?:not|cannot|nor|neither|never|than|except|excludes?|excluding|excluded|wrong|doubt"
+    r"|unlikely|rule  out|ruled  out|instead  of|(?:all|any|anything|everything)  but|不  是)"
+    r"  (?:(?:be|think|it|is|option|true|correct|that|answer)  )*pick(\w) "
+    r"| pick(\w)  (?:(?:(?:is|was|be|can  be|seems|looks)  )?"
+    r"(?:wrong|incorrect|false|unlikely|excluded|impossible|ruled  out)"
+    r"|(?:is|was|can)  not|cannot) "
 )
 MOMENT_S = 0.5
 """A time may be off by this much where one moment is asked for."""
@@ -31,17 +42,19 @@ def accuracy(answer: str | None, question: Question) -> float:
     """acc(τ) ∈ [0, 1].
 
     choice: 1 for the option's letter or its text, and no other option's. number: 1 within the
-    question's tolerance. span: temporal IoU. open: F1 of the words in their order.
+    question's tolerance. span: temporal IoU. open: F1 of the words in their order. Of several right
+    answers the best counts.
     """
     if answer is None:
         return 0.0
     if question.kind == "choice":
         return choice(answer, question.answer, question.options)
-    if question.kind == "number":
-        return number(answer, question.answer, question.tolerance)
-    if question.kind == "span":
-        return span(answer, question.answer, question.tolerance)
-    return in_words(answer, question.answer, question.question)
+    rules = {
+        "number": lambda truth: number(answer, truth, question.tolerance),
+        "span": lambda truth: span(answer, truth, question.tolerance),
+        "open": lambda truth: in_words(answer, truth, question.question),
+    }
+    return max(map(rules[question.kind], question.answers))
 
 
 def normalise(text: str) -> list[str]:
@@ -49,7 +62,8 @@ def normalise(text: str) -> list[str]:
     text = numerals(plain(text).casefold()).replace("n't", " not").replace("'s ", " ")
     text = re.sub(r"(\d)(?::| ?- ?| to )(?=\d)", r"\1-", text)
     text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", text)  # 1,200
-    text = re.sub(r"(\d),(?=\d)", r"\1.", text)  # 9,5
+    text = re.sub(r"(\d),(?=\d)", r"\1.", text).replace("%", " percent ")  # 9,5
+    text = re.sub(r"(?<![\d.])(\d+(?:\.\d*[1-9])?)\.?0*(?![\d.])", r"\1", text)  # 9.50
     return [word for word in TOKEN.findall(text) if word not in ARTICLES]
 
 
@@ -105,9 +119,11 @@ def same_words(one: str, other: str) -> bool:
 def marked(text: str, letters: str) -> str:
     """Words with two spaces between, and `pickB` for an option's letter. "A player" and "I think"
     begin with a word, not with a letter."""
-    word = r"[AI] (?!(?:is|was|and|or|nor|but|because|since)\b)\w"
-    lone = rf"{WORD_BEFORE}(?<!\w')(?!{word})([{letters}])(?!'?[^\W{CJK}])"
-    found = re.sub(lone, r" pick\1 ", plain(text), flags=re.IGNORECASE)
+    word = (
+        rf"[AI] (?!(?:is|was|and|or|nor|but|because|since|instead|rather|except|[{letters}])\b)\w"
+    )
+    lone = rf"(?:{WORD_BEFORE}|(?<=[Oo]ption))(?<!\w')(?!{word})([{letters}])(?!'?[^\W{CJK}])"
+    found = re.sub(lone, r" pick\1 ", plain(text).replace("_", " "), flags=re.IGNORECASE)
     words = (f"pick{w[4].upper()}" if re.fullmatch("pick[a-j]", w) else w for w in normalise(found))
     return f" {'  '.join(words)} "
 
@@ -150,7 +166,7 @@ def in_words(answer: str, truth: str, question: str) -> float:
     A longer answer than the reference is worth less in proportion, so that listing does not pay;
     a wrong compound, such as "tap-in", is one word more. Fillers are free, and so are the
     question's words unless the reference has one: "the yellow card" is "yellow" where a card is
-    asked for. Denying what the reference does not, or the other way round, is worth half.
+    asked for. What contradicts the reference is worth half.
     """
     if exact(answer, truth):
         return 1.0
@@ -163,8 +179,21 @@ def in_words(answer: str, truth: str, question: str) -> float:
     f1 = 2 * common_subsequence(said, true) / (len(said) + len(true))
     compounds = map(normalise, COMPOUND.findall(answer))
     length = len(said) - sum(len(parts) - 1 for parts in compounds if {*parts}.isdisjoint(true))
-    agree = DENIALS.isdisjoint(said) == DENIALS.isdisjoint(true)
-    return f1 * min(1.0, len(true) / max(1, length)) * (1.0 if agree else 0.5)
+    return f1 * min(1.0, len(true) / max(1, length)) * (0.5 if contradicts(said, true) else 1.0)
+
+
+def contradicts(said: Sequence[str], true: Sequence[str]) -> bool:
+    """Whether one denies and the other does not, says the opposite, or has the same words or
+    numbers in another order: "7 passes to 10" is not "10 passes to 7"."""
+    if DENIALS.isdisjoint(said) != DENIALS.isdisjoint(true):
+        return True
+    if any(w in said and w not in true and o in true and o not in said for w, o in OPPOSITES):
+        return True
+    said_numbers, true_numbers = ([w for w in ws if re.search(r"\d", w)] for ws in (said, true))
+    return any(
+        one != two and sorted(one) == sorted(two)
+        for one, two in ((said, true), (said_numbers, true_numbers))
+    )
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:

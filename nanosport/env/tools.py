@@ -2,14 +2,19 @@
 can use.
 
 A valid turn is <think>…</think> and then exactly one action: <answer>…</answer>, or a <tool_call>
-around {"name": "frame_extraction_tool", "arguments": {"idx_start": a, "idx_end": b}}.
+around {"name": "frame_extraction_tool", "arguments": {"idx_start": a, "idx_end": b}}; with the
+syntax of the paper's first version, around {"action": "choose_frames", "frame_range": [a, b]}.
 """
 
 import json
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 TOOL_NAME = "frame_extraction_tool"
+V1_NAME = "choose_frames"
+Syntax = Literal["frame_extraction_tool", "choose_frames"]
+"""How a call is written: as Qwen's function calls, or as DeepSport v1 and FrameThinker do."""
 STOPS = ("</tool_call>", "</answer>")
 """What a turn says last, before its end."""
 MIN_WINDOW = 9
@@ -53,12 +58,20 @@ class Action:
 
 
 def parse(
-    text: str, num_frames: int, asked: tuple[tuple[int, int], ...] = (), allow_tool: bool = True
+    text: str,
+    num_frames: int,
+    asked: tuple[tuple[int, int], ...] = (),
+    allow_tool: bool = True,
+    *,
+    syntax: Syntax = TOOL_NAME,
+    min_window: int = MIN_WINDOW,
+    near: int = 0,
 ) -> Action:
     """Read one assistant turn.
 
-    `num_frames` of the video and the intervals `asked` before decide whether a call is valid;
-    repeating an interval is a format error, the paper's "cognitive consistency" check.
+    `num_frames` of the video, its shortest window and the intervals `asked` before decide whether a
+    call is valid; repeating an interval, or one that is off by `near` frames at most, is a format
+    error, the paper's "cognitive consistency" check.
     """
     turn = _TURN.fullmatch(text)
     if turn is None or any(_TAG.search(part) for part in turn.groups() if part):
@@ -70,38 +83,54 @@ def parse(
         return Action("invalid", think, error="the answer is empty")
     if not allow_tool:
         return Action("invalid", think, error="no tool was offered")
-    window, error = _window(turn["call"], num_frames)
-    if error is None and window in asked:
-        seen = f"frames {window[0]} to {window[1]} were already returned"
+    window, error = _window(turn["call"], num_frames, syntax, min_window)
+    again = [one for one in asked if window and max(map(_distance, one, window)) <= near]
+    if error is None and again:
+        seen = f"frames {again[0][0]} to {again[0][1]} were already returned"
         error = f"{seen}; ask for another interval or answer"
     return Action("bad_call" if error else "tool", think, window=window, error=error)
 
 
-def _window(call: str, num_frames: int) -> tuple[tuple[int, int] | None, str | None]:
+def _distance(one: int, other: int) -> int:
+    return abs(one - other)
+
+
+def _window(
+    call: str, num_frames: int, syntax: Syntax, min_window: int
+) -> tuple[tuple[int, int] | None, str | None]:
     """The interval a call asks for, and what is wrong with it."""
     try:
         request = json.loads(call)
     except (ValueError, RecursionError):
         return None, "the tool call is not valid JSON"
-    if not isinstance(request, dict) or request.get("name") != TOOL_NAME:
-        return None, f"the only tool is {TOOL_NAME}"
-    arguments = request.get("arguments")
-    has_both = isinstance(arguments, dict) and set(arguments) == {"idx_start", "idx_end"}
-    if set(request) != {"name", "arguments"} or not has_both:
-        return None, "the arguments must be idx_start and idx_end, nothing else"
-    start, end = window = arguments["idx_start"], arguments["idx_end"]
+    kind, within = ("action", "frame_range") if syntax == V1_NAME else ("name", "arguments")
+    if not isinstance(request, dict) or request.get(kind) != syntax:
+        return None, f"the only tool is {syntax}"
+    bounds = request.get(within)
+    if syntax == TOOL_NAME:
+        names, form = ("idx_start", "idx_end"), "the arguments must be idx_start and idx_end"
+        has_both = isinstance(bounds, dict) and set(bounds) == set(names)
+        bounds = [bounds[name] for name in names] if has_both else None
+    else:
+        form = "frame_range must be [idx_start, idx_end]"
+    if set(request) != {kind, within} or not isinstance(bounds, list) or len(bounds) != 2:
+        return None, f"{form}, nothing else"
+    start, end = window = tuple(bounds)
     if type(start) is not int or type(end) is not int:
         return None, "idx_start and idx_end must be integers"
     if not 0 <= start < end < num_frames:
         bounds = f"0 to {num_frames - 1}"
         return window, f"the interval must lie inside {bounds}, idx_start before idx_end"
-    if end - start + 1 < MIN_WINDOW:
-        return window, f"the interval must span at least {MIN_WINDOW} frames"
+    if end - start + 1 < min_window:
+        return window, f"the interval must span at least {min_window} frames"
     return window, None
 
 
-def tool_call(start: int, end: int) -> str:
+def tool_call(start: int, end: int, syntax: Syntax = TOOL_NAME) -> str:
     """The canonical text of a call, as a teacher writes it."""
+    if syntax == V1_NAME:
+        call = {"action": V1_NAME, "frame_range": [start, end]}
+        return f"<tool_call>{json.dumps(call)}</tool_call>"
     call = {"name": TOOL_NAME, "arguments": {"idx_start": start, "idx_end": end}}
     return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
 

@@ -37,7 +37,7 @@ PAPER_GPU_HOURS = 796  # on H20, both stages
 @dataclass(frozen=True)
 class Config:
     preset: str = "7b"
-    """nano, 3b, 7b or 7b-scaled; the first word on the command line."""
+    """nano, 3b, 7b, 7b-scaled or videobrain; the first word on the command line."""
     gpus: Annotated[int, Above(0)] = 8
     """The GPUs of one node, among which the weights are sharded."""
     gpu: Literal["H100", "H200", "A100", "H20"] = "H100"

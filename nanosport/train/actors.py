@@ -13,9 +13,10 @@ from nanosport.engine.sampler import Sampling
 from nanosport.engine.servers import Servers
 from nanosport.env.env import Limits
 from nanosport.env.judge import Judge
+from nanosport.env.reward import RULES, reward_function
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
-from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost
+from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
 from nanosport.model.folder import load_model
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
@@ -46,6 +47,17 @@ class RolloutConfig(TrainingConfig):
     max_turns: Annotated[int, AtLeast(1)] = 5
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A whole episode, frames included, is ended when it reaches so many tokens."""
+    reward: str = "v1"
+    """v1, v2, videobrain, accuracy, ungated, or FILE.py:FUNCTION (docs/rewards.md). v2 and
+    videobrain need a pass_rate in each question (python -m data_prep.difficulty)."""
+    solved_rate: Share = 0.75
+    """v2 and videobrain: the base model succeeds where its pass rate is at least this; guesses
+    reach 0.5."""
+    failed_rate: Share = 0.25
+    """videobrain: the tool is needed where the base model's pass rate is at most this."""
+    refill: Annotated[int, AtLeast(0)] = 0
+    """Groups whose rewards are all equal are replaced by those of further questions, so often at
+    most; 0: they stay, and teach nothing."""
     sampler: Annotated[str, MAY_CHANGE] = "own"
     """own: this project's. vllm: an engine of vLLM's in each process. Or vLLM servers, also on
     other nodes: http://HOST:PORT, several with commas between them (docs/vllm.md)."""
@@ -70,6 +82,13 @@ class RolloutConfig(TrainingConfig):
     def check(self) -> None:
         """Raise ValueError for values that no run can use."""
         super().check()
+        if self.reward == "videobrain" and self.failed_rate >= self.solved_rate:
+            rule = f"must be below --solved-rate {self.solved_rate}"
+            raise ValueError(f"--failed-rate {self.failed_rate}: {rule}")
+        reward_function(self.reward)
+        if self.refill and self.ahead:
+            rule = "the sampler is at work on the next step; leave one of them out"
+            raise ValueError(f"--refill {self.refill} --ahead {self.ahead}: {rule}")
         urls = server_urls(self.sampler)
         if self.sampler != "own" and not self.frozen:
             rule = "its frames come from a tower that stays as it is"
@@ -111,7 +130,9 @@ class Actors:
         if self.reference is not None and not cfg.frozen:
             self.ref_encoder = FrameEncoder(self.reference, training.image)
         sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
-        self.limits = Limits(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens)
+        given = {"max_turns": cfg.max_turns, "max_tokens": cfg.episode_tokens}
+        self.limits = Limits(syntax=cfg.call_syntax, **given, **RULES.get(cfg.reward, {}))
+        self.reward = reward_function(cfg.reward, cfg.solved_rate, cfg.failed_rate)
         room = Room(cfg.episode_tokens + cfg.max_new_tokens, cfg.rollout_batch)
         files = (cfg.out / "sampler").absolute()
         servers = Servers(files, cfg.sampler_wait_s, cfg.weights_over, training.rank == 0)
@@ -134,13 +155,16 @@ class Actors:
             if not self.training.cfg.frozen:
                 self.encoder.forget()
 
-    def rollouts(self, records: Records, step: int) -> tuple[list[Episode], dict[str, float]]:
-        """This rank's episodes of a step, and what its sampler has done for them."""
+    def rollouts(
+        self, records: Records, step: int, again: int = 0, num: int | None = None
+    ) -> tuple[list[Episode], dict[str, float]]:
+        """This rank's episodes of a step, and what its sampler has done for them. again, num: those
+        of so many further questions, drawn for the again-th time."""
         cfg, coming, self.coming = self.training.cfg, self.coming, None
         if coming and coming[0] == step:
             episodes = coming[1].result()
         else:
-            episodes = self.play(records, step)
+            episodes = self.play(records, step, again, num)
         work = take_work(self.sampler.counts, self.encoder.counts)
         if cfg.ahead and step + 1 < cfg.steps:
             self._begin(records, step + 1)
@@ -161,14 +185,17 @@ class Actors:
         self.coming = step, future
         threading.Thread(target=run, daemon=True).start()
 
-    def play(self, records: Records, step: int) -> list[Episode]:
-        """Sample this rank's episodes of a step."""
+    def play(
+        self, records: Records, step: int, again: int = 0, num: int | None = None
+    ) -> list[Episode]:
+        """Sample this rank's episodes of a step, or of further questions."""
         cfg, rank = self.training.cfg, self.training.rank
-        picked = self.picked(records, step)
-        mine, first = dist.share(picked, rank), dist.share(range(cfg.num_prompts), rank)[0]
+        picked = self.picked(records, step, again, num)
+        mine, first = dist.share(picked, rank), rank * len(picked) // self.training.world
+        seed = (cfg.seed, step, again) if again else (cfg.seed, step)
         size, episodes = max(1, cfg.rollout_batch // cfg.group_size), []
         for start in range(0, len(mine), size):
-            drawn = (cfg.group_size, (cfg.seed, step), first + start)
+            drawn = (cfg.group_size, seed, first + start)
             play = partial(self._play_some, records, drawn)
             episodes += records.take(mine[start : start + size], play)
         return episodes
@@ -179,7 +206,9 @@ class Actors:
         questions = [records.rows[number][0] for number in numbers]
         return rollout(self.sampler, self.encoder, questions, self.limits, *drawn)
 
-    def picked(self, records: Records, step: int) -> Sequence[int]:
-        """The places of a step's questions, of all ranks."""
+    def picked(
+        self, records: Records, step: int, again: int = 0, num: int | None = None
+    ) -> Sequence[int]:
+        """The places of a step's questions, or of `num` further ones, of all ranks."""
         cfg = self.training.cfg
-        return data_order(len(records), cfg.seed, step, cfg.num_prompts)
+        return data_order(len(records), cfg.seed + again, step, num or cfg.num_prompts)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from nanosport import cli
+from nanosport.env.tools import TOOL_NAME, Syntax
 from nanosport.fields import MAY_CHANGE, MAY_GROW, Above, AtLeast, marks_of
 from nanosport.train import checkpoint
 
@@ -52,6 +53,9 @@ class TrainingConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute in this; weights, gradients and Adam's moments are float32 always. None: bfloat16 on
     a GPU, float32 on a CPU."""
+    call_syntax: Syntax = TOOL_NAME
+    """How the model calls the tool: as Qwen's function calls, or as in the paper's first
+    version."""
     seed: Annotated[int, AtLeast(0)] = 0
     keep: Annotated[int, AtLeast(1), MAY_CHANGE] = 2
     """So many checkpoints are kept, the newest."""

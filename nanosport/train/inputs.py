@@ -17,6 +17,7 @@ from tqdm import tqdm
 from nanosport.env import prompt
 from nanosport.env.env import Env, Limits
 from nanosport.env.rollout import replay
+from nanosport.env.tools import TOOL_NAME, Syntax
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Clip, Episode, Question
 from nanosport.train import dist
@@ -47,7 +48,7 @@ def check_prompt(
     for limit in limits:
         env = Env(question, video, limit)
         blank = [0] * len(env.overview)  # a frame's tokens are counted, not written and encoded
-        about = (video.num_frames, limit.use_tool, env.fps, env.times_s)
+        about = (video.num_frames, limit.use_tool, env.fps, env.times_s, limit.syntax)
         text = prompt.opening(question, env.overview, blank, *about)
         tokens = len(tokenizer.encode(text, add_special_tokens=False))
         tokens += len(env.overview) * encoder.tokens_per_frame(question.clip)
@@ -193,8 +194,10 @@ class Records:
 class Trajectories:
     """A teacher's trajectories as episodes: made when first needed, then kept."""
 
-    def __init__(self, records: Records, tokenizer, max_tokens: int):
+    def __init__(self, records: Records, tokenizer, max_tokens: int, syntax: Syntax = TOOL_NAME):
         self.records, self.tokenizer, self.max_tokens = records, tokenizer, max_tokens
+        # else an episode would end before its length is known
+        self.limits = Limits(max_tokens=sys.maxsize, syntax=syntax)
         self.episodes: dict[int, Episode] = {}
 
     def __getitem__(self, number: int) -> Episode:
@@ -202,8 +205,7 @@ class Trajectories:
         is too long, and VideoError where its video cannot be used or is gone."""
         (question, messages), encoder = self.records.rows[number], self.records.encoder
         if number not in self.episodes:
-            whole = Limits(max_tokens=sys.maxsize)  # else it would end before its length is known
-            episode = replay(question, messages, encoder, self.tokenizer, whole)
+            episode = replay(question, messages, encoder, self.tokenizer, self.limits)
             if len(episode.ids) > self.max_tokens:
                 raise TooLong(len(episode.ids), self.max_tokens)
             self.episodes[number] = episode

@@ -31,7 +31,8 @@ def rollout_stats(
         "turns": sum(len(e.turns) for e in episodes),
     }
     means = {name: value / len(episodes) for name, value in sums.items()}
-    return means | {"staleness": sum(lags) / max(1, len(lags))}
+    means["staleness"] = sum(lags) / max(1, len(lags))
+    return means | {"ungraded": sum(r.ungraded for r in rewards)}
 
 
 class TokenMeans:

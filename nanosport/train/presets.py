@@ -44,6 +44,20 @@ _SCALED_RL = {
     "num_prompts": 16,
     "max_new_tokens": 1024,
 }
+_VIDEOBRAIN = {  # arXiv 2602.04094, on its own 6,400 questions; what is "open" above, known there
+    "steps": 200,  # one epoch
+    "reward": "videobrain",
+    "lr": 1e-6,
+    "kl": 1e-3,
+    "entropy_bonus": 1e-3,
+    "temperature": 1.0,  # open
+    "max_turns": 6,  # five calls, then an answer
+    "max_new_tokens": 8192,
+    "episode_tokens": 24_576,  # a prompt of 8,192 and a response of 16,384
+    "micro_tokens": 24_576,
+    "data": SPLITS / "rl_measured.jsonl",
+    "out": Path("out/rl_videobrain"),
+}
 
 
 def _large(size: str) -> tuple[dict, dict]:
@@ -56,7 +70,14 @@ def _large(size: str) -> tuple[dict, dict]:
 
 
 (SFT_3B, RL_3B), (SFT_7B, RL_7B) = _large("3b"), _large("7b")
-SFT = {"nano": {}, "3b": SFT_3B, "7b": SFT_7B, "7b-scaled": {**SFT_7B, **_SCALED_SFT}}
+_VIDEOBRAIN_SFT = {"out": Path("out/sft_videobrain"), "steps": 50}  # one epoch of 1,600
+SFT = {
+    "nano": {},
+    "3b": SFT_3B,
+    "7b": SFT_7B,
+    "7b-scaled": {**SFT_7B, **_SCALED_SFT},
+    "videobrain": {**SFT_7B, **_VIDEOBRAIN_SFT},
+}
 """Fields of train.py's Config by preset. 7b-scaled: a tenth of the data (data_prep.split --scale
 0.1 --out out/splits_scaled)."""
 RL = {
@@ -64,6 +85,8 @@ RL = {
     "3b": RL_3B,
     "7b": RL_7B,
     "7b-scaled": {**RL_7B, **_SCALED_RL, "model": str(_SCALED_SFT["out"] / "model")},
+    "videobrain": {**RL_7B, **_VIDEOBRAIN, "model": str(_VIDEOBRAIN_SFT["out"] / "model")},
 }
-"""Fields of rl.py's Config by preset. 7b-scaled: sized by the planner for a day on one node of
+"""Fields of rl.py's Config by preset. videobrain: the nearest published code's constants, on this
+project's backbone. 7b-scaled: sized by the planner for a day on one node of
 eight 80 GB GPUs."""

@@ -6,6 +6,7 @@ and the judge talk to in tests.
 It reads system, user and assistant messages with JPEG data URLs, samples one turn, and cuts the
 stop string off, as public services do. `trouble` holds what goes wrong with the next requests: a
 status code, "drop", "rubbish", "cut" (by length), or a function that answers in the server's place.
+With `tokenizes` it shows its tokens at /tokenize, as vLLM does.
 """
 
 import base64
@@ -48,6 +49,9 @@ class ChatServer:
             ImageConfig.from_folder(folder),
         )
         self.trouble: list = []
+        self.tokenizes = False
+        self.prompts: list[list[int]] = []
+        """The tokens of the requests that were answered."""
         self.answered: list[str] = []
         """Bodies of the requests that were answered."""
         self.headers: list[dict] = []
@@ -74,6 +78,8 @@ class ChatServer:
 
     def handle(self, request) -> None:
         body = request.rfile.read(int(request.headers["Content-Length"])).decode()
+        if request.path.endswith("/tokenize"):
+            return self.tokenize(request, json.loads(body))
         self.headers.append(dict(request.headers))
         wrong = self.trouble.pop(0) if self.trouble else None
         if isinstance(wrong, int):
@@ -98,10 +104,17 @@ class ChatServer:
         request.end_headers()
         request.wfile.write(reply)
 
-    @torch.no_grad()
-    def answer(self, body: dict, cut: bool) -> dict:
+    def tokenize(self, request, body: dict) -> None:
+        text = body.get("prompt") or self.text(body["messages"])[0]
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        request.send_response(200 if self.tokenizes else 404)
+        request.end_headers()
+        request.wfile.write(json.dumps({"tokens": tokens, "count": len(tokens)}).encode())
+
+    def text(self, messages: list) -> tuple[str, list, list]:
+        """The chat template's text of messages, with the patches and grids of their pictures."""
         text, patches, grids = "", [], []
-        for message in body["messages"]:
+        for message in messages:
             content = message["content"]
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
             text += f"<|im_start|>{message['role']}\n"
@@ -118,11 +131,16 @@ class ChatServer:
                 patches_PC, ((_, h, w),) = preprocess(frame_HWC.permute(2, 0, 1)[None], self.image)
                 patches.append(patches_PC)
                 grids.append((1, h, w))
-                text += (
-                    f"{VISION_START}{IMAGE_PAD * (h * w // self.image.merge_size**2)}{VISION_END}\n"
-                )
+                pads = IMAGE_PAD * (h * w // self.image.merge_size**2)
+                text += f"{VISION_START}{pads}{VISION_END}"
             text += "<|im_end|>\n"
-        ids = self.tokenizer.encode(text + "<|im_start|>assistant\n", add_special_tokens=False)
+        return text + "<|im_start|>assistant\n", patches, grids
+
+    @torch.no_grad()
+    def answer(self, body: dict, cut: bool) -> dict:
+        text, patches, grids = self.text(body["messages"])
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        self.prompts.append(ids)
         piece = Piece(ids, grids, range(len(grids)), ShownFrames(self.model, patches, grids))
         num_tokens = min(body["max_tokens"], 160)
         sampling = Sampling(body["temperature"], max_new_tokens=num_tokens, stops=STOPS)

@@ -52,7 +52,8 @@ def by_id(questions: list[Question]) -> dict[str, Question]:
 def soccerbench(root: Path) -> None:
     clip = f"materials/q10/SoccerNet-v2/england_epl_2014-2015/{MATCH}/1_05_32.mp4"
     other = f"materials/q12/SoccerReplay-1988/italy_serie-a_2020-2021/{LATER_MATCH}/2_19_01.mp4"
-    touch(root, clip, other, "materials/q14/MVFouls/test/action_1/clip_0.mp4")
+    foul = "materials/q14/MVFouls/test/action_1/clip_0.mp4"
+    touch(root, clip, other, foul, "materials/q14/somewhere/clip_0.mp4")
     four = {"O1": "Corner", "O2": "Goal", "O3": "Foul", "O4": "Offside"}
     entries = [
         {"Q": "Which event is shown?", "materials": [clip], "openA": "A goal.", "closeA": "O2", **four},
@@ -64,11 +65,12 @@ def soccerbench(root: Path) -> None:
         {"Q": "No video?", "materials": None, "openA": "", "closeA": "O1", **four},
         {"Q": "Which of these is the replay?", "materials": [clip, other], "openA": "", "closeA": "O1", **four},
         {"Q": "Out?", "materials": ["../../etc/passwd"], "openA": "", "closeA": "O1", **four},
-        {"Q": "Whose match?", "materials": ["materials/q14/MVFouls/test/action_1/clip_0.mp4"], "closeA": "O1", **four},
+        {"Q": "Whose match?", "materials": ["materials/q14/somewhere/clip_0.mp4"], "closeA": "O1", **four},
         "not an object",
     ]
     put(root, "qa/q10.json", entries)
     put(root, "qa/q12.json", [{"Q": "Who scores?", "materials": [other], "openA": "x", "closeA": "O1", **four}])
+    put(root, "qa/q14.json", [{"Q": "Is it a foul?", "materials": [foul], "openA": "x", "closeA": "O3", **four}])
     put(root, "qa/q2.json", [{"Q": "Not about a video", "materials": None, "closeA": "O3", **four}])
 
 
@@ -298,6 +300,61 @@ def finebadminton(root: Path) -> None:
     put(root, "rounds.json", rounds)
 
 
+def osl(root: Path) -> None:
+    touch(root, "train/action_0/clip_0.mp4", "train/action_0/clip_1.mp4", "train/action_1/clip_0.mp4", "gym/beam.mp4")
+
+    def sample(id, *paths, **more) -> dict:
+        return {"id": id, "inputs": [{"type": "video", "path": path, "fps": 25.0} for path in paths]} | more
+
+    foul = "train/action_0/clip_0.mp4", "train/action_0/clip_1.mp4"
+    other = ("train/action_1/clip_0.mp4",)
+    heads = {"severity": {"type": "single_label", "labels": ["no_card", "yellow_card", "red_card"]},
+        "attributes": {"type": "multi_label", "labels": ["late", "high"]}}
+    data = [
+        sample("action_0", *foul, answers=[{"question": "Is it a foul?", "answers": ["Yes, he trips him.", "Yes."]}],
+            labels={"severity": {"label": "yellow_card"}, "attributes": {"labels": ["late", "high"]}}),
+        sample("action_0__2", *foul, answers=[{"question": "Is it a foul?", "answers": [{"text": "A clear foul.", "confidence_score": 0.9}]}]),
+        sample("action_1", *other, metadata={"UrlLocal": f"england_epl\\2014-2015\\{MATCH}"},
+            answers=[{"question": "Which card?", "answers": ["None."]}, {"question": "No answer?", "answers": [""]}, 3]),
+        sample("action_2", "train/action_2/clip_0.mp4", answers=[{"question": "Gone?", "answers": ["Yes."]}]),
+        sample("action_3", "../../etc/passwd", answers=[{"question": "Out?", "answers": ["Yes."]}]),
+        {"id": "tracks", "inputs": [{"type": "tracking_parquet", "path": "x.parquet"}], "labels": {"severity": {"label": "red_card"}}},
+        sample("nothing", *other),
+        "not a sample",
+    ]
+    top = {"version": "2.0", "dataset_name": "SoccerNet-XFoul", "modalities": ["video"], "metadata": {}}
+    put(root, "annotations.json", top | {"labels": heads, "data": data})
+    dense = [{"position_ms": 12000, "lang": "en", "text": "She turns."}, {"start_ms": "2000", "end_ms": "4000", "text": "She leaps."},
+        {"position_ms": "soon", "text": "She falls."}]
+    old = [sample("beam", "gym/beam.mp4", answers=[{"question_id": "q1", "answer": "A leap."}, {"question_id": 1, "answer": "A jump."},
+        {"question_id": "q9", "answer": "?"}], captions=[{"lang": "en", "text": "A beam routine."}], dense_captions=dense)]
+    asked = [{"id": "q1", "question": "What is it?"}, {"id": 1, "question": "What is it?"}]
+    put(root, "old.json", {"data": old, "dataset_name": "gymnastics-localization", "questions": asked})
+
+
+def events(root: Path) -> None:
+    clips = ("20210909-W-US_Open-SF-A_B-C_D_100_400", "01__1", "0LtLS9wROrk_E_000147_000152")
+    touch(root, *(f"frames/{clip}/000000.jpg" for clip in clips))
+    labels = ("far_ad_serve_-_-_T_-_in", "near_deuce_return_fh_gs_CC_-_in", "far_ad_stroke_bh_gs_CC_-_in",
+        "near_deuce_stroke_fh_gs_DL_-_winner", "far_ad_stroke_bh_gs_CC_-_in")
+    rally = [{"frame": 20 * k + 10, "label": label} for k, label in enumerate(labels)]
+    clip = {"video": clips[0], "fps": 25, "num_frames": 300, "events": rally}
+    put(root, "data/f3set-tennis/train.json", [
+        clip,
+        clip | {"video": "gone_0_10"},
+        clip | {"events": [{"frame": 5, "label": labels[0]}, {"frame": 300, "label": labels[1]}]},
+        clip | {"events": [{"frame": 5, "label": labels[0]}, {"frame": None, "label": labels[1]}]},
+        clip | {"video": "../../etc/passwd"},
+        clip | {"num_frames": None},
+        "not a clip",
+    ])
+    dive = [{"comment": "", "frame": 34, "label": "Entry"}, {"comment": "", "frame": 2, "label": "Som(s).Tuck"}]
+    source = {"action_type": "407c", "difficulty": 3.2, "dive_score": 88.0}
+    put(root, "data/finediving/test.json", [{"_source_info": source, "events": dive, "fps": -1, "num_frames": 85, "video": clips[1]}])
+    gym = [{"frame": 36, "label": "VT_0"}, {"frame": 90, "label": "VT_1"}]
+    put(root, "data/finegym/val.json", [{"events": gym, "fps": 29.97, "num_frames": 120, "video": clips[2]}])
+
+
 WRITE = {f.__name__: f for f in (soccerbench, soccerreplay, xfoul, finediving, facts_fencing, facts_boxing, t3set, sportu,
-    sports_qa, sportr, finebadminton)}
+    sports_qa, sportr, finebadminton, osl, events)}
 # fmt: on

@@ -1,0 +1,254 @@
+"""OSL, the form in which SoccerNet's data now comes, whatever the data set: XFoul, MVFouls,
+SVFouls, gymnastics and so on. One question of each answered question, class, event and caption.
+
+{"dataset_name", "labels": {head: {"type", "labels": [text]}}, "data": [{"id", "inputs": [{"type":
+"video", "path", "fps"}], "metadata", "labels": {head: {"label"}}, "answers": [{"question",
+"answers": [text | {"text"}]}], "events": [{"head", "label", "position_ms"}], "captions":
+[{"text"}], "dense_captions": [{"text", "position_ms"}]}]}. The older form has "questions": [{"id",
+"question"}] at the root, and answers [{"question_id", "answer"}].
+
+Quirks: a question may have several answers, in one sample or in neighbouring ones (`action_0`,
+`action_0__2`): all are right. Of several views the second is shown where they are clips of MVFoul,
+whose first stands far off, else the first. Times may be texts. `group` is the match that the
+metadata name, the action of MVFoul, or the video.
+"""
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.sources import (
+    Folder,
+    Skip,
+    brief,
+    each,
+    field,
+    foul_group,
+    match_group,
+    option,
+    read_items,
+    shuffle_options,
+    sport_of,
+    template,
+)
+from data_prep.sources.events import event_questions, words
+from nanosport.records import Question, is_text
+from nanosport.video import Video
+
+SOURCE = "osl"
+LICENCE = "as the data set's own page says"
+AROUND_S = 5.0
+"""A dense caption is about so long before and after its time."""
+CLASS = ("Which of these is the {} here?", "What is the {} in this clip?")
+CAPTION = ("Describe what happens in this clip.", "Report what this clip shows.")
+RULES = r"foul|card|offen|sever|rule|penal|handball|referee|sanction|decision|\bvar\b"
+
+
+def records(root: Path, seed: int) -> Iterator[Question | Skip]:
+    folder = Folder(root)
+    for path in folder.named(r".*\.json", "OSL file"):
+        yield from read(folder, path, seed)
+
+
+def read(folder: Folder, path: str, seed: int, of=(SOURCE, LICENCE)) -> Iterator[Question | Skip]:
+    """The questions of an OSL file, in little memory. of: source and licence. Raises ValueError
+    where it is another one."""
+    header: dict = {}
+    for member, place, value in read_items(folder.root / path, dict):
+        if place is None:
+            header[member] = value
+        else:
+            header.setdefault(member, {})
+            if member != "data":
+                header[member][place] = value
+    if not isinstance(header.get("data"), dict):
+        raise ValueError(f"{folder.root / path}: holds no list `data` of samples; move it away")
+    reader = Reader(folder, path, seed, of, header)
+    samples = ((k, s) for member, k, s in read_items(folder.root / path, dict) if member == "data")
+    for _, same in groupby(samples, key=lambda pair: _base_id(*pair)):
+        yield from reader.samples(list(same))
+
+
+def _base_id(number: int, sample) -> str:
+    """What the samples of one clip have in common that were written one after the other."""
+    id = sample.get("id") if isinstance(sample, dict) else None
+    return re.sub(r"__\d+$", "", id) if isinstance(id, str) and id else f"number {number}"
+
+
+def _texts(metadata) -> list[str]:
+    values = metadata.values() if isinstance(metadata, dict) else ()
+    return [value for value in values if isinstance(value, str)]
+
+
+def is_object(value) -> bool:
+    return isinstance(value, dict)
+
+
+def _list(value) -> list:
+    """A list as it is, another value as a list of one, none of nothing."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def _part(entry, name: str, of: type):
+    """A list or object of an entry; it may be missing."""
+    return field(entry, name, of) if isinstance(entry, dict) and entry.get(name) else of()
+
+
+def _seconds(row, name: str = "position_ms") -> float:
+    """A time of a row, which is a number or a text of milliseconds."""
+    try:
+        at_s = float(row.get(name)) / 1000
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        at_s = -1.0
+    if not 0 <= at_s < 1e6:
+        raise ValueError(f"{name} of {brief(row)}: must be milliseconds from 0 on")
+    return at_s
+
+
+class Reader:
+    """Makes questions of the samples of a file."""
+
+    def __init__(self, folder: Folder, path: str, seed: int, of: tuple, header: dict):
+        self.folder, self.path, self.seed = folder, path, seed
+        self.source, self.licence = of
+        self.sport = sport_of(
+            *_texts(header.get("metadata")), str(header.get("dataset_name")), path, of[0]
+        )
+        self.heads = {
+            head: list(filter(is_text, schema["labels"]))
+            for head, schema in _part(header, "labels", dict).items()
+            if is_object(schema) and isinstance(schema.get("labels"), list)
+        }
+        asked = filter(is_object, _part(header, "questions", dict).values())
+        self.asked = {str(each.get("id")): each.get("question") for each in asked}
+        stem = path.removesuffix(".json").replace("/", "-")
+        self.place = f"{self.source}/{stem}"
+
+    def samples(self, same: list[tuple]) -> Iterator[Question | Skip]:
+        """The questions of the samples of one clip."""
+        answered: dict[tuple, tuple] = {}  # by video and question: its place, and all answers
+        for number, sample in same:
+            where = f"{self.path} {number}"
+            try:
+                common = self._common(where, sample)
+            except ValueError as error:
+                yield Skip(where, str(error))
+                continue
+            made = 0
+            forms = {
+                "answers": partial(self._answers, answered, number),
+                "labels": partial(self._class, number),
+                "captions": partial(self._caption, number),
+                "dense_captions": partial(self._dense, number),
+            }
+            for name, make in forms.items():
+                rows = sample.get(name)
+                rows = list(rows.items()) if is_object(rows) else list(enumerate(_list(rows)))
+                made += len(rows)
+                yield from each(f"{where}, {name}", rows, partial(make, common))
+            if sample.get("events"):
+                made += 1
+                yield from each(where, [("events", sample)], partial(self._events, number, common))
+            if not made:
+                yield Skip(where, "the sample has no question, class, event or caption")
+        for (_, question), (place, common, texts) in answered.items():
+            answer, *also = dict.fromkeys(texts)
+            yield self._question(place, question, answer, common, also=tuple(also))
+
+    def _common(self, where: str, sample) -> dict:
+        """The fields that all questions of a sample share. Raises ValueError where it shows no
+        video."""
+        inputs = filter(is_object, field(sample, "inputs", list))
+        views = [view for view in inputs if view.get("type", "video") == "video"]
+        if not views:
+            raise ValueError("inputs: name no video")
+        path = field(views[0], "path")
+        if foul_group(path):
+            path = field(views[min(1, len(views) - 1)], "path")
+        here = (Path(self.path).parent / path).as_posix()
+        try:
+            video = self.folder.video(here)
+        except ValueError:
+            video = self.folder.video(path)
+        metadata = _part(sample, "metadata", dict)
+        group = next(filter(None, map(match_group, _texts(metadata))), None)
+        return {
+            "video": video,
+            "sport": sport_of(*_texts({"": metadata.get("sport")}), self.sport),
+            "group": group or foul_group(path) or "",
+            "source": self.source,
+            "licence": self.licence,
+            "provenance": f"{where}: {brief(sample.get('id'))}",
+        }
+
+    def _question(self, place: str, question: str, answer: str, common: dict, **more) -> Question:
+        """A question, open where there are no options."""
+        dimension = "rules" if re.search(RULES, question, re.IGNORECASE) else "recognition"
+        values = {"dimension": dimension, "options": (), **common, **more}
+        return Question(id=f"{self.place}/{place}", question=question, answer=answer, **values)
+
+    def _answers(
+        self, answered: dict, number: int, common: dict, k: int, group
+    ) -> Iterator[Question]:
+        """Keep the answers to a question."""
+        asked = group.get("question") if is_object(group) else None
+        if asked is None and is_object(group):
+            asked = self.asked.get(str(group.get("question_id")))
+        question = field({"question": asked}, "question")
+        said = _list(group.get("answers")) or _list(group.get("answer"))
+        texts = [text.get("text") if is_object(text) else text for text in said]
+        texts = [option({"answer": text}, "answer") for text in texts if text not in (None, "")]
+        if not texts:
+            raise ValueError("answers: none is given")
+        kept = answered.setdefault((common["video"], question), (f"{number}/{k}", common, []))
+        kept[2].extend(texts)
+        yield from ()
+
+    def _class(self, number: int, common: dict, head: str, value) -> Iterator[Question]:
+        """What the clip's class is, of those of its head."""
+        said = value
+        if is_object(value):
+            said = value.get("labels") or value.get("label")
+        said = said[0] if isinstance(said, list) and len(said) == 1 else said
+        if not is_text(said) or not said.strip():
+            raise ValueError(f"{head} {brief(value)}: must have one label")
+        id = f"{self.place}/{number}/{head}"
+        others = (words(text) for text in self.heads.get(head, ()) if text != said)
+        options, letter = shuffle_options(self.seed, id, words(said), others)
+        text = template(self.seed, id, CLASS).format(head.replace("_", " "))
+        yield self._question(f"{number}/{head}", text, letter, common, options=options)
+
+    def _caption(self, number: int, common: dict, k: int, row, **more) -> Iterator[Question]:
+        """What is said of a clip."""
+        place, more = f"{number}/caption{k}", {"dimension": "commentary", **more}
+        text = template(self.seed, f"{self.place}/{place}", CAPTION)
+        yield self._question(place, text, field(row, "text"), common, **more)
+
+    def _dense(self, number: int, common: dict, k: int, row) -> Iterator[Question]:
+        """What is said of a part of a clip."""
+        field(row, "text")
+        if "start_ms" in row:
+            start_s, end_s = _seconds(row, "start_ms"), _seconds(row, "end_ms")
+        else:
+            start_s, end_s = _seconds(row) - AROUND_S, _seconds(row) + AROUND_S
+        if end_s <= start_s:
+            raise ValueError(f"end_ms {row['end_ms']}: must be after start_ms")
+        span = (max(0.0, start_s), end_s)
+        yield from self._caption(number, common, f"_dense{k}", row, span_s=span)
+
+    def _events(self, number: int, common: dict, _, sample) -> Iterator[Question | Skip]:
+        """What happens when."""
+        rows = field(sample, "events", list)
+        video = Video(str(self.folder.root / common["video"]))
+        events = []
+        for row in rows:
+            at = np.searchsorted(video.times_s, _seconds(row) - 1e-3)
+            frame = min(int(at), video.num_frames - 1)
+            events.append({"frame": frame, "label": row.get("label")})
+        labels = sorted({words(text) for texts in self.heads.values() for text in texts})
+        place = self.seed, f"{self.place}/{number}/event", f"{self.path} {number}"
+        yield from event_questions(events, video.num_frames, video.fps, labels, place, common)
