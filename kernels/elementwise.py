@@ -122,7 +122,7 @@ class AddNorm(torch.autograd.Function):
     def backward(ctx, dtotal, dnorm):
         total, weight_D, inverse = ctx.saved_tensors
         if dnorm is None:
-            return dtotal, dtotal, None, None
+            return dtotal, dtotal if ctx.needs_input_grad[1] else None, None, None
         dx, wants_dweight = torch.empty_like(total), ctx.needs_input_grad[2]
         num_programs = max(1, min(NORM_PROGRAMS, inverse.numel()))
         dparts_PD = inverse.new_empty(num_programs, len(weight_D) if wants_dweight else 0)

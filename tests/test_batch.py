@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention
 from kernels.attention import Keys, varlen_attention
@@ -169,7 +170,7 @@ def test_the_fastest_attention_that_is_right_is_chosen(four, two, chosen, causal
             module.flash_attn_varlen_func = package(kind)
         monkeypatch.setitem(sys.modules, name, module)
     attention.choose.cache_clear()
-    name, function = attention.choose((4, 2, 16), causal, torch.bfloat16, torch.device("cpu"))
+    name, function = attention.choose((4, 2, 16), causal, torch.bfloat16, "cpu")
     attention.choose.cache_clear()
     assert name == chosen
     sizes = (73, 160, 160) if causal else (73, 73, 73)
@@ -178,6 +179,24 @@ def test_the_fastest_attention_that_is_right_is_chosen(four, two, chosen, causal
     out = function(q, k, v, (*bounds, 70, 90 if causal else 70), causal, None)
     exact = attention.sdpa_per_length(q, k, v, *bounds, causal, None)
     torch.testing.assert_close(out, exact)
+
+
+def test_the_choice_may_fall_inside_a_layer_that_is_computed_again(monkeypatch):
+    """What it keeps for its own backward pass is no part of that layer's."""
+    module = ModuleType("flash_attn.cute")
+    module.flash_attn_varlen_func = package("right")
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", module)
+    attention.choose.cache_clear()
+    names = []
+
+    def layer(x):
+        names.append(attention.choose((4, 2, 16), True, torch.bfloat16, "cpu")[0])
+        return (x * x).sin()
+
+    x = torch.randn(5, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    attention.choose.cache_clear()
+    assert set(names) == {"FlashAttention 4"} and x.grad is not None
 
 
 def test_an_attention_whose_mask_counts_from_the_first_key_is_not_taken():

@@ -7,13 +7,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from nanosport.model.folder import load_config
+from nanosport.model.folder import load_config, load_model
 from nanosport.model.layers import Embedding, Linear
 from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.plan.synthetic import Lengths, bare_training, make_episodes
 from nanosport.train import mixed, optim, recompute
 from tests.helpers.runs import ROOT, log
 
 NANO = load_config(ROOT / "assets" / "nano-backbone")
+CPU = torch.device("cpu")
+(EPISODE,) = make_episodes(NANO, Lengths(frame_tokens=9, turn_text=7), 1, 1)
 SEVEN = load_config(ROOT / "assets" / "qwen2.5-vl-7b")
 
 
@@ -164,22 +167,37 @@ def test_a_layer_keeps_what_is_said(mode):
             out = hidden(model, ids, mode)
         sums.append(sum(kept.values()))
         del out
-    said = recompute.kept_values(NANO)[mode] * len(ids)
+    said = recompute.Kept(NANO, len(ids), torch.float32).layer(mode) / 4
     assert 0.75 * said < sums[1] - sums[0] <= said
 
 
 def test_as_little_is_computed_again_as_memory_allows():
-    layers, tokens = SEVEN.num_hidden_layers, 16_384
-    need = {mode: recompute.kept_bytes(SEVEN, [mode] * layers, tokens) for mode in recompute.LESS}
-    assert recompute.choose(SEVEN, tokens, -1.0) == ["all"] * layers
+    layers, kept = SEVEN.num_hidden_layers, recompute.Kept(SEVEN, 16_384)
+    need = {mode: kept.layers([mode] * layers) for mode in recompute.LESS}
+    assert recompute.choose(kept, -1.0) == ["all"] * layers
     for mode, size in need.items():
-        assert recompute.choose(SEVEN, tokens, size + 1.0) == [mode] * layers
-    chosen = recompute.choose(SEVEN, tokens, (need["mlp"] + need["none"]) / 2)
-    assert chosen == ["mlp"] * 14 + ["none"] * 14
+        assert recompute.choose(kept, size + 1.0) == [mode] * layers
+    assert recompute.choose(kept, (need["mlp"] + need["none"]) / 2) == ["mlp"] * 14 + ["none"] * 14
     previous = 0
     for room in range(0, int(1.2 * need["none"]), 1 << 30):
-        modes = recompute.choose(SEVEN, tokens, room)
-        used = recompute.kept_bytes(SEVEN, modes, tokens)
+        modes = recompute.choose(kept, room)
+        used = kept.layers(modes)
         assert previous <= used and (used <= room or modes == ["all"] * layers)
         previous = used
     assert previous == need["none"]
+
+
+def test_shared_keys_and_wider_values_count():
+    kept = recompute.Kept(SEVEN, 1000)
+    shared = replace(kept, num_keys=3000)
+    assert shared.layer("mlp") - kept.layer("mlp") == 2000 * 2 * 512 * 2
+    assert shared.layer("all") == kept.layer("all") == 1000 * 3584 * 2
+    wide = replace(kept, dtype=torch.float32)
+    assert wide.layer("all") == 2 * kept.layer("all")
+
+
+def test_a_learning_tower_computes_again_what_is_asked_from_its_first_frame_on(nano_folder):
+    for asked, mode in (("all", "all"), ("auto", "none")):  # auto: on a CPU nothing
+        run = train.Config(recompute=asked, freeze_vision=False, freeze_projector=False)
+        training = bare_training(run, load_model(nano_folder), EPISODE, CPU, torch.float32)
+        assert training.computing.visual.recompute == mode

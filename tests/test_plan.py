@@ -309,7 +309,7 @@ def test_what_a_layer_keeps_on_a_gpu_is_known_before_it_runs(mode):
         cfg = replace(SEVEN, num_hidden_layers=layers)
         episodes, run = memory.fullest(cfg, train.Config(recompute=mode), Lengths())
         sizes.append(training_moments(cfg, run, episodes, 8)["loss"]["activations"])
-    assert sizes[1] - sizes[0] == recompute.kept_bytes(cfg, [mode], run.micro_tokens)
+    assert sizes[1] - sizes[0] == recompute.Kept(cfg, run.micro_tokens).layer(mode)
 
 
 def test_hours_follow_the_card_and_the_assumptions():

@@ -13,7 +13,7 @@ KINDS = {
     "loss": r"row_kernel",
     "Adam, gradient norm": r"adam|multi_tensor|foreach|lpnorm",
     "norms, rotary, SwiGLU": r"norm|rotary|rotate|swiglu",
-    "copies, casts, fills": r"copy|memcpy|memset|fill|cat|convert|zero",
+    "copies, casts, fills": r"copy|memcpy|memset|fill|\bcat|CatArray|convert|zero",
     "index": r"index|gather|scatter|embedding",
     "elementwise": r"elementwise|vectorized|reduce|mul|add|silu|neg",
 }

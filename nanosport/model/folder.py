@@ -21,6 +21,7 @@ from nanosport.image import image_settings
 from nanosport.model import shards
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
 
+Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_ID = r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?"
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
@@ -184,19 +185,24 @@ def save_model(
     source: str | Path,
     max_shard_bytes: float = 5e9,
     dtype: torch.dtype | None = None,
+    shapes: Shapes | None = None,
     load: Callable[[str], torch.Tensor] | None = None,
     max_pixels: int | None = None,
 ):
     """Write a model folder; config, tokenizer and preprocessor files are copied from `source`.
 
     The folder appears whole or not at all; an older model there stays until the new one is whole.
-    dtype: what the weights are saved in (None: as they are). load: gives each weight in one piece,
-    where the model holds only a shard of it (FSDP). max_pixels: the bound of a frame in training,
+    dtype: what the weights are saved in (None: as they are). shapes, load: of each weight, and
+    what gives it in one piece, where the model holds only a shard of it (FSDP); the model itself is
+    then not touched, which may be computing. max_pixels: the bound of a frame in training,
     where it is not the source's. Raises ValueError where the place cannot be written, or holds
     something else than a model.
     """
     folder, source = Path(folder).absolute(), Path(source)
-    weights = model.state_dict()
+    if shapes is None or load is None:
+        weights = model.state_dict()
+        shapes = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
+        load = weights.__getitem__
     if replace(load_config(source), eos_token_ids=()) != replace(model.cfg, eos_token_ids=()):
         why = "its config.json describes another model than the one to be saved"
         raise ValueError(f"{source}: {why}")
@@ -205,7 +211,7 @@ def save_model(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()
-        write_weights(weights, new, max_shard_bytes, dtype, load or weights.__getitem__)
+        write_weights(shapes, new, max_shard_bytes, dtype, load)
         saved_dtype = dtype or model.head_weight_VD.dtype
         copy_settings(source, new, str(saved_dtype).removeprefix("torch."), max_pixels)
         for path in (*new.iterdir(), new):
@@ -230,20 +236,20 @@ def check_replaceable(folder: Path) -> None:
 
 
 def write_weights(
-    weights: Mapping[str, torch.Tensor],
+    shapes: Shapes,
     folder: Path,
     max_shard_bytes: float,
     dtype: torch.dtype | None,
     load: Callable[[str], torch.Tensor],
 ):
     """Write the weights as one file, or as shards with an index."""
-    dtypes = {name: dtype or weight.dtype for name, weight in weights.items()}
-    size = {name: w.numel() * dtypes[name].itemsize for name, w in weights.items()}
+    shapes = {name: (shape, dtype or own) for name, (shape, own) in shapes.items()}
+    size = {name: shape.numel() * kind.itemsize for name, (shape, kind) in shapes.items()}
     total, free = sum(size.values()), shutil.disk_usage(folder).free
     if free < total:
         raise OSError(f"{total / 1e6:,.1f} MB are needed, {free / 1e6:,.1f} MB are free")
     files, filled = [[]], 0
-    for name in weights:
+    for name in shapes:
         if files[-1] and filled + size[name] > max_shard_bytes:
             files.append([])
             filled = 0
@@ -254,10 +260,10 @@ def write_weights(
     for number, names in enumerate(files, start=1):
         part = f"-{number:05d}-of-{len(files):05d}" if len(files) > 1 else ""
         file = f"model{part}.safetensors"
-        shapes = {name: (weights[name].shape, dtypes[name]) for name in names}
+        its = {name: shapes[name] for name in names}
         # cast where the weight is, which on a GPU takes no time
         shards.write(
-            folder / file, shapes, lambda name: load(name).detach().to(dtypes[name]).cpu(), {}
+            folder / file, its, lambda name: load(name).detach().to(shapes[name][1]).cpu(), {}
         )
         weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:

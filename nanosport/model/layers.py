@@ -74,7 +74,7 @@ class ReadRows(torch.autograd.Function):
         (ids,), master = ctx.saved_tensors, ctx.master
         if master.grad is None:
             master.grad = torch.zeros_like(master)
-        master.grad.index_put_((ids,), grad.to(master.dtype), accumulate=True)
+        master.grad.index_add_(0, ids, grad.to(master.dtype))
         return None, None, None
 
 

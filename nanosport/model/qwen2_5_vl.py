@@ -177,7 +177,7 @@ def attention_of(cfg: ModelConfig, device: torch.device, dtype=torch.bfloat16) -
     if device.type != "cuda" or dtype == torch.float32:
         return "SDPA a segment"
     heads = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    return choose(heads, True, dtype, device)[0]
+    return choose(heads, True, dtype, device.type)[0]
 
 
 class Attention(nn.Module):

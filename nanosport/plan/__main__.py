@@ -117,22 +117,21 @@ class Stage:
         sampled = self.sampled if self.members > 1 else 0
         shape = self.model, self.run, longest, self.gpus
         moments = memory.stage_moments(*shape, sampled, self.micro_batches)
-        layers = self.model.num_hidden_layers
-        more = [
-            recompute.kept_bytes(self.model, modes, self.run.micro_tokens)
-            for modes in (self.modes(moments), ["all"] * layers)
-        ]
-        moments["train"]["kept beside layers' inputs"] = more[0] - more[1]
+        inputs = self.kept.layers(["all"] * self.model.num_hidden_layers)
+        beside = self.kept.layers(self.modes(moments)) - inputs
+        moments["train"]["kept beside layers' inputs"] = beside
         return moments
+
+    @property
+    def kept(self) -> recompute.Kept:
+        return recompute.Kept(self.model, self.run.micro_tokens)
 
     def modes(self, moments: Moments) -> list[str]:
         """What each layer computes again in the backward pass."""
-        tokens, layers = self.run.micro_tokens, self.model.num_hidden_layers
         if self.run.recompute != "auto":
-            return [self.run.recompute] * layers
+            return [self.run.recompute] * self.model.num_hidden_layers
         held = sum(moments["always"].values()) + moments["train"].get("gradients", 0)
-        room = self.room - held - recompute.reserve(self.model, tokens)
-        return recompute.choose(self.model, tokens, room)
+        return recompute.choose(self.kept, self.room - held - recompute.reserve(self.kept))
 
 
 def stages(cfg: Config) -> dict[str, Stage]:

@@ -139,9 +139,10 @@ class Checkpoints:
         self.copied.clear()
         ready = None
         if any(part.tensor.is_cuda for part in parts.values()):
-            ready = torch.cuda.current_stream().record_event()
+            ready = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
+        shapes = {name: (w.shape, w.dtype) for name, w in model.named_parameters()}
         self.writing = threading.Thread(
-            target=self._write, args=(parts, ready, unfinished, named, model, state)
+            target=self._write, args=(parts, ready, unfinished, named, model, shapes, state)
         )
         self.writing.start()
 
@@ -159,19 +160,22 @@ class Checkpoints:
         except OSError as error:
             raise self._not_saved(error) from error
 
-    def _write(self, parts: dict, ready, unfinished: Path, named: Path, model, state: dict) -> None:
-        """Copy, write and name a checkpoint, in a thread of its own."""
+    def _write(
+        self, parts: dict, ready, unfinished: Path, named: Path, model, shapes: dict, state: dict
+    ) -> None:
+        """Copy, write and name a checkpoint, in a thread of its own. `model` computes meanwhile:
+        only its config is read."""
         try:
             fault = None
             try:
                 self._write_shard(parts, ready, unfinished)
             except Exception as error:  # the others must hear of it
-                fault = error
+                fault = reason(error)
             written = unfinished.glob(f"shard-{self.rank + 1:05d}-*")
             mine = {} if fault else {path.name: checksum(path) for path in written}
-            for other, _ in (everyones := dist.gather((fault, mine), self.group)):
-                if other is not None:
-                    raise other
+            everyones = dist.gather((fault, mine), self.group)
+            if fault := next((other for other, _ in everyones if other), None):
+                raise OSError(fault)
             if self.rank > 0:
                 return
             crc32 = {name: value for _, part in everyones for name, value in part.items()}
@@ -182,8 +186,8 @@ class Checkpoints:
 
             # before the checkpoint has its name: a run that goes on from a named one may have no
             # step left to do that would write the model again
-            weights = partial(self._whole_weight, WholeTensors(unfinished))
-            save_model(model, self.run / "model", self.source, load=weights, **self.saved_as)
+            how = {"shapes": shapes, "load": partial(self._whole_weight, WholeTensors(unfinished))}
+            save_model(model, self.run / "model", self.source, **how, **self.saved_as)
             unfinished.rename(named)
             sync(self.folder)
             for old in checkpoints_of(self.run)[self.keep :]:
@@ -194,10 +198,13 @@ class Checkpoints:
     def _write_shard(self, parts: dict[str, Part], ready, unfinished: Path) -> None:
         """Copy this rank's parts to the host, and write them from there."""
         try:
-            stream = torch.cuda.Stream() if ready else None  # beside the loop's own kernels
+            stream = None
+            if ready:
+                device, event = ready
+                torch.cuda.set_device(device)  # a thread begins with GPU 0
+                stream = torch.cuda.Stream()  # beside the loop's own kernels
+                stream.wait_event(event)
             with torch.cuda.stream(stream):  # None: does nothing
-                if ready:
-                    stream.wait_event(ready)
                 held = {name: part.tensor.to("cpu", copy=True) for name, part in parts.items()}
         finally:
             self.copied.set()

@@ -10,7 +10,7 @@ for step in training.steps():          # saves after a step if it is time to, en
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -89,11 +89,10 @@ class Training:
         self.began_with = self._checksums()
         if cfg.resume and checkpoint.latest(cfg.out):
             self._resume()
-        attention = attention_of(self.model.cfg, self.device, self.dtype)
         if self.run:
             if self.device.type == "cuda":
-                print(f"{self.title}: attention by {attention}")
-            self.run.about["attention"] = attention
+                print(f"{self.title}: attention by {self.attention}")
+            self.run.about["attention"] = self.attention
             self.run.about["model_commit"] = hub_commit(self.source)
             self.run.about["began_with"] = self.began_with
         self.image = ImageConfig.from_folder(self.source, cfg.max_pixels)
@@ -141,6 +140,10 @@ class Training:
         self.model = self.computing = dist.shard(model, self.dtype, self.device)
         if not dist.sharded(model) and self.dtype != torch.float32:
             self.computing = mixed.computing_copy(model, self.dtype)
+        on_gpu = self.device.type == "cuda"
+        tower = cfg.recompute if cfg.recompute != "auto" else ("all" if on_gpu else "none")
+        self.computing.visual.recompute = tower
+        self.attention = attention_of(self.model.cfg, self.device, self.dtype)
         self.optimizer = optim.build(self.model, cfg.weight_decay, cfg.adam_eps, cfg.offload_adam)
 
     def steps(self) -> Iterator[int]:
@@ -189,17 +192,18 @@ class Training:
     def hidden(self, batch: Batch) -> torch.Tensor:
         """hidden_MD of the rows with loss; differentiable. The layers keep what memory allows."""
         model, mode = self.computing, self.cfg.recompute
-        cfg, num_tokens = model.cfg, len(batch.ids_T)
-        model.recompute, model.visual.recompute = (mode,) * cfg.num_hidden_layers, mode
+        if mode == "auto" and self.device.type == "cpu":
+            mode = "none"
+        model.recompute = (mode,) * model.cfg.num_hidden_layers
         if mode == "auto":
-            on_gpu = self.device.type == "cuda"
-            room = self._room(num_tokens) if on_gpu else float("inf")
-            model.recompute = recompute.choose(cfg, num_tokens, room)
-            model.visual.recompute = "all" if on_gpu else "none"
+            kept = recompute.Kept(model.cfg, len(batch.ids_T), self.dtype, self.attention)
+            if batch.keys is not None and batch.keys.index_S is not None:
+                kept = replace(kept, num_keys=len(batch.keys.index_S))
+            model.recompute = recompute.choose(kept, self._room(kept))
         return batch.hidden_MD(model)
 
-    def _room(self, num_tokens: int) -> float:
-        """Bytes of this GPU that a micro-batch may keep of its activations."""
+    def _room(self, kept: recompute.Kept) -> float:
+        """Bytes of this GPU that the layers may keep of a micro-batch."""
         trained, state = (
             (w for w in self.model.parameters() if w.requires_grad),
             self.optimizer.state,
@@ -208,8 +212,7 @@ class Training:
         for weight in trained:
             moments = 0 if self.cfg.offload_adam or state[weight] else 8
             to_come += (4 * (weight.grad is None) + moments) * dist.local(weight).numel()
-        reserved = recompute.reserve(self.model.cfg, num_tokens)
-        return recompute.free_bytes(self.device) - to_come - reserved
+        return recompute.free_bytes(self.device) - to_come - recompute.reserve(kept)
 
     def update(
         self, step: int, losses: Sequence[torch.Tensor], episodes: Sequence[Episode]
