@@ -235,6 +235,7 @@ def test_every_flag_is_compared_unless_it_is_marked():
         "ahead",
         "judge_url",
         "judge_wait_s",
+        "max_ungraded",
         "min_format_rate",
         "min_tool_rate",
         "max_logprob_gap",
