@@ -7,7 +7,7 @@
 
 A step: sample `group_size` episodes of each question → reward each → advantage inside the group →
 policy loss on the sampled tokens → update. Left out of GRPO on purpose: a value network, replay,
-length shaping, filtering of groups.
+length shaping.
 """
 
 from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
