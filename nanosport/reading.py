@@ -29,7 +29,7 @@ NUMERAL = re.compile(
     rf"((?: and a half\b)?)((?: point(?: (?:{ONE}))+)?)\b"
 )
 RARE = {word: k for k, words in enumerate(
-    "none nil nought|first once|second twice|third thrice|fourth|fifth|sixth|seventh|eighth|ninth"
+    "nil nought|first once|second twice|third thrice|fourth|fifth|sixth|seventh|eighth|ninth"
     "|tenth|eleventh|twelfth dozen".split("|")) for word in words.split()
 }  # fmt: skip
 """Words that are a number where a text has no other."""

@@ -297,7 +297,7 @@ AS_A_PERSON_SAYS = {
         for truth, answers in {
             "3": "3|3.|+3|three|Three.|3rd|**3**|(3)|３|3 (three)|3, so 3|about 3|3 goals|3kg|三3",
             "-3": "-3|−3|–3|minus three|negative 3|minus 3|answer:-3",
-            "0": "0|-0|zero|0.0|none|nil",
+            "0": "0|-0|zero|0.0|nil",
             "4": "fourth|the 4th|四|4次",
             "12": "a dozen|1 dozen|十二|twelfth",
             "100": "a hundred|one hundred|100%|一百",
@@ -328,7 +328,7 @@ AS_A_PERSON_SAYS = {
             "3-4|3–4|3/5|x3|v3|3:2|2:3|3.5.1|none|no one|3 of 5|",
             "4": "isn't 4|minimum 4|maximum 4|4 dozen|half of 4|4 < x|4 hundred|no idea|fourteen|forty",
             "7": "one two three four five six seven|not seven|seven or eight|七十",
-            "0": "no|nothing to see|never mind|one or none",
+            "0": "no|none|nothing to see|never mind|one or none",
             "95": "9,5|9 5",
             "123": "1,2,3|1 23|12 3",
             "1234": "12,34|1.234",
