@@ -45,7 +45,7 @@ rewards: .venv/.installed
 	done
 
 test: .venv/.installed
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 # without conftest.py, which hides the GPU
 test-gpu: .venv/.installed
