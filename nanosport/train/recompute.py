@@ -44,9 +44,8 @@ class Kept:
         if mode != "all":
             token += heads
         if mode == "none":
-            token += (
-                3 * (cfg.hidden_size + cfg.intermediate_size) * size + 8
-            )  # two norms' quotients
+            quotients = 8  # of two norms, in float32
+            token += 3 * (cfg.hidden_size + cfg.intermediate_size) * size + quotients
         return token * self.num_tokens + (mode != "all") * keys
 
     def layers(self, modes: list[str]) -> int:
@@ -74,9 +73,3 @@ def reserve(kept: Kept) -> float:
     gathered = 2 * (kept.dtype.itemsize + 4) * num_weights(cfg)["layers"] / cfg.num_hidden_layers
     head = 8 * cfg.vocab_size * cfg.hidden_size
     return 2 * kept.layer("none") + gathered + head + (5 << 30)
-
-
-def free_bytes(device: torch.device) -> float:
-    """What the allocator can still give on a GPU."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from kernels.policy_loss import free_bytes
 from nanosport.cli import Preempted
 from nanosport.engine.sampler import SamplerError
 from nanosport.env.endpoint import EndpointError
@@ -204,15 +205,11 @@ class Training:
 
     def _room(self, kept: recompute.Kept) -> float:
         """Bytes of this GPU that the layers may keep of a micro-batch."""
-        trained, state = (
-            (w for w in self.model.parameters() if w.requires_grad),
-            self.optimizer.state,
-        )
-        to_come = 0
-        for weight in trained:
+        state, to_come = self.optimizer.state, 0
+        for weight in (w for w in self.model.parameters() if w.requires_grad):
             moments = 0 if self.cfg.offload_adam or state[weight] else 8
             to_come += (4 * (weight.grad is None) + moments) * dist.local(weight).numel()
-        return recompute.free_bytes(self.device) - to_come - recompute.reserve(kept)
+        return free_bytes(self.device) - to_come - recompute.reserve(kept)
 
     def update(
         self, step: int, losses: Sequence[torch.Tensor], episodes: Sequence[Episode]
