@@ -135,6 +135,20 @@ def test_one_process_on_one_gpu_is_no_group():
     assert (world, device.type, torch.distributed.is_initialized()) == (1, "cuda", False)
 
 
+def test_the_memory_of_a_run_grows_without_gaps():
+    """In a process of its own, since the allocator of this one is at work already."""
+    script = (
+        "import torch\nfrom nanosport.train import dist\n"
+        "_, _, device = dist.start()\ndist.expand_segments(device)\n"
+        "block = torch.ones(2**25, device=device)\n"
+        "assert all(segment['is_expandable'] for segment in torch.cuda.memory_snapshot())\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    run = [sys.executable, "-c", script]
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_more_processes_than_gpus_end_in_one_clear_line(tmp_path):
     script = tmp_path / "start.py"
     script.write_text(

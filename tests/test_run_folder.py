@@ -447,6 +447,22 @@ def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):
         dist.start()
 
 
+def test_the_allocator_is_told_to_grow_unless_the_user_has_told_it(monkeypatch):
+    told = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    dist.expand_segments(torch.device("cpu"))
+    assert told == []
+    dist.expand_segments(torch.device("cuda"))
+    assert told == ["expandable_segments:True"]
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    dist.expand_segments(torch.device("cuda"))
+    assert len(told) == 1
+    assert train.Config().may_expand and rl.Config().may_expand
+    assert not rl.Config(sampler="vllm").may_expand
+
+
 def test_a_plain_run_outlives_its_shell():
     """Only torchrun's end is heard of: nohup keeps a script that was started without it."""
     dist.start()

@@ -103,6 +103,11 @@ class RolloutConfig(TrainingConfig):
                 f"--sampler-wait-s {self.sampler_wait_s:g}: must be below --stuck-after-s"
             )
 
+    @property
+    def may_expand(self) -> bool:
+        """Not beside vLLM's engine, whose sleep needs memory of its own kind."""
+        return self.sampler != "vllm"
+
     def cap_of(self, loss: str) -> float | None:
         """What importance weights are cut to; None where there are none."""
         lags = self.ahead and loss != "gspo"

@@ -81,6 +81,11 @@ class TrainingConfig:
         return checkpoint.latest(self.out) is not None
 
     @property
+    def may_expand(self) -> bool:
+        """Whether all that shares the GPU's memory here can live with segments that grow."""
+        return True
+
+    @property
     def frozen(self) -> bool:
         """Whether a frame's features never change, so that each frame is encoded once."""
         return self.freeze_vision and self.freeze_projector

@@ -45,6 +45,14 @@ def start() -> tuple[int, int, torch.device]:
     return rank, world, device
 
 
+def expand_segments(device: torch.device) -> None:
+    """Let a GPU's allocator extend what it holds: micro-batches of ever new sizes else leave gaps
+    that nothing fits in. What the user has told the allocator stands."""
+    told = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if device.type == "cuda" and not told:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 

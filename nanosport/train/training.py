@@ -65,6 +65,8 @@ class Training:
         cfg.check()
         self.cfg, self.title = cfg, title
         self.rank, self.world, self.device = dist.start()
+        if cfg.may_expand:
+            dist.expand_segments(self.device)
         self.dtype = dist.dtype_of(cfg.dtype, self.device)
         self.state: dict = {"step": 0}
         """What a checkpoint remembers beside weights and moments; `step` is the one to do next."""
