@@ -5,6 +5,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from nanosport.image import encode_png
 from nanosport.records import DIMENSIONS, LETTERS, Episode
 from nanosport.video import Video
@@ -16,6 +18,10 @@ border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
 figure{display:inline-block;margin:4px;font-size:12px;
 text-align:center}figure img{width:168px;display:block}.event img{outline:3px solid #d33}
 pre{background:#f5f6f7;padding:.7em;white-space:pre-wrap}h2{margin-top:1.6em}"""
+
+
+THUMBNAIL = 168
+"""Pixels of a small picture's longer side."""
 
 
 def printable(text: str) -> str:
@@ -38,6 +44,15 @@ def pictures(indices: Sequence[int], frames_FHWC, window: tuple[int, int] | None
         name = f"frame {index}"
         cells.append(f'<figure{event}><img src="{source}" alt="{name}">{name}</figure>')
     return "".join(cells)
+
+
+def small(frames_FCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 frames, not larger than a THUMBNAIL."""
+    height, width = frames_FCHW.shape[2:]
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    size = max(1, round(height * scale)), max(1, round(width * scale))
+    smaller = torch.nn.functional.interpolate(frames_FCHW.float(), size, mode="area")
+    return smaller.round().byte()
 
 
 def episode_body(episode: Episode) -> str:
