@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import nanosport
-from nanosport.fields import Bound, marks_of
+from nanosport.fields import NAMES, Bound, marks_of
 from nanosport.files import named, own_name, plain
 from nanosport.records import check_whole
 from nanosport.report import printable
@@ -62,7 +62,7 @@ def check(config) -> None:
     for name, its_marks in marks_of(type(config)).items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if isinstance(value, str):
+            if isinstance(value, str) and NAMES not in its_marks:
                 check_whole(value, flag(name))
             if not isinstance(value, int | float):
                 continue

@@ -161,7 +161,7 @@ def test_infer_takes_every_real_clip(capsys):
     import infer
 
     for path in sorted(CLIPS.iterdir()):
-        infer.main(infer.Config(path, "Which sport is this?", json=True))
+        infer.main(infer.Config((path, "Which sport is this?"), json=True))
         said = json.loads(capsys.readouterr().out)
         assert (
             said["status"] in ("answered", "format_error", "out_of_turns", "out_of_tokens")
@@ -240,7 +240,7 @@ def test_every_number_on_a_command_line_has_a_range(module):
 def with_values(module, **values):
     """A command's flags with these values, whether or not there are such."""
     given = {f.name: Path("x") for f in fields(module.Config) if "Path" in str(f.type)}
-    needed = {"teacher": "t", "source": "sportu", "question": "Who?"}
+    needed = {"teacher": "t", "source": "sportu", "words": ("v.mp4", "Who?")}
     given |= {f.name: needed[f.name] for f in fields(module.Config) if f.name in needed}
     return module.Config(**given | values)
 
@@ -291,7 +291,7 @@ def test_a_number_out_of_its_range_is_refused_with_the_rule(module, name, value,
 
 def test_half_a_character_on_the_command_line_is_refused_with_its_flag(clip):
     done = call("infer.py", clip[1], os.fsdecode(b"Who scored \xff?"))
-    assert done.returncode == 1 and done.stderr.startswith("error: --question: lone surrogates")
+    assert done.returncode == 1 and done.stderr.startswith("error: the text: lone surrogates")
     for flags in ({"options": ("a", "b\ud800")}, {"model": "\udcff"}):
         with pytest.raises(ValueError, match=f"--{min(flags)}: lone surrogates"):
             cli.check(with_values(infer, **flags))
@@ -556,8 +556,8 @@ def overwriting(folder: Path):
         yield difficulty, difficulty.Config(data, out, str(model))
         yield distill, distill.Config(data, str(model), out)
         yield look, look.Config(data, out)
-        yield infer, infer.Config(data if out != clip else clip, "Who?", page=out)
-    for module, flags in ((evaluation, {"data": data}), (infer, {"video": clip, "question": "?"})):
+        yield infer, infer.Config((data if out != clip else clip, "Who?"), page=out)
+    for module, flags in ((evaluation, {"data": data}), (infer, {"words": (clip, "?")})):
         out = {"out" if module is evaluation else "page": model / "config.json"}
         yield module, module.Config(model=str(model), **flags, **out)
     yield check, check.Config(data, link)
@@ -569,7 +569,7 @@ def overwriting(folder: Path):
     (folder / "trajectories.jsonl").symlink_to(data)
     (folder / "sft.jsonl").symlink_to(data)
     yield teacher, teacher.Config(folder)
-    yield infer, infer.Config(clip.parent, "Who?", page=clip)
+    yield infer, infer.Config((clip.parent, "Who?"), page=clip)
     (folder / "pre").mkdir()
     (folder / "pre" / "pretrain.json").write_text('{"stages": []}')
     yield pretrain, pretrain.Config(folder / "pre", start=folder / "pre")

@@ -17,7 +17,7 @@ NOTE += "video give --model Qwen/Qwen2.5-VL-7B-Instruct"
 
 def lines(capsys, video: Path, **options) -> list[str]:
     """What infer.py prints about a video."""
-    infer.main(infer.Config(Path(video), "Which sport is this?", max_new_tokens=40, **options))
+    infer.main(infer.Config((Path(video), "Which sport is this?"), max_new_tokens=40, **options))
     return capsys.readouterr().out.splitlines()
 
 
@@ -39,7 +39,7 @@ def test_a_clip_of_another_size_or_rate_gets_one_before_the_answer(size, rate, t
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not beside this checkout")
 def test_a_real_clip_gets_one_inside_json(capsys):
     clip = sorted(CLIPS.iterdir())[0]
-    infer.main(infer.Config(clip, "Which sport is this?", max_new_tokens=40, json=True))
+    infer.main(infer.Config((clip, "Which sport is this?"), max_new_tokens=40, json=True))
     printed = capsys.readouterr()
     said = json.loads(printed.out)
     assert said["frames"] and f"note    {said['note']}".startswith(NOTE) and not printed.err

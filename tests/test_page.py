@@ -20,7 +20,9 @@ from tests.helpers.browser import Browser, in_a_browser
 from tests.helpers.clips import write
 
 MODEL = str(rl.ASSETS / "nano-sft")
-HOSTILE = "</script><!--<script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)> {}"
+HOSTILE = (
+    "</script><!--<script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)> {}"
+)
 THINK = "<think>i look.</think>\n"
 
 
@@ -176,7 +178,9 @@ class Elements(HTMLParser):
 def test_the_page_loads_nothing_from_elsewhere(run):
     report.main(report.Config(run.out))
     text = (run.out / "page" / "index.html").read_text()
-    assert not Elements(text).loads and "http-equiv" in text and "://" not in text.split("</style>")[0]
+    assert (
+        not Elements(text).loads and "http-equiv" in text and "://" not in text.split("</style>")[0]
+    )
     for name in ("page.js", "page.css"):
         own = (report.PARTS / name).read_text().replace("http://www.w3.org/2000/svg", "")
         assert "://" not in own and "innerHTML" not in own and "url(" not in own
@@ -198,7 +202,9 @@ def test_a_run_is_shown_with_its_curves_frames_and_tokens(run, opened):
     assert question["question"] in text and f"the truth: {question['answer']}" in text
     assert f"event: {question['window'][0]} to {question['window'][1]}" in text
     total = page.value(rows).splitlines()[0].split()
-    assert total[0] == "total" and float(total[1]) == pytest.approx(episode["reward"]["total"], abs=1e-2)
+    assert total[0] == "total" and float(total[1]) == pytest.approx(
+        episode["reward"]["total"], abs=1e-2
+    )
     images = "[...document.images].every(i => i.complete && i.naturalWidth > 0)"
     page.value("Promise.all([...document.images].map(i => (i.loading = 'eager', i.decode())))")
     assert page.value(images)
@@ -235,7 +241,9 @@ def test_hostile_texts_stay_texts(tmp_path, opened):
     assert all(hurt[k] in text for k in (0, 1, 2, 3, 4, 5)) and spaces in text and clip.name in text
     assert page.value("document.scripts.length") == 3  # the run, its tokens, and what shows both
     assert page.value("document.querySelectorAll('[onerror], [onload]').length") == 0
-    assert page.value("[...document.images].every(i => i.getAttribute('src').startsWith('frames/'))")
+    assert page.value(
+        "[...document.images].every(i => i.getAttribute('src').startsWith('frames/'))"
+    )
 
 
 @in_a_browser
@@ -307,7 +315,9 @@ def test_the_page_is_used_by_keyboard_alone(tmp_path, opened):
         page.value(script)
         left = page.value("document.getElementById('count').textContent")
         assert left == ("0" if kind == "wrong with the tool" else "4") + " of 24 episodes"
-        shown = page.value("[...document.querySelectorAll('.row')].map(r => r.children[1].textContent)")
+        shown = page.value(
+            "[...document.querySelectorAll('.row')].map(r => r.children[1].textContent)"
+        )
         assert {*shown} <= {kind}
     page.value("kind.value = 'wrong window'; filters.dispatchEvent(new Event('input'))")
     page.value("list.focus()")
@@ -342,7 +352,9 @@ def test_two_thousand_episodes_are_there_in_two_seconds(tmp_path, opened):
     clip, long = str(write(tmp_path / "clip.mp4")), "a long thought " * 40
     group = [made(*KINDS[k % 6], video=clip) for k in range(8)]
     group = [
-        replace(one, turns=tuple(replace(t, text=t.text.replace("i look.", long)) for t in one.turns))
+        replace(
+            one, turns=tuple(replace(t, text=t.text.replace("i look.", long)) for t in one.turns)
+        )
         for one in group
     ]
     log = [{"step": k, "reward": k / 9, "accuracy": 0.5, "kl": 0.1} for k in range(500)]

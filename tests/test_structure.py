@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("reading", "records", "video", "image", "files", "fields", "cli", "report")
+BASE = ("reading", "records", "video", "image", "files", "fields", "cli", "report", "strip")
 LAYERS = [
     ["kernels"],
     [f"nanosport.{name}" for name in BASE],

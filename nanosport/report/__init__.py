@@ -46,11 +46,15 @@ def pictures(indices: Sequence[int], frames_FHWC, window: tuple[int, int] | None
     return "".join(cells)
 
 
-def small(frames_FCHW: torch.Tensor) -> torch.Tensor:
-    """uint8 frames, not larger than a THUMBNAIL."""
-    height, width = frames_FCHW.shape[2:]
+def small_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a small picture, not larger than a THUMBNAIL."""
     scale = min(1.0, THUMBNAIL / max(height, width))
-    size = max(1, round(height * scale)), max(1, round(width * scale))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def small(frames_FCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 frames as small pictures."""
+    size = small_size(*frames_FCHW.shape[2:])
     smaller = torch.nn.functional.interpolate(frames_FCHW.float(), size, mode="area")
     return smaller.round().byte()
 
@@ -79,10 +83,11 @@ def episode_body(episode: Episode) -> str:
     return "".join(parts)
 
 
-def episode_page(episode: Episode) -> str:
-    """One episode as a page. The outlined frames show the decisive event, where it is known."""
-    name = html.escape(Path(episode.question.video).name)
-    return page("episode", f"<h1>{name}</h1>{episode_body(episode)}")
+def episode_page(*episodes: Episode) -> str:
+    """Episodes as a page. The outlined frames show the decisive event, where it is known."""
+    names = [html.escape(Path(episode.question.video).name) for episode in episodes]
+    bodies = [f"<h1>{name}</h1>{episode_body(e)}" for name, e in zip(names, episodes)]
+    return page("episode", "".join(bodies))
 
 
 def table(rows: dict[str, dict]) -> str:

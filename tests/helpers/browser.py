@@ -28,7 +28,7 @@ class Browser:
     def __init__(self, profile: Path):
         theirs, self.send_fd = os.pipe()
         self.read_fd, ours = os.pipe()
-        hand_over = f"exec 3<&{theirs} 4>&{ours}; exec \"$@\""
+        hand_over = f'exec 3<&{theirs} 4>&{ours}; exec "$@"'
         command = ["bash", "-c", hand_over, "bash", CHROMIUM, *FLAGS.split()]
         self.process = subprocess.Popen(
             [*command, f"--user-data-dir={profile}", "about:blank"],
