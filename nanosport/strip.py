@@ -35,7 +35,9 @@ def _row(
     video: Video, indices: Sequence[int], window: tuple[int, int] | None, cell: int, all_width: int
 ) -> np.ndarray:
     """One row. cell, all_width: pixels from a frame to the next, and of the whole row."""
-    frames_FHWC = torch.cat([small(video.frames([i])) for i in indices]).permute(0, 2, 3, 1).numpy()
+    parts = [indices[k : k + 8] for k in range(0, len(indices), 8)]  # frames can be large
+    frames_FCHW = torch.cat([small(video.frames(part)) for part in parts])
+    frames_FHWC = frames_FCHW.permute(0, 2, 3, 1).numpy()
     height, width = frames_FHWC.shape[1:3]
     row_HWC = np.full((height + TEXT + 2 * GAP, all_width, 3), PAPER, np.uint8)
     for k, (index, frame_HWC) in enumerate(zip(indices, frames_FHWC)):

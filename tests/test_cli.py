@@ -30,7 +30,6 @@ from nanosport.train import presets
 from tests.helpers.source_folders import finebadminton
 
 ROOT = Path(__file__).parents[1]
-CLIPS = ROOT.parent / "shared" / "data" / "clips"
 
 
 def call(*arguments, cwd=ROOT, **environment):
@@ -154,19 +153,6 @@ def test_eval_leaves_out_a_broken_video_and_says_so(clip, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert all(row["questions"] == 2 for row in report["rows"].values())
     assert {"command", "commit", "device"} <= report.keys()
-
-
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not beside this checkout")
-def test_infer_takes_every_real_clip(capsys):
-    import infer
-
-    for path in sorted(CLIPS.iterdir()):
-        infer.main(infer.Config((path, "Which sport is this?"), json=True))
-        said = json.loads(capsys.readouterr().out)
-        assert (
-            said["status"] in ("answered", "format_error", "out_of_turns", "out_of_tokens")
-            and said["frames"]
-        )
 
 
 @pytest.mark.parametrize("script, named", [(train, presets.SFT), (rl, presets.RL)])
