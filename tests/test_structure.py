@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("reading", "records", "video", "image", "files", "fields", "cli", "report", "strip")
+BASE = (
+    "reading",
+    "records",
+    "video",
+    "image",
+    "files",
+    "fields",
+    "cli",
+    "report",
+    "strip",
+    "console",
+)
 LAYERS = [
     ["kernels"],
     [f"nanosport.{name}" for name in BASE],
