@@ -197,7 +197,8 @@ class Player:
         self.limits = Limits(num_frames, use_tool=cfg.tool, syntax=cfg.call_syntax, **given)
         self.stream = None
         if cfg.stream and not cfg.json and isinstance(self.sampler, OwnSampler):
-            self.stream = self.sampler.on_token = Stream(self.sampler.tokenizer)
+            self.stream = Stream(self.sampler.tokenizer)
+            self.sampler.on_token = self.say
         self.episodes: list[Episode] = []
 
     def ask(self, path: Path, text: str) -> None:
@@ -228,8 +229,14 @@ class Player:
         if not cfg.json:
             print(f"{len(episode.frames)} frames looked at, {seconds:.1f} s")
 
+    def say(self, number: int, token: int) -> None:
+        start = "" if self.stream.shown else "say     "
+        if text := self.stream.add(token):
+            print(start + text, end="", flush=True)
+
     def show(self, env: Env) -> None:
         if self.stream:
+            print()
             self.stream.end()
         show(env.turns[-1], streamed=self.stream is not None)
 

@@ -5,7 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
-HERE = ("report", "plan")
+HERE = ("report", "plan", "serve")
 
 
 def main() -> None:

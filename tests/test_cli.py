@@ -196,7 +196,8 @@ def test_a_preset_is_named_before_its_flags():
 # Ranges.
 
 COMMANDS = [train, rl, evaluation, infer, arena, check, convert, difficulty, distill, look]
-COMMANDS += [pretrain, split, teacher, importlib.import_module("nanosport.plan.__main__")]
+NESTED = [f"nanosport.{name}.__main__" for name in ("plan", "report", "serve")]
+COMMANDS += [pretrain, split, teacher, *map(importlib.import_module, NESTED)]
 
 
 def numbers_in(hint) -> set:
@@ -211,7 +212,7 @@ def test_every_command_is_looked_at():
     running = [
         name for name in scripts if "cli.run(" in inspect.getsource(importlib.import_module(name))
     ]
-    assert {module.__name__ for module in COMMANDS} == {*running, "nanosport.plan.__main__"}
+    assert {module.__name__ for module in COMMANDS} == {*running, *NESTED}
 
 
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)

@@ -28,7 +28,7 @@ LAYERS = [
     ["nanosport.env"],
     ["nanosport.train"],
     ["data_prep"],
-    ["train", "rl", "eval", "infer"],
+    ["train", "rl", "eval", "infer", "nanosport.serve"],
     ["nanosport.plan"],
     ["nanosport.bench"],
 ]

@@ -7,21 +7,22 @@ from nanosport.records import LETTERS, Episode, Turn
 
 
 class Stream:
-    """Prints a turn's tokens as they come."""
+    """The text of a turn as its tokens come, without the end of the turn."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.ids, self.shown = tokenizer, [], ""
 
-    def __call__(self, number: int, token: int) -> None:
+    def add(self, token: int) -> str:
+        """The text that a token adds: none while the rest of a character is to come."""
         self.ids.append(token)
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # the rest of a character is to come
-            print(("" if self.shown else "say     ") + text[len(self.shown) :], end="", flush=True)
-            self.shown = text
+        text, before = self.tokenizer.decode(self.ids, skip_special_tokens=True), len(self.shown)
+        if text.endswith("\ufffd"):
+            return ""
+        self.shown = text
+        return text[before:]
 
     def end(self) -> None:
-        """The turn is whole."""
-        print()
+        """The turn is whole: a new one begins."""
         self.ids, self.shown = [], ""
 
 
