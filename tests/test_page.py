@@ -331,6 +331,27 @@ def test_the_page_is_used_by_keyboard_alone(tmp_path, opened):
 
 
 @in_a_browser
+def test_a_page_that_follows_a_run_stays_at_the_episode_that_is_looked_at(tmp_path, opened):
+    out = write_run(tmp_path / "run", [[made(*kind) for kind in KINDS]])
+    page, file = opened(out), out / "page/index.html"
+    file.write_text(file.read_text().replace('"live_s":null', '"live_s":0.5'))
+    page.open(file.as_uri())
+    page.press("j", "j")
+    kept, began = page.value("location.hash"), time.monotonic()
+    while page.value("performance.getEntriesByType('navigation')[0].type") != "reload":
+        assert time.monotonic() < began + 20
+        time.sleep(0.1)
+    assert page.value("location.hash") == kept
+    page.value("document.querySelector('#live input').click()")
+    time.sleep(0.3)
+    page.value("document.querySelector('#live input').checked = false")
+    page.value("window.stays = true")
+    time.sleep(1)
+    assert page.value("window.stays")  # the box stops it
+    assert page.value("document.querySelector('[aria-selected=true]').id") == "row-2"
+
+
+@in_a_browser
 def test_it_can_be_read_in_the_dark(tmp_path, opened):
     page = opened(write_run(tmp_path / "run", [[made([SAID], "red")] * 2]))
     colours = "(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))"

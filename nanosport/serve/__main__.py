@@ -9,7 +9,6 @@ Questions that come together are played together. docs/serving.md has the interf
 
 from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
 
-import os
 import secrets
 import socket
 from dataclasses import dataclass
@@ -79,9 +78,8 @@ def main(cfg: Config) -> None:
     try:
         listening = socket.create_server((cfg.host, cfg.port), family=family)
     except OSError as error:
-        raise ValueError(
-            f"--host {cfg.host} --port {cfg.port}: {os.strerror(error.errno)}"
-        ) from None
+        why = (error.strerror or str(error)).partition(" (")[0]
+        raise ValueError(f"--host {cfg.host} --port {cfg.port}: {why}") from None
     sampling = Sampling(cfg.temperature, 1.0, cfg.max_new_tokens, STOPS)
     encoder, sampler = own.load_sampler(resolve(cfg.model), sampling, cfg.max_pixels)
     given = {"max_turns": cfg.max_turns, "max_tokens": cfg.episode_tokens}
