@@ -1,5 +1,5 @@
 # make demo: the whole story in small, from the shipped backbone.   make demo SMOKE=1: every stage, few steps.
-# make test: the tests.   make test-gpu: what only a GPU can run.   make test-vllm: the vLLM backend.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
+# make test: the tests.   make test-gpu: what only a GPU can run.   make test-vllm: the vLLM backend.   make test-serve: the local server.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
 PYTHON ?= python3
 SEED ?= 0
 OUT ?= out/demo
@@ -16,7 +16,7 @@ endif
 
 REWARDS ?= v1 v2 videobrain
 
-.PHONY: demo rewards test test-gpu test-vllm lint clean
+.PHONY: demo rewards test test-gpu test-vllm test-serve lint clean
 demo: .venv/.installed
 	rm -rf $(OUT)
 	$(PY) -m data_prep.arena --out $(OUT)/arena --seed $(SEED) $(ARENA)
@@ -53,6 +53,11 @@ test-gpu: .venv/.installed
 
 test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_servers.py
+
+# what is an optional extra is installed for it
+test-serve: .venv/.installed
+	$(PY) -m pip install -q -r requirements-serve.txt
+	$(PY) -m pytest -q tests/test_serve.py
 
 lint: .venv/.installed
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

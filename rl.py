@@ -42,7 +42,7 @@ from nanosport.train.metrics import (
     rollout_stats,
 )
 from nanosport.train.pack import Batch
-from nanosport.train.rollouts import REFILLS, Rollouts, gathered
+from nanosport.train.rollouts import REFILLS, Rollouts, gathered, keep
 from nanosport.train.training import Training
 from nanosport.train.variants import (
     BOUNDS,
@@ -289,6 +289,8 @@ def main(cfg: Config) -> None:
         check_rollouts(training, stats, step)
         rewards = [reward.total for reward in rollouts.rewards]
         advantages = group_advantages(rewards, cfg.group_size, cfg.loss)
+        with training.stage("keep"):
+            keep(training, actors, rollouts, advantages, step)
         # all before the first update: old log-probs are those of the policy that has sampled
         parts = [
             prepare(training, actors, rollouts, advantages, update) for update in range(cfg.updates)

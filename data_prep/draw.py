@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from nanosport.image import DIGITS
+
 WIDTH, HEIGHT = 336, 224
 HORIZON, GROUND = 78, 216  # pixel rows of the far and the near side line
 KITS = {
@@ -26,10 +28,6 @@ FLOORS = {  # surroundings, court
     "badminton": ((66, 52, 96), (22, 118, 92)),
     "table tennis": ((122, 40, 44), (140, 52, 54)),
 }
-_GLYPHS = {  # 4 × 6 pixels, one hexadecimal digit a row
-    "0": "699996", "1": "262227", "2": "69124F", "3": "E1611E", "4": "99F111",
-    "5": "F8E11E", "6": "68E996", "7": "F12444", "8": "696996", "9": "69971E",
-}  # fmt: skip
 
 
 def project(u: float, v: float) -> tuple[float, float]:
@@ -64,7 +62,7 @@ def capsule(
 
 def glyph(canvas: np.ndarray, digit: str, x: float, y: float, scale: int, colour) -> None:
     """A digit of 4·scale × 6·scale pixels with its top left corner at (x, y)."""
-    for row, bits in enumerate(_GLYPHS[digit]):
+    for row, bits in enumerate(DIGITS[digit]):
         for column in range(4):
             if int(bits, 16) >> (3 - column) & 1:
                 rect(

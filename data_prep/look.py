@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from tqdm import tqdm
 
@@ -27,11 +26,9 @@ from nanosport.env.prompt import question_text
 from nanosport.fields import AtLeast
 from nanosport.files import write_atomically
 from nanosport.records import LETTERS, Question, Turn, stream_records
-from nanosport.report import page, pictures
+from nanosport.report import page, pictures, small
 from nanosport.video import Video
 
-THUMBNAIL = 168
-"""Pixels of a picture's longer side."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 HEAD = f"""<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <style>td{{text-align:left;vertical-align:top;overflow-wrap:anywhere}}figure img{{width:auto;
@@ -113,11 +110,8 @@ def count_tables(counts: dict[str, Counter], most: int = 15) -> str:
 
 def small_pictures(video: Video, indices: Sequence[int], window: tuple[int, int] | None) -> str:
     """Small pictures of frames, each over its index; those inside `window` are outlined."""
-    frames_FCHW = video.frames(indices).float()
-    scale = min(1.0, THUMBNAIL / max(video.height, video.width))
-    size = max(1, round(video.height * scale)), max(1, round(video.width * scale))
-    small_FCHW = torch.nn.functional.interpolate(frames_FCHW, size, mode="area").round().byte()
-    return pictures(indices, small_FCHW.permute(0, 2, 3, 1).numpy(), window)
+    frames_FHWC = small(video.frames(indices)).permute(0, 2, 3, 1).numpy()
+    return pictures(indices, frames_FHWC, window)
 
 
 def time_line(

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+__version__ = "0.1.0"
 SCRIPTS = [Path(__file__).parents[1] / f"{name}.py" for name in ("train", "rl", "eval", "infer")]
 
 
@@ -19,7 +20,8 @@ def starts_us() -> bool:
     if sys.argv[:1] == ["-m"]:
         after = [name for m, name in zip(sys.orig_argv, sys.orig_argv[1:]) if m == "-m"]
         return bool(after) and after[0].partition(".")[0] in ("nanosport", "data_prep")
-    return bool(sys.argv) and Path(sys.argv[0]).resolve() in SCRIPTS
+    script = Path(sys.argv[0] if sys.argv else "")
+    return script.name.startswith("nanosport-") or script.resolve() in SCRIPTS
 
 
 if starts_us() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

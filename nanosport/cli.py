@@ -3,23 +3,26 @@ stand beside them, and errors as one line."""
 
 import atexit
 import errno
+import io
 import json
 import os
+import re
 import select
 import shutil
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 import nanosport
-from nanosport.fields import Bound, marks_of
-from nanosport.files import named, own_name, plain
+from nanosport.fields import NAMES, Bound, marks_of
+from nanosport.files import commit, named, own_name, plain
 from nanosport.records import check_whole
 from nanosport.report import printable
 
@@ -62,7 +65,7 @@ def check(config) -> None:
     for name, its_marks in marks_of(type(config)).items():
         values = getattr(config, name)
         for value in values if isinstance(values, tuple) else (values,):
-            if isinstance(value, str):
+            if isinstance(value, str) and NAMES not in its_marks:
                 check_whole(value, flag(name))
             if not isinstance(value, int | float):
                 continue
@@ -107,8 +110,10 @@ def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = 
             about += f"\nPresets, named before the flags: {', '.join(presets)}."
             name = args.pop(0) if args and args[0] in presets else next(iter(presets))
             default = {"default": config_type(**presets[name])}
-        with redirect_stdout(sys.stdout.stream):  # --help is in colour
-            config = tyro.cli(config_type, description=about, args=args, **default)
+        script = Path((sys.orig_argv + [""])[1]).name
+        prog = {"prog": script} if script.startswith("nanosport-") else {}  # as pip names it
+        with tyro_prints(args, sys.stdout.stream):
+            config = tyro.cli(config_type, description=about, args=args, **default, **prog)
         check(config)
         torch.set_float32_matmul_precision("high")
         try:
@@ -119,6 +124,21 @@ def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = 
             raise
 
     ending(command)
+
+
+@contextmanager
+def tyro_prints(args: Sequence[str], stream: TextIO):
+    """Let tyro print to the terminal: --help in colour; a completion script with the help of each
+    flag on one line, for shells take a second one for another flag."""
+    is_script = "--tyro-print-completion" in args
+    printed = io.StringIO() if is_script else stream
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        if is_script:
+            flags = re.compile("^COMPLETION_SPEC = .*", re.MULTILINE)
+            stream.write(flags.sub(lambda line: line[0].replace(r"\n", " "), printed.getvalue()))
 
 
 def ending(command: Callable[[], None]) -> None:
@@ -135,7 +155,10 @@ def ending(command: Callable[[], None]) -> None:
     try:
         if signal.getsignal(signal.SIGINT) is nanosport.stop:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        command()
+        if sys.argv[1:] == ["--version"]:
+            print(f"nanosport {nanosport.__version__}, commit {commit()}")
+        else:
+            command()
         sys.stdout.flush()
     except ValueError as error:
         leave(f"error: {error}", 1)

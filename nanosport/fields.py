@@ -18,6 +18,7 @@ from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 MAY_CHANGE = "a resumed run may have another value of this flag"
 MAY_GROW = "a resumed run may have a larger value of this flag"
+NAMES = "among its texts are names of files, which may hold any bytes"
 
 
 class Bound(NamedTuple):

@@ -96,20 +96,27 @@ def mend(path: Path) -> None:
         file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
+def commit() -> str:
+    """The commit of this code, "unknown" where it lies in no repository of its own."""
+    root, git = Path(__file__).parent.parent, ["git", "describe", "--always", "--dirty"]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        said = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        said = ""
+    return said or "unknown"
+
+
 def provenance() -> dict:
     """Command, commit, versions and hardware: what a number needs beside it."""
     root, module = Path(__file__).parent.parent, sys.modules["__main__"].__spec__
     script = ["-m", module.name] if module else [os.path.relpath(sys.argv[0], root)]
-    git = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, cwd=root, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
     on_gpu = torch.cuda.is_available()
     cpu = f"CPU, {torch.get_num_threads()} threads"
     return {
         "command": shlex.join(["python", *script, *sys.argv[1:]]),
-        "commit": commit or "unknown",
+        "commit": commit(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if on_gpu else cpu,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -19,6 +19,10 @@ from nanosport.fields import Above, AtLeast, AtMost, build, only, read_json, sec
 from nanosport.video import Video, VideoError
 
 RGB = tuple[float, float, float]
+DIGITS = {  # 4 × 6 pixels, one hexadecimal digit a row
+    "0": "699996", "1": "262227", "2": "69124F", "3": "E1611E", "4": "99F111",
+    "5": "F8E11E", "6": "68E996", "7": "F12444", "8": "696996", "9": "69971E",
+}  # fmt: skip
 MAX_SIDE = 64
 """Of a patch, and of a square of them: a frame is enlarged to their product at least."""
 

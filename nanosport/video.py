@@ -39,6 +39,8 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers that keep the time of each frame; in others torchcodec finds other frames."""
 PLAYLISTS = (b"ffconcat", b"#extm3u")
+ADDRESS = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/")
+"""https://…, of which a path keeps one slash, as it is or behind a folder."""
 
 
 class VideoError(ValueError):
@@ -557,6 +559,9 @@ def _head(path: Path) -> bytes:
     """The file's first bytes. Raises VideoError where they tell that it is no video."""
     try:
         if not path.exists():
+            if ADDRESS.search(str(path)):
+                what = "an address, and nothing is downloaded here"
+                raise VideoError(f"{path}: {what}; download the video, and give its file")
             raise VideoError(f"{path}: no such file; check the path")
         if not path.is_file():  # a pipe would block for ever
             raise VideoError(f"{path}: not a regular file; copy the video to disk")

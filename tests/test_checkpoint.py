@@ -229,6 +229,7 @@ def test_every_flag_is_compared_unless_it_is_marked():
     }  # fmt: skip
     more = {
         "rollout_batch",
+        "keep_rollouts",
         "sampler",
         "sampler_wait_s",
         "weights_over",

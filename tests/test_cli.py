@@ -30,7 +30,6 @@ from nanosport.train import presets
 from tests.helpers.source_folders import finebadminton
 
 ROOT = Path(__file__).parents[1]
-CLIPS = ROOT.parent / "shared" / "data" / "clips"
 
 
 def call(*arguments, cwd=ROOT, **environment):
@@ -156,19 +155,6 @@ def test_eval_leaves_out_a_broken_video_and_says_so(clip, tmp_path):
     assert {"command", "commit", "device"} <= report.keys()
 
 
-@pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not beside this checkout")
-def test_infer_takes_every_real_clip(capsys):
-    import infer
-
-    for path in sorted(CLIPS.iterdir()):
-        infer.main(infer.Config(path, "Which sport is this?", json=True))
-        said = json.loads(capsys.readouterr().out)
-        assert (
-            said["status"] in ("answered", "format_error", "out_of_turns", "out_of_tokens")
-            and said["frames"]
-        )
-
-
 @pytest.mark.parametrize("script, named", [(train, presets.SFT), (rl, presets.RL)])
 def test_presets_are_the_papers_recipes(script, named):
     """Every preset is a config that a run accepts; RL goes on from where its SFT leaves the
@@ -210,7 +196,8 @@ def test_a_preset_is_named_before_its_flags():
 # Ranges.
 
 COMMANDS = [train, rl, evaluation, infer, arena, check, convert, difficulty, distill, look]
-COMMANDS += [pretrain, split, teacher, importlib.import_module("nanosport.plan.__main__")]
+NESTED = [f"nanosport.{name}.__main__" for name in ("plan", "report", "serve")]
+COMMANDS += [pretrain, split, teacher, *map(importlib.import_module, NESTED)]
 
 
 def numbers_in(hint) -> set:
@@ -225,7 +212,7 @@ def test_every_command_is_looked_at():
     running = [
         name for name in scripts if "cli.run(" in inspect.getsource(importlib.import_module(name))
     ]
-    assert {module.__name__ for module in COMMANDS} == {*running, "nanosport.plan.__main__"}
+    assert {module.__name__ for module in COMMANDS} == {*running, *NESTED}
 
 
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
@@ -240,7 +227,7 @@ def test_every_number_on_a_command_line_has_a_range(module):
 def with_values(module, **values):
     """A command's flags with these values, whether or not there are such."""
     given = {f.name: Path("x") for f in fields(module.Config) if "Path" in str(f.type)}
-    needed = {"teacher": "t", "source": "sportu", "question": "Who?"}
+    needed = {"teacher": "t", "source": "sportu", "words": ("v.mp4", "Who?")}
     given |= {f.name: needed[f.name] for f in fields(module.Config) if f.name in needed}
     return module.Config(**given | values)
 
@@ -291,7 +278,7 @@ def test_a_number_out_of_its_range_is_refused_with_the_rule(module, name, value,
 
 def test_half_a_character_on_the_command_line_is_refused_with_its_flag(clip):
     done = call("infer.py", clip[1], os.fsdecode(b"Who scored \xff?"))
-    assert done.returncode == 1 and done.stderr.startswith("error: --question: lone surrogates")
+    assert done.returncode == 1 and done.stderr.startswith("error: the text: lone surrogates")
     for flags in ({"options": ("a", "b\ud800")}, {"model": "\udcff"}):
         with pytest.raises(ValueError, match=f"--{min(flags)}: lone surrogates"):
             cli.check(with_values(infer, **flags))
@@ -556,8 +543,8 @@ def overwriting(folder: Path):
         yield difficulty, difficulty.Config(data, out, str(model))
         yield distill, distill.Config(data, str(model), out)
         yield look, look.Config(data, out)
-        yield infer, infer.Config(data if out != clip else clip, "Who?", page=out)
-    for module, flags in ((evaluation, {"data": data}), (infer, {"video": clip, "question": "?"})):
+        yield infer, infer.Config((data if out != clip else clip, "Who?"), page=out)
+    for module, flags in ((evaluation, {"data": data}), (infer, {"words": (clip, "?")})):
         out = {"out" if module is evaluation else "page": model / "config.json"}
         yield module, module.Config(model=str(model), **flags, **out)
     yield check, check.Config(data, link)
@@ -569,7 +556,7 @@ def overwriting(folder: Path):
     (folder / "trajectories.jsonl").symlink_to(data)
     (folder / "sft.jsonl").symlink_to(data)
     yield teacher, teacher.Config(folder)
-    yield infer, infer.Config(clip.parent, "Who?", page=clip)
+    yield infer, infer.Config((clip.parent, "Who?"), page=clip)
     (folder / "pre").mkdir()
     (folder / "pre" / "pretrain.json").write_text('{"stages": []}')
     yield pretrain, pretrain.Config(folder / "pre", start=folder / "pre")

@@ -187,7 +187,7 @@ def test_no_input_is_written_over(data, tmp_path):
         evaluation.main(evaluation.Config(MODEL, data, data))
     clip = write(tmp_path / "clip.mp4")
     with pytest.raises(ValueError, match="--page .*clip.mp4: is the file that is read"):
-        infer.main(infer.Config(clip, "Who?", page=tmp_path / "." / "clip.mp4"))
+        infer.main(infer.Config((clip, "Who?"), page=tmp_path / "." / "clip.mp4"))
 
 
 # What broke the format.
@@ -207,10 +207,10 @@ def test_what_broke_the_format_is_in_the_report_and_below_the_table(whole, tmp_p
 
 def test_infer_shows_what_broke_the_format(tmp_path, capsys):
     clip, page = write(tmp_path / "clip.mp4"), tmp_path / "page.html"
-    hot = {"question": "Who?", "model": MODEL, "temperature": 3.0, "max_new_tokens": 8}
-    infer.main(infer.Config(clip, **hot, page=page))
+    hot = {"words": (clip, "Who?"), "model": MODEL, "temperature": 3.0, "max_new_tokens": 8}
+    infer.main(infer.Config(**hot, page=page))
     said = capsys.readouterr().out
-    infer.main(infer.Config(clip, **hot, json=True))
+    infer.main(infer.Config(**hot, json=True))
     (turn,) = json.loads(capsys.readouterr().out)["turns"]
     assert turn["error"] == "no action within 8 tokens" and turn["text"]
     assert f"refused {turn['error']}" in said and turn["text"].strip()[:10] in said

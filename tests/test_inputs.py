@@ -178,15 +178,15 @@ def test_a_long_question_is_refused_before_anything_is_decoded(text, folder, tmp
             check_prompt(asked, encoder, sampler.tokenizer, [Limits()])
     assert encoder.counts["frames_decoded"] == before
     with pytest.raises(TooLong, match="tokens, at most 16,384"):
-        infer.main(infer.Config(folder / "a.mp4", text))
+        infer.main(infer.Config((folder / "a.mp4", text)))
 
 
 def test_smaller_frames_make_room(folder, tmp_path, capsys):
-    short = {"question": "How?", "model": MODEL, "max_new_tokens": 5, "episode_tokens": 600}
     large = write(tmp_path / "large.mp4", num=20, height=360, width=640)
+    short = {"words": (large, "How?"), "model": MODEL, "max_new_tokens": 5, "episode_tokens": 600}
     with pytest.raises(TooLong, match="--max-pixels"):
-        infer.main(infer.Config(large, **short, max_pixels=400_000))
-    infer.main(infer.Config(large, **short, max_pixels=10_000))
+        infer.main(infer.Config(**short, max_pixels=400_000))
+    infer.main(infer.Config(**short, max_pixels=10_000))
     data = rows_file(tmp_path / "q.jsonl", [question(large, "q")])
     cfg = {"modes": ("tool",), "episode_tokens": 600, "max_new_tokens": 5}
     with pytest.raises(ValueError, match="1 of 1 records"):

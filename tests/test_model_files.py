@@ -111,7 +111,7 @@ def test_image_settings_are_read_where_transformers_now_saves_them(folder, tmp_p
     raw = nest(folder)
     assert ImageConfig.from_folder(folder) == wanted
     clip = write(tmp_path / "clip.mp4")
-    infer.main(infer.Config(clip, "Who?", model=str(folder), max_new_tokens=3))
+    infer.main(infer.Config((clip, "Who?"), model=str(folder), max_new_tokens=3))
     assert "frames looked at" in capsys.readouterr().out
 
     # both files: transformers reads the nested settings, unless they are missing there
@@ -311,7 +311,7 @@ def test_weights_that_are_not_finite_are_refused_by_every_command(
     clip, model, out = write(tmp_path / "clip.mp4"), str(folder), tmp_path / "out"
     asked, taught = arena_folder / "test.jsonl", arena_folder / "trajectories.jsonl"
     for main, cfg in (
-        (infer.main, infer.Config(clip, "Who?", model=model)),
+        (infer.main, infer.Config((clip, "Who?"), model=model)),
         (evaluation.main, evaluation.Config(model, asked)),
         (train.main, train.Config(model, taught, out / "sft")),
         (rl.main, rl.Config(model, asked, out / "rl")),

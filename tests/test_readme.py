@@ -19,6 +19,8 @@ from nanosport.bench.demo import seeds_table
 from nanosport.env.reward import Reward
 from nanosport.plan import __main__ as plan
 from nanosport.records import Episode, Question, Turn
+from nanosport.report import __main__ as report
+from nanosport.serve import __main__ as serve
 from nanosport.train import checkpoint
 from nanosport.train.metrics import TokenMeans, log_row, rollout_stats, take_work
 from nanosport.train.rollouts import REFILLS
@@ -31,8 +33,14 @@ SCRIPTS = {"train.py": train, "rl.py": rl, "eval.py": evaluation, "infer.py": in
 MODULES = {
     f"data_prep.{module.__name__.rpartition('.')[2]}": module
     for module in (check, convert, difficulty, distill, look, split)
-} | {"nanosport.plan": plan}
-EVERYWHERE = ("--nproc-per-node", "--shutdown-timeout", "--help", "--flag")  # torchrun's, tyro's
+} | {"nanosport.plan": plan, "nanosport.report": report, "nanosport.serve": serve}
+EVERYWHERE = (
+    "--nproc-per-node",
+    "--shutdown-timeout",
+    "--help",
+    "--version",
+    "--flag",
+)  # torchrun's, tyro's
 
 
 def prose(page: str) -> str:

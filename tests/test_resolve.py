@@ -95,5 +95,5 @@ def test_a_run_and_a_report_name_the_commit_of_a_hub_model(
     capsys.readouterr()
     clip = write(tmp_path / "clip.mp4")
     for name, commit in (("owner/name@v1", snapshot.name), (str(nano_folder), None)):
-        infer.main(infer.Config(clip, "Who?", model=name, max_new_tokens=3, json=True))
+        infer.main(infer.Config((clip, "Who?"), model=name, max_new_tokens=3, json=True))
         assert json.loads(capsys.readouterr().out)["model_commit"] == commit

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BASE = ("reading", "records", "video", "image", "files", "fields", "cli", "report")
+BASE = (
+    "reading",
+    "records",
+    "video",
+    "image",
+    "files",
+    "fields",
+    "cli",
+    "report",
+    "strip",
+    "console",
+)
 LAYERS = [
     ["kernels"],
     [f"nanosport.{name}" for name in BASE],
@@ -17,7 +28,7 @@ LAYERS = [
     ["nanosport.env"],
     ["nanosport.train"],
     ["data_prep"],
-    ["train", "rl", "eval", "infer"],
+    ["train", "rl", "eval", "infer", "nanosport.serve"],
     ["nanosport.plan"],
     ["nanosport.bench"],
 ]

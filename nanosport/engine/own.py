@@ -11,7 +11,7 @@ Letters: T packed tokens, D hidden, V vocabulary.
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from math import isfinite
 from pathlib import Path
@@ -70,6 +70,8 @@ class OwnSampler:
         self.counts: Counter[str] = Counter()
         """tokens_read, tokens_said, decode_steps, rows_put_back, pages (in use at most),
         seconds_read, seconds_speak."""
+        self.on_token: Callable[[int, int], None] | None = None
+        """Called with a conversation's number and each token that it says."""
 
     # The seam.
 
@@ -271,6 +273,8 @@ class OwnSampler:
         row.length += 1
         row.stopped = row.closed or token in self.end_ids
         row.closed = row.closed or self._closes(row.said)
+        if self.on_token is not None:
+            self.on_token(row.number, token)
 
     def _closes(self, ids: list[int]) -> bool:
         """Whether the last id completes a stop text."""

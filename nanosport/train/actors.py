@@ -78,6 +78,9 @@ class RolloutConfig(TrainingConfig):
     more forward pass."""
     rollout_bound: Annotated[float | None, Above(1)] = None
     """None: 2, and 1.05 for the geometric mean."""
+    keep_rollouts: Annotated[int, AtLeast(0), MAY_CHANGE] = 32
+    """So many episodes of each step are kept with their tokens in `out`/rollouts, rounded up to
+    whole groups, for the run's page (python -m nanosport.report); 0 keeps none."""
 
     def check(self) -> None:
         """Raise ValueError for values that no run can use."""

@@ -1,9 +1,15 @@
-"""A step's episodes: sampled, scored, and gathered from all ranks."""
+"""A step's episodes: sampled, scored, gathered from all ranks, and some of them kept."""
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
 
 from nanosport.env.reward import Reward, flat_groups, rewards_of
-from nanosport.records import Episode
+from nanosport.files import write_atomically
+from nanosport.records import Episode, Turn
 from nanosport.train import dist
 from nanosport.train.actors import Actors
 from nanosport.train.inputs import Records
@@ -70,3 +76,47 @@ def gathered(
     picked = actors.picked(records, step, again, num)
     replaced = records.num_replaced(picked, episodes[:: cfg.group_size])
     return Rollouts(episodes, rewards, homes, replaced, work)
+
+
+def keep(
+    training: Training, actors: Actors, rollouts: Rollouts, advantages: torch.Tensor, step: int
+) -> None:
+    """Write the step's first groups with their tokens, for the run's page: a JSON line a group."""
+    size, most = training.cfg.group_size, training.cfg.keep_rollouts
+    if training.run is None or not most:
+        return
+    num = min(len(rollouts.episodes), -(-most // size) * size)
+    sampled = {t for e in rollouts.episodes[:num] for turn in e.turns for t in sampled_ids(e, turn)}
+    texts = actors.sampler.tokenizer.batch_decode([[t] for t in sampled])
+    pieces, lines = dict(zip(sampled, texts)), []
+    for first in range(0, num, size):
+        members = range(first, first + size)
+        question = rollouts.episodes[first].question
+        question = asdict(question) | {"video": str(Path(question.video).absolute())}
+        rows = [
+            episode_row(rollouts.episodes[k], rollouts.rewards[k], float(advantages[k]), pieces)
+            for k in members
+        ]
+        lines.append(json.dumps({"question": question, "episodes": rows}) + "\n")
+    path = training.run.rollouts_of(step)
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, "".join(lines))
+
+
+def sampled_ids(episode: Episode, turn: Turn) -> Sequence[int]:
+    return episode.ids[slice(*turn.tokens)]
+
+
+def episode_row(episode: Episode, reward: Reward, advantage: float, pieces: dict[int, str]) -> dict:
+    """An episode as JSON. Of each turn: its tokens' texts, and their log-probs as sampled.
+
+    pieces: the text of each id.
+    """
+    turns = []
+    for turn in episode.turns:
+        logp = [round(value, 4) for value in episode.sampled_logp[slice(*turn.tokens)]]
+        tokens = [pieces[t] for t in sampled_ids(episode, turn)]
+        turns.append(asdict(turn) | {"tokens": tokens, "logp": logp})
+    shown = ("frames", "status", "answer")
+    row = {name: getattr(episode, name) for name in shown} | {"turns": turns}
+    return row | {"reward": asdict(reward), "advantage": round(advantage, 4)}

@@ -1,5 +1,6 @@
 """A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the model (model/),
-checkpoints/ to go on from, and run.lock, which one run at a time holds."""
+checkpoints/ to go on from, rollouts/ of RL for its page, and run.lock, which one run at a time
+holds."""
 
 import fcntl
 import json
@@ -25,7 +26,7 @@ class Run:
         """Raises ValueError where another run is at work, or what is there may not be replaced."""
         self.folder, self.model = Path(folder), Path(folder) / "model"
         self.log, self.json = self.folder / "log.jsonl", self.folder / "run.json"
-        self.checkpoints = self.folder / "checkpoints"
+        self.checkpoints, self.rollouts = self.folder / "checkpoints", self.folder / "rollouts"
         config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
         self.about, self.opened = {**provenance(), "config": config}, time.time()
 
@@ -86,6 +87,9 @@ class Run:
                 if re.fullmatch(r"(\.|damaged_)?step_\d+", old.name) and old != unfinished:
                     shutil.rmtree(old)
             self.log.unlink(missing_ok=True)
+        for old in self.rollouts.glob("step_*.jsonl"):
+            if old.name >= self.rollouts_of(step).name:
+                old.unlink()
         self.describe()
         self._mend_log(step)
 
@@ -103,6 +107,10 @@ class Run:
             lost = f"{unreadable} lines cannot be read, {step - len(kept)} of {step} steps are lost"
             print(f"{self.log}: mended: {lost}; the checkpoint is whole")
         write_atomically(self.log, "".join(kept))
+
+    def rollouts_of(self, step: int) -> Path:
+        """Where the episodes of a step are kept."""
+        return self.rollouts / f"step_{step:06}.jsonl"
 
     def write(self, row: dict) -> None:
         """Add a step's line to the log: floats but the loss are rounded to six digits, and those

@@ -5,6 +5,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from nanosport.image import encode_png
 from nanosport.records import DIMENSIONS, LETTERS, Episode
 from nanosport.video import Video
@@ -16,6 +18,10 @@ border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}
 figure{display:inline-block;margin:4px;font-size:12px;
 text-align:center}figure img{width:168px;display:block}.event img{outline:3px solid #d33}
 pre{background:#f5f6f7;padding:.7em;white-space:pre-wrap}h2{margin-top:1.6em}"""
+
+
+THUMBNAIL = 168
+"""Pixels of a small picture's longer side."""
 
 
 def printable(text: str) -> str:
@@ -38,6 +44,19 @@ def pictures(indices: Sequence[int], frames_FHWC, window: tuple[int, int] | None
         name = f"frame {index}"
         cells.append(f'<figure{event}><img src="{source}" alt="{name}">{name}</figure>')
     return "".join(cells)
+
+
+def small_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) of a small picture, not larger than a THUMBNAIL."""
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def small(frames_FCHW: torch.Tensor) -> torch.Tensor:
+    """uint8 frames as small pictures."""
+    size = small_size(*frames_FCHW.shape[2:])
+    smaller = torch.nn.functional.interpolate(frames_FCHW.float(), size, mode="area")
+    return smaller.round().byte()
 
 
 def episode_body(episode: Episode) -> str:
@@ -64,10 +83,11 @@ def episode_body(episode: Episode) -> str:
     return "".join(parts)
 
 
-def episode_page(episode: Episode) -> str:
-    """One episode as a page. The outlined frames show the decisive event, where it is known."""
-    name = html.escape(Path(episode.question.video).name)
-    return page("episode", f"<h1>{name}</h1>{episode_body(episode)}")
+def episode_page(*episodes: Episode) -> str:
+    """Episodes as a page. The outlined frames show the decisive event, where it is known."""
+    names = [html.escape(Path(episode.question.video).name) for episode in episodes]
+    bodies = [f"<h1>{name}</h1>{episode_body(e)}" for name, e in zip(names, episodes)]
+    return page("episode", "".join(bodies))
 
 
 def table(rows: dict[str, dict]) -> str:
