@@ -16,7 +16,6 @@ import pytest
 
 import eval as evaluation
 import infer
-from nanosport.bench import rewards
 from nanosport.cli import Preempted, Terminal
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
@@ -257,21 +256,3 @@ def test_the_windows_of_questions_with_a_known_event_are_measured():
     assert evaluation.figures([bare], [1.0])["window_iou"] is None
     assert "window IoU" in table({"m": row}) and "ungraded" not in table({"m": row})
     assert "| ungraded |" in table({"m": row | {"ungraded": 3}})
-
-
-def test_rewards_stand_beside_each_other_by_seed(tmp_path, capsys):
-    for seed, rate in (("seed0", 1.0), ("seed1", 2.5)):
-        for reward in ("v1", "videobrain"):
-            row = {"accuracy": 90.0 + rate, "tool_rate_not_needed": rate, "episodes": [1]}
-            (tmp_path / seed).mkdir(exist_ok=True)
-            text = json.dumps({"rows": {reward: row}, "command": "x"})
-            (tmp_path / seed / f"eval_{reward}.json").write_text(text)
-    seeds = (tmp_path / "seed0", tmp_path / "seed1")
-    rewards.main(rewards.Config(seeds, tmp_path / "kept"))
-    said = capsys.readouterr().out
-    assert "| videobrain | 91.0 / 92.5 | – / – | – / – | – / – | 1.0 / 2.5 |" in said
-    kept = json.loads((tmp_path / "kept" / "seed1_v1.json").read_text())
-    assert "episodes" not in kept["rows"]["v1"] and kept["command"] == "x"
-    (tmp_path / "seed1" / "eval_v1.json").unlink()
-    with pytest.raises(ValueError, match="seed1: has no eval_v1.json"):
-        rewards.main(rewards.Config(seeds))

@@ -45,6 +45,11 @@ class RolloutConfig(TrainingConfig):
     max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """One assistant turn is cut after so many tokens."""
     max_turns: Annotated[int, AtLeast(1)] = 5
+    frames_drawn: Annotated[tuple[int, ...], AtLeast(1)] = ()
+    """The overview's number of frames is drawn from these for each prompt, by the seed (as in
+    ParaVT). None: always eight."""
+    allow_repeats: bool = False
+    """A window that was asked for before is shown again, and is no format error: for ablations."""
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A whole episode, frames included, is ended when it reaches so many tokens."""
     reward: str = "v1"
@@ -136,7 +141,10 @@ class Actors:
             self.ref_encoder = FrameEncoder(self.reference, training.image)
         sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
         given = {"max_turns": cfg.max_turns, "max_tokens": cfg.episode_tokens}
-        self.limits = Limits(syntax=cfg.call_syntax, **given, **RULES.get(cfg.reward, {}))
+        rules = {**RULES.get(cfg.reward, {}), **({"near": -1} if cfg.allow_repeats else {})}
+        if cfg.frames_drawn:
+            rules |= {"num_frames": max(cfg.frames_drawn), "frames_drawn": cfg.frames_drawn}
+        self.limits = Limits(syntax=cfg.call_syntax, **given, **rules)
         self.reward = reward_function(cfg.reward, cfg.solved_rate, cfg.failed_rate)
         room = Room(cfg.episode_tokens + cfg.max_new_tokens, cfg.rollout_batch)
         files = (cfg.out / "sampler").absolute()
