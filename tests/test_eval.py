@@ -54,7 +54,10 @@ def whole(data, tmp_path_factory) -> tuple[evaluation.Config, dict]:
 def rows_of(report: Path) -> dict:
     """A report's rows, without what a clock measured."""
     rows = json.loads(report.read_text())["rows"]
-    return {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in rows.items()}
+    return {
+        name: {k: v for k, v in row.items() if not k.startswith("seconds")}
+        for name, row in rows.items()
+    }
 
 
 def played_in(folder: Path) -> list[Path]:
@@ -99,10 +102,38 @@ def test_a_stopped_evaluation_goes_on_where_it_was(number, after, whole, tmp_pat
     assert rows_of(cfg.out) == wanted and not played_in(tmp_path)
 
 
+def test_seeds_and_samples_are_played_apart_and_kept_after_a_kill(whole, tmp_path, capsys):
+    """Two seeds and two samples of four questions; the command is killed, and goes on."""
+    cfg = replace(whole[0], out=tmp_path / "r.json", seeds=(0, 5), samples=2, limit=5)
+    cfg = replace(cfg, modes=("tool",), lines=tmp_path / "r.jsonl", against="tool")
+    command = [sys.executable, "eval.py", "--model", MODEL, "--data", str(cfg.data), "--out"]
+    command += [str(cfg.out), "--seeds", "0", "5", "--samples", "2", "--modes", "tool"]
+    command += ["--batch-size", "2", "--max-new-tokens", "60", "--limit", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not played_in(tmp_path):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (kept,) = played_in(tmp_path)
+    assert 0 < len(kept.read_text().splitlines()) < 16
+    evaluation.main(cfg)
+    assert "episodes are played already: going on" in capsys.readouterr().out
+
+    (row,) = rows_of(cfg.out).values()
+    assert len(row["episodes"]) == len(cfg.lines.read_text().splitlines()) == 16
+    assert row["questions"] == 4 and row["pass_at"].keys() == {"1", "2", "4"}
+    means = row["by_seed"]
+    assert means.keys() == {"0", "5"} and row["accuracy"] == pytest.approx(sum(means.values()) / 2)
+    alone = next(iter(whole[1].values()))["episodes"][:4]
+    assert row["episodes"][:8:2] == alone, "seed 0's first sample is the one without others"
+    assert row["episodes"][8:] != row["episodes"][:8] and "against" not in row
+
+
 def test_other_flags_begin_anew(whole, tmp_path, capsys):
     cfg = replace(whole[0], out=tmp_path / "r.json")
     interrupted(cfg, signal.SIGTERM, 2)
-    for other in (replace(cfg, seed=1), replace(cfg, limit=5)):
+    for other in (replace(cfg, seeds=(1,)), replace(cfg, limit=5)):
         capsys.readouterr()
         evaluation.main(other)
         assert "played already" not in capsys.readouterr().out
@@ -134,7 +165,7 @@ def test_ranks_share_the_questions_and_come_to_the_same(whole, tmp_path):
     command += ["--out", str(tmp_path / "r.json"), "--batch-size", "2", "--max-new-tokens", "60"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("| nano-sft |") == 1 and done.stdout.count("left out: ") == 1
+    assert done.stdout.count("| nano-sft,") == 1 and done.stdout.count("left out: ") == 1
     assert rows_of(tmp_path / "r.json") == wanted and not played_in(tmp_path)
 
 
