@@ -239,7 +239,9 @@ def compare(rows: dict[str, dict], label: str, other: dict) -> None:
 
 
 def write(cfg: Config, report: dict) -> None:
-    """Write the report, and the lines."""
+    """Write the report, with how it was made, and the lines."""
+    config = {key: str(value) for key, value in asdict(cfg).items()}
+    report = {**report, "config": config, **provenance()}
     lines = "".join(
         json.dumps({"row": label, **one}) + "\n"
         for label, row in report["rows"].items()
@@ -304,9 +306,7 @@ def main(cfg: Config) -> None:
     if cfg.against:
         compare(rows, *(list(rows.items())[cfg.modes.index(cfg.against)] if is_mode else other))
     if rank == 0:
-        config = {k: str(v) for k, v in asdict(cfg).items()}
-        report = {"rows": rows, "left_out": left_out, "config": config, **provenance()}
-        report["model_commit"] = hub_commit(source)
+        report = {"rows": rows, "left_out": left_out, "model_commit": hub_commit(source)}
         write(cfg, report)
     dist.barrier()
     played.remove()

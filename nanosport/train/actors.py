@@ -17,7 +17,6 @@ from nanosport.env.reward import RULES, reward_function
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
-from nanosport.model.folder import load_model
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
 from nanosport.train import dist
@@ -125,15 +124,13 @@ class Actors:
     def __init__(self, training: Training, judge: Judge | None):
         cfg, source = training.cfg, training.source
         self.training, self.judge = training, judge
-        tower = training.computing.visual if cfg.frozen else None  # once in a process
-        loaded = (source, training.device, training.dtype, tower)
         # who samples needs whole weights: the model itself where it is not sharded, else a copy
         is_own, is_sharded = cfg.sampler == "own", dist.sharded(training.model)
-        player = load_model(*loaded) if is_own and is_sharded else training.computing
+        player = training.whole_copy() if is_own and is_sharded else training.computing
         self.sampler_is_model = is_own and not is_sharded
         self.reference = None
         if cfg.kl > 0:
-            frozen = load_model(*loaded).requires_grad_(False)
+            frozen = training.whole_copy().requires_grad_(False)
             self.reference = dist.shard(frozen, training.dtype, training.device)
         self.encoder = FrameEncoder(player, training.image)
         self.ref_encoder = self.encoder
