@@ -26,7 +26,9 @@ from nanosport.video import Video
 
 def row_of(report: Path, **figures: float) -> None:
     report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps({"rows": {"x": figures | {"episodes": [1]}}, "command": "c"}))
+    score = figures["accuracy"] / 100
+    episodes = [{"id": f"q{k}", "video": f"v{k}", "accuracy": score} for k in range(9)]
+    report.write_text(json.dumps({"rows": {"x": figures | {"episodes": episodes}}, "command": "c"}))
 
 
 def test_every_row_is_rl_with_one_thing_changed(tmp_path):
@@ -132,13 +134,16 @@ def test_the_table_and_the_curves_are_of_what_is_there(tmp_path):
             (folder / row).mkdir()
             line = dict.fromkeys(ablate.CURVES, 0.5 + seed) | {"step": 0}
             (folder / row / "log.jsonl").write_text(json.dumps(line) + "\n")
-    row_of(tmp_path / "out/seed1/eval_accuracy.json", accuracy=80.0, window_iou=None)
+    row_of(tmp_path / "out/seed1/eval_accuracy.json", **dict.fromkeys(ablate.COLUMNS, 80.0))
     said = ablate.write(cfg)
-    assert "| v2 | 0 1 | 90.5 ± 0.5 |" in said and "| accuracy | 1 | 80.0 ± 0.0 | – |" in said
+    assert "| v2 | 0 1 | 90.5 ± 0.5 |" in said and "| accuracy | 1 | 80.0 ± 0.0 |" in said
     assert (cfg.keep / "table.md").read_text() == said and "v1" not in said
     kept = json.loads((cfg.keep / "v2_seed1.json").read_text())
     assert "episodes" not in kept["rows"]["x"] and kept["command"] == "c"
     assert (cfg.keep / "v2_seed1.jsonl").exists() and (cfg.keep / "kl.svg").exists()
+    row_of(tmp_path / "out/seed1/eval_v1.json", **dict.fromkeys(ablate.COLUMNS, 81.0))
+    wanted = "- `v2` against `v1` (seeds 1): overall +10.0 [+10.0, +10.0] points, p = 0.0"
+    assert wanted in ablate.sentences(ablate.reports(cfg)) and "against" not in said
     assert "polyline" in (cfg.out / "accuracy.svg").read_text()
 
 

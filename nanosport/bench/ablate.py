@@ -30,6 +30,7 @@ from data_prep import arena
 from nanosport import cli
 from nanosport.bench.demo import chart, read
 from nanosport.cli import Preempted
+from nanosport.env.figures import compared
 from nanosport.fields import AtLeast
 from nanosport.files import provenance, write_atomically
 from nanosport.records import read_lines
@@ -59,6 +60,10 @@ COLUMNS = {
     "window_iou": "window IoU",
     "format_rate": "format",
     "frames": "frames",
+}
+MOVES = {
+    key: COLUMNS[key]
+    for key in ("tool_rate_needed", "tool_rate_not_needed", "window_hit_rate", "frames")
 }
 CURVES = ("accuracy", "tool_rate", "repeat_rate", "format_rate", "frames", "kl", "entropy")
 SMOKE = {
@@ -237,6 +242,34 @@ def figures_table(found: dict[str, dict[int, dict]]) -> str:
     return markdown(["row", "seeds", *COLUMNS.values()], cells)
 
 
+def sentences(found: dict[str, dict[int, dict]]) -> str:
+    """What each row changes against v1, over the seeds that both have: the paired difference, and
+    the figures in which rewards differ most."""
+    lines, plain = [], found.get("v1", {})
+    for row, by_seed in found.items():
+        seeds = [seed for seed in by_seed if seed in plain and row != "v1"]
+        if not seeds:
+            continue
+        merged = []
+        for reports in (by_seed, plain):
+            rows = {seed: next(iter(reports[seed]["rows"].values())) for seed in seeds}
+            episodes = [
+                one | {key: f"{seed}/{one[key]}" for key in ("id", "video") if key in one}
+                for seed, its in rows.items()
+                for one in its["episodes"]
+            ]
+            means = {key: np.mean([its[key] for its in rows.values()]) for key in MOVES}
+            merged.append(means | {"episodes": episodes})
+        than = compared(merged[0], "v1", merged[1])
+        bounds = "[{:+.1f}, {:+.1f}]".format(*than["interval"] or (-100, 100))
+        parts = [f"overall {than['difference']:+.1f} {bounds} points, p = {than['p']:.2g}"]
+        parts += [f"{MOVES[k]} {merged[1][k]:.1f} → {merged[0][k]:.1f}" for k in MOVES]
+        lines.append(
+            f"- `{row}` against `v1` (seeds {' '.join(map(str, seeds))}): {'; '.join(parts)}."
+        )
+    return "\n".join(lines)
+
+
 def curves(cfg: Config, found: dict[str, dict[int, dict]]) -> dict[str, str]:
     """By a figure of RL's log, the lines of all rows as SVG: means over the seeds."""
     logs: dict[str, dict[str, list]] = {name: {} for name in CURVES}
@@ -254,7 +287,7 @@ def curves(cfg: Config, found: dict[str, dict[int, dict]]) -> dict[str, str]:
 def write(cfg: Config) -> str:
     """Write the table and the curves of what is there; returns the table."""
     found = reports(cfg)
-    files = {"table.md": figures_table(found) + "\n"}
+    files = {"table.md": f"{figures_table(found)}\n\n{sentences(found)}\n"}
     files |= {f"{name}.svg": svg for name, svg in curves(cfg, found).items()}
     for folder in filter(None, (cfg.out, cfg.keep)):
         folder.mkdir(parents=True, exist_ok=True)
