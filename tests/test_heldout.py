@@ -15,7 +15,7 @@ import rl
 import train
 from nanosport.records import Episode, Turn, read_questions, record_row
 from nanosport.train import heldout, track
-from tests.helpers.runs import ROOT, killed, log
+from tests.helpers.runs import ROOT, flags, killed, log, torchrun
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,17 @@ def test_a_run_that_goes_on_measures_what_it_would_have_measured(sft, tmp_path, 
     assert evaluations(cfg.out) == evaluations(sft.out)
 
 
+def test_two_ranks_share_the_questions(sft, tmp_path):
+    """The model is sharded there, so that a whole copy plays: it must get the weights."""
+    cfg = replace(sft, out=tmp_path / "run", eval_every=4)
+    done = torchrun([["train", flags(cfg)]])
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, last = evaluations(tmp_path / "run")
+    assert first == evaluations(sft.out)[0], "before its first step it is the same model"
+    assert last["step"] == 4 and last["questions"] == 3
+    assert (tmp_path / "run/best/model.safetensors").exists()
+
+
 def test_rl_measures_with_its_own_sampler(arena_folder, held_out, tmp_path):
     cfg = rl.Config(
         str(ROOT / "assets/nano-sft"), arena_folder / "rl.jsonl", tmp_path / "run", steps=2,
@@ -116,13 +127,13 @@ def test_rl_measures_with_its_own_sampler(arena_folder, held_out, tmp_path):
 
 
 def test_what_cannot_be_is_said_before_a_model_is_loaded(sft, held_out, tmp_path):
-    for flags, said in (
+    for changed, said in (
         ({"eval_every": 0}, "--eval-every, --eval-data: give both, or neither"),
         ({"eval_every": 0, "eval_data": None, "patience": 1}, "--patience 1: needs --eval-every"),
         ({"track": "aim"}, "--track aim: is not installed: pip install aim"),
     ):
         with pytest.raises(ValueError, match=said):
-            replace(sft, out=tmp_path, **flags).check()
+            replace(sft, out=tmp_path, **changed).check()
     cfg = replace(sft, out=tmp_path / "run", eval_data=sft.data)
     with pytest.raises(ValueError, match="--eval-data .*: the video of .* is trained on"):
         train.main(cfg)
