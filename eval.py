@@ -143,7 +143,7 @@ def play_all(cfg: Config, mode: str, players: Players, played: Played, rank: int
     for s, numbers in tqdm(todo, desc=f"eval {mode}", unit="batch", disable=rank > 0):
         begin = (s * num + numbers[0]) * cfg.samples
         end = begin + len(numbers) * cfg.samples
-        if (mode, begin) not in played.episodes:
+        if any((mode, place) not in played.episodes for place in range(begin, end)):
             batch = played.questions[begin : end : cfg.samples]
             seed = cfg.seeds[s]
             played.add(mode, begin, play(cfg, mode, seed, players, batch, numbers[0]))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import rl
 import train
+from nanosport.cli import Preempted
 from nanosport.records import Episode, Turn, read_questions, record_row
 from nanosport.train import heldout, track
 from tests.helpers.runs import ROOT, flags, killed, log, torchrun
@@ -94,6 +95,31 @@ def test_a_run_that_goes_on_measures_what_it_would_have_measured(sft, tmp_path, 
     assert [row["step"] for row in evaluations(cfg.out)] == [0, 2]
     train.main(replace(cfg, resume=True))
     assert evaluations(cfg.out) == evaluations(sft.out)
+
+
+def test_sigterm_in_an_evaluation_ends_the_run_where_it_can_go_on(sft, tmp_path, monkeypatch):
+    cfg, play = replace(sft, out=tmp_path / "run"), heldout.HeldOut._play
+
+    def asked(self, first: int, numbers: list[int]) -> list[Episode]:
+        self.training.preemption.asked = self.training.state["step"] == 2
+        return play(self, first, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout.HeldOut, "_play", asked)
+        with pytest.raises(Preempted, match="stopped by SIGTERM in step 2; what was before it"):
+            train.main(cfg)
+    assert [row["step"] for row in evaluations(cfg.out)] == [0]
+    train.main(replace(cfg, resume=True))
+    assert evaluations(cfg.out) == evaluations(sft.out) and log(cfg.out) == log(sft.out)
+
+
+def test_a_run_that_is_replaced_leaves_no_best_model(sft, tmp_path):
+    cfg = replace(sft, out=tmp_path / "run", steps=1, eval_every=1)
+    train.main(cfg)
+    with pytest.raises(ValueError, match="would replace the model that it begins with"):
+        train.main(replace(cfg, model=str(cfg.out / "best"), overwrite=True))
+    train.main(replace(cfg, eval_every=0, eval_data=None, overwrite=True))
+    assert not (cfg.out / "best").exists() and not (cfg.out / "heldout.jsonl").exists()
 
 
 def test_two_ranks_share_the_questions(sft, tmp_path):

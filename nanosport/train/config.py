@@ -60,7 +60,7 @@ class TrainingConfig:
     seed: Annotated[int, AtLeast(0)] = 0
     eval_every: Annotated[int, AtLeast(0), MAY_CHANGE] = 0
     """The model is measured on --eval-data before the first step, after so many steps each, and
-    after the last; 0: never. What is best is kept in `out`/best."""
+    after the last; 0: never. It is saved first, and the best is kept in `out`/best."""
     eval_data: Annotated[Path | None, MAY_CHANGE] = None
     """Held-out questions, one JSON object a line, about other videos than those trained on."""
     patience: Annotated[int, AtLeast(0), MAY_CHANGE] = 0

@@ -106,7 +106,7 @@ class Training:
 
     def _open(self) -> None:
         cfg, model = self.cfg, (self.cfg.out / "model").resolve()
-        if self.source.resolve() in (model, aside(model)):
+        if self.source.resolve() in (model, aside(model), (cfg.out / "best").resolve()):
             why = "the run in --out would replace the model that it begins with"
             raise ValueError(f"--model {cfg.model}: {why}; choose another --out")
         self.run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite)
