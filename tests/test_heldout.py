@@ -211,4 +211,4 @@ def test_an_episode_is_shown_with_its_frames_and_words(arena_folder):
     said = track.transcript(episode, 0.25)
     assert question.question in said and "refused: a turn is" in said
     assert said.endswith("format_error, 0.25")
-    assert track.figures({"a": 1, "b": float("nan"), "c": {"d": 2}, "e": "x"}) == {"a": 1.0}
+    assert track.numbers_of({"a": 1, "b": float("nan"), "c": {"d": 2}, "e": "x"}) == {"a": 1.0}

@@ -120,12 +120,12 @@ def together(episodes: Sequence[Episode], scores: Sequence[float]) -> dict[tuple
     sizes = sorted({2**k for k in range(num.bit_length())} | {num})
     found = {("pass_at", str(k)): [0.0] * len(episodes) for k in sizes}
     found["majority",] = [0.0] * len(episodes)
+    said = [(episode.answer or "").strip().casefold() for episode in episodes]
     for numbers in by_id.values():
         num_right = sum(scores[k] >= 0.5 for k in numbers)
-        votes = Counter((episodes[k].answer or "").strip().casefold() for k in numbers)
         # of those given equally often, the one that came first
-        most = votes.most_common(1)[0][0]
-        chosen = next(k for k in numbers if (episodes[k].answer or "").strip().casefold() == most)
+        ((most, _),) = Counter(said[k] for k in numbers).most_common(1)
+        chosen = next(k for k in numbers if said[k] == most)
         for k in numbers:
             found["majority",][k] = 100.0 * scores[chosen]
             for size in sizes:

@@ -39,10 +39,10 @@ def open_tracker(name: Tracker, folder: Path, config: dict, step: int):
     return TensorBoard(folder, step) if name == "tensorboard" else Logged(name, folder, config)
 
 
-def figures(row: dict, prefix: str = "") -> dict[str, float]:
+def numbers_of(row: dict, prefix: str = "") -> dict[str, float]:
     """The numbers of a row, by their names; what is no number, or not finite, stays out."""
-    numbers = {k: v for k, v in row.items() if isinstance(v, int | float)}
-    return {f"{prefix}{k}": float(v) for k, v in numbers.items() if np.isfinite(v)}
+    numbers = {k: float(v) for k, v in row.items() if isinstance(v, int | float)}
+    return {f"{prefix}{k}": v for k, v in numbers.items() if np.isfinite(v)}
 
 
 class TensorBoard:

@@ -42,8 +42,7 @@ from nanosport.train.deal import deal, make_units
 from nanosport.train.faults import Preemption, Skips, Stages
 from nanosport.train.pack import Batch, pack
 from nanosport.train.run import Run
-from nanosport.train.track import SHOW_EVERY, open_tracker, show_episodes
-from nanosport.train.track import figures as numbers_of
+from nanosport.train.track import SHOW_EVERY, numbers_of, open_tracker, show_episodes
 
 
 @dataclass(frozen=True)
