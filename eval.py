@@ -4,6 +4,7 @@ without it.
     python eval.py                                # the shipped model on the arena's held-out clips
     python eval.py --model out/rl/model --data my/test.jsonl --out results/mine.json
     python eval.py --modes no-tool --num-frames 16
+    python eval.py --seeds 0 1 2 --against out/sft_eval.json    # a paired test against a report
     torchrun --nproc-per-node 8 eval.py --model out/rl/model    # the ranks share the questions
 
 Mode `tool` is the paper's loop from eight overview frames; mode `no-tool` gives the *same* model 16
@@ -15,8 +16,7 @@ from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports
 import json
 import signal
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,18 +30,17 @@ from nanosport.engine.players import Room, load_sampler
 from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.endpoint import EndpointError
 from nanosport.env.env import Limits
+from nanosport.env.figures import compared, figures, outcome, published, row_named, table
 from nanosport.env.judge import MAX_UNGRADED, Judge, agreement, judge_of
 from nanosport.env.played import Played
-from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.rollout import rollout
-from nanosport.env.scoring import accuracy, temporal_iou
+from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS, TOOL_NAME, Syntax
 from nanosport.fields import Above, AtLeast, AtMost, Share
 from nanosport.files import ASSETS, own_name, provenance, write_atomically
 from nanosport.model.folder import hub_commit, resolve, version
 from nanosport.model.frames import FrameEncoder
-from nanosport.records import DIMENSIONS, Episode, Question, read_records
-from nanosport.report import table
+from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist
 from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.video import VideoError
@@ -93,77 +92,20 @@ class Config:
     max_ungraded: Share = MAX_UNGRADED
     """An answer without a grade is scored by rule and counted; above this share of them the
     evaluation ends, and what was played is kept."""
-    seed: Annotated[int, AtLeast(0)] = 0
-
-
-def looks(episode: Episode) -> list[tuple[int, int]]:
-    """The windows that were asked for and shown."""
-    return [turn.window for turn in episode.turns if turn.action == "tool" and turn.frames]
-
-
-def contained(episode: Episode) -> bool:
-    """Whether one requested window held the whole event."""
-    first, last = episode.question.window
-    return any(start <= first and last <= end for start, end in looks(episode))
-
-
-def overlap(episode: Episode) -> float:
-    """Intersection over union, in frames, of the event and the window that fits it best; 0 where
-    none was asked for."""
-    first, last = episode.question.window
-    event = (first, last + 1)
-    return max((temporal_iou((a, b + 1), event) for a, b in looks(episode)), default=0.0)
-
-
-def mean_percent(values: Iterable[float]) -> float | None:
-    """Their mean in percent; None where there are none."""
-    values = list(values)
-    return round(100 * sum(values) / len(values), 2) if values else None
-
-
-def figures(episodes: list[Episode], scores: list[float]) -> dict:
-    """All rates and means of episodes and their scores: shares in percent, None where there was
-    nothing to count."""
-    questions = [episode.question for episode in episodes]
-    used = [used_tool(episode) for episode in episodes]
-    needs = [question.needs_tool for question in questions]
-    # where nobody knows whether a look is needed, a known event is to be looked at all the same
-    placed = [e for e, n in zip(episodes, needs) if n is not False and e.question.window]
-
-    def where(values: list, keys: Iterable, key) -> float | None:
-        return mean_percent(value for value, its_key in zip(values, keys) if its_key == key)
-
-    dimensions, sports = [q.dimension for q in questions], [q.sport for q in questions]
-    return {
-        "accuracy": mean_percent(scores),
-        **{dimension: where(scores, dimensions, dimension) for dimension in DIMENSIONS},
-        "by_sport": {sport: where(scores, sports, sport) for sport in sorted(set(sports))},
-        "accuracy_tool_needed": where(scores, needs, True),
-        "accuracy_tool_not_needed": where(scores, needs, False),
-        "frames": round(sum(len(e.frames) for e in episodes) / len(episodes), 2),
-        "tool_rate": mean_percent(used),
-        "tool_rate_needed": where(used, needs, True),
-        "tool_rate_not_needed": where(used, needs, False),
-        "window_hit_rate": mean_percent(contained(e) for e in placed),
-        "window_iou": mean_percent(overlap(e) for e in placed),
-        "format_rate": mean_percent(format_valid(e) for e in episodes),
-        "status": dict(Counter(e.status for e in episodes)),
-        "questions": len(episodes),
-    }
-
-
-def outcome(episode: Episode, score: float) -> dict:
-    """What the report keeps of an episode, with the first turn that broke the format."""
-    broken = next((turn for turn in episode.turns if turn.error), None)
-    return {
-        "id": episode.question.id,
-        "answer": episode.answer,
-        "truth": episode.question.answer,
-        "accuracy": round(score, 3),
-        "windows": [turn.window for turn in episode.turns if turn.window],
-        "status": episode.status,
-        **({"error": broken.error, "text": broken.text} if broken else {}),
-    }
+    seeds: Annotated[tuple[int, ...], AtLeast(0)] = (0,)
+    """Every question is asked once with each; the figures are over all of them."""
+    samples: Annotated[int, AtLeast(1)] = 1
+    """So many answers to a question with each seed. With several answers the report has pass@k, and
+    the score of the answer that is given most often."""
+    against: str | None = None
+    """The row that each is compared with, on the questions that both were asked: mode tool or
+    no-tool of this evaluation, or REPORT or REPORT:ROW of another one (the test is paired)."""
+    lines: Path | None = None
+    """JSON lines for the outcome of every episode, with its row."""
+    table: Literal["markdown", "latex"] = "markdown"
+    """How the figures are printed."""
+    published: bool = False
+    """Print the paper's own rows beside: other questions, another judge."""
 
 
 def limits_of(cfg: Config, mode: str) -> Limits:
@@ -174,53 +116,77 @@ def limits_of(cfg: Config, mode: str) -> Limits:
 
 
 def play(
-    cfg: Config, mode: str, players: Players, questions: Sequence[Question], first: int
+    cfg: Config, mode: str, seed: int, players: Players, questions: Sequence[Question], first: int
 ) -> list[Episode | None]:
-    """The episodes of neighbouring questions, the first of which has this number; None where the
-    video is lost meanwhile."""
+    """The episodes of neighbouring questions, the first of which has this number, each question's
+    samples side by side; None where the video is lost meanwhile."""
     encoder, sampler = players
     try:
-        limits = limits_of(cfg, mode)
-        return rollout(sampler, encoder, questions, limits, seed=(cfg.seed,), first=first)
+        how = {"group_size": cfg.samples, "seed": (seed,), "first": first}
+        return rollout(sampler, encoder, questions, limits_of(cfg, mode), **how)
     except VideoError:  # the others are played as if it had not happened
         if len(questions) == 1:
-            return [None]
-        one_by_one = (play(cfg, mode, players, [q], first + k) for k, q in enumerate(questions))
-        return [episode for (episode,) in one_by_one]
+            return [None] * cfg.samples
+        one_by_one = (
+            play(cfg, mode, seed, players, [q], first + k) for k, q in enumerate(questions)
+        )
+        return [episode for episodes in one_by_one for episode in episodes]
+
+
+def play_all(cfg: Config, mode: str, players: Players, played: Played, rank: int) -> list[int]:
+    """Play this rank's questions, as far as they are not played already; returns the places of
+    their episodes in `played`, where a seed comes after the other."""
+    num = len(played.questions) // len(cfg.seeds) // cfg.samples
+    mine, places = dist.share(range(num), rank), []
+    batches = [mine[k : k + cfg.batch_size] for k in range(0, len(mine), cfg.batch_size)]
+    todo = [(s, numbers) for s in range(len(cfg.seeds)) for numbers in batches]
+    for s, numbers in tqdm(todo, desc=f"eval {mode}", unit="batch", disable=rank > 0):
+        begin = (s * num + numbers[0]) * cfg.samples
+        end = begin + len(numbers) * cfg.samples
+        if any((mode, place) not in played.episodes for place in range(begin, end)):
+            batch = played.questions[begin : end : cfg.samples]
+            seed = cfg.seeds[s]
+            played.add(mode, begin, play(cfg, mode, seed, players, batch, numbers[0]))
+        places += range(begin, end)
+    return places
 
 
 def run_mode(
     cfg: Config, mode: str, players: Players, played: Played, rank: int, judge: Judge | None
 ) -> dict:
     """Figures of one mode, with every episode's outcome. The ranks share the questions."""
-    began, mine = time.time(), dist.share(range(len(played.questions)), rank)
-    starts = range(0, len(mine), cfg.batch_size)
-    for start in tqdm(starts, desc=f"eval {mode}", unit="batch", disable=rank > 0):
-        numbers = mine[start : start + cfg.batch_size]
-        if (mode, numbers[0]) not in played.episodes:
-            batch = [played.questions[number] for number in numbers]
-            played.add(mode, numbers[0], play(cfg, mode, players, batch, numbers[0]))
-    episodes = [played.episodes[mode, number] for number in mine]
-    lost = [played.questions[k].id for k, e in zip(mine, episodes) if e is None]
-    episodes = [episode for episode in episodes if episode is not None]
+    began = time.time()
+    places = play_all(cfg, mode, players, played, rank)
+    lost = [played.questions[k].id for k in places if played.episodes[mode, k] is None]
+    places = [place for place in places if played.episodes[mode, place] is not None]
+    episodes = [played.episodes[mode, place] for place in places]
 
     by_rule = grades = [accuracy(e.answer, e.question) for e in episodes]
     if judge is not None:
         grades = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
-    scored, _ = dist.gather_items(list(zip(episodes, grades, by_rule)))
+    scored, _ = dist.gather_items(list(zip(places, episodes, grades, by_rule)))
     lost, _ = dist.gather_items(lost)
     if not scored:
         raise ValueError(f"{cfg.data}: every video is lost; is the disk there?")
-    episodes, grades, by_rule = map(list, zip(*scored))
+    scored.sort(key=lambda one: one[0])  # as one process has played them
+    places, episodes, grades, by_rule = map(list, zip(*scored))
     scores = [rule if grade is None else grade for grade, rule in zip(grades, by_rule)]
-    more = {"lost": lost} if lost else {}
+
+    more: dict = {"lost": [*dict.fromkeys(lost)]} if lost else {}
     if judge is not None:
         more["ungraded"] = grades.count(None)
         if graded := [pair for pair in zip(by_rule, grades) if pair[1] is not None]:
             more["judge_and_rule"] = agreement(*zip(*graded))
+    if len(cfg.seeds) > 1:
+        size, by_seed = len(played.questions) // len(cfg.seeds), [[] for _ in cfg.seeds]
+        for place, score in zip(places, scores):
+            by_seed[place // size].append(score)
+        means = [round(100 * sum(those) / len(those), 2) for those in by_seed]
+        more["by_seed"] = dict(zip(map(str, cfg.seeds), means))
+    seconds = time.time() - began
+    more |= {"seconds": round(seconds, 1), "seconds_per_question": round(seconds / len(scores), 3)}
     outcomes = [outcome(episode, score) for episode, score in zip(episodes, scores)]
-    seconds = round(time.time() - began, 1)
-    return {**figures(episodes, scores), **more, "seconds": seconds, "episodes": outcomes}
+    return {**figures(episodes, scores), **more, "episodes": outcomes}
 
 
 @contextmanager
@@ -251,21 +217,45 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
     """What an evaluation of the same model, questions and flags has played before it was
     stopped."""
     # these change no episode
-    others = ("out", "name", "judge_url", "judge", "judge_wait_s", "max_ungraded", "max_unusable")
+    others = "out name judge_url judge judge_wait_s max_ungraded max_unusable against lines table"
+    others = (*others.split(), "published")
     made_by = {k: str(v) for k, v in asdict(cfg).items() if k not in others}
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
     made_by["processes"] = cli.num_processes()
     beside = cfg.out if cfg.out and own_name(cfg.out) else Path("out/eval.json")
-    played = Played(beside, made_by, questions, rank)
+    asked = [q for _ in cfg.seeds for q in questions for _ in range(cfg.samples)]
+    played = Played(beside, made_by, asked, rank)
     if played.episodes and rank == 0:
         print(f"{len(played.episodes)} episodes are played already: going on from {played.path}")
     return played
 
 
-def show(rows: dict[str, dict], examples: int = 3) -> None:
+def compare(rows: dict[str, dict], label: str, other: dict) -> None:
+    """Say in each row how it differs from another one."""
+    for row in rows.values():
+        if row is not other:
+            row["against"] = compared(row, label, other)
+
+
+def write(cfg: Config, report: dict) -> None:
+    """Write the report, with how it was made, and the lines."""
+    config = {key: str(value) for key, value in asdict(cfg).items()}
+    report = {**report, "config": config, **provenance()}
+    lines = "".join(
+        json.dumps({"row": label, **one}) + "\n"
+        for label, row in report["rows"].items()
+        for one in row["episodes"]
+    )
+    for path, text in ((cfg.lines, lines), (cfg.out, json.dumps(report, indent=1) + "\n")):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, text)
+
+
+def show(cfg: Config, rows: dict[str, dict], examples: int = 3) -> None:
     """Print the table, and some turns that broke the format."""
-    print(table(rows))
+    print(table(rows | (published() if cfg.published else {}), cfg.table))
     for label, row in rows.items():
         for one in [one for one in row["episodes"] if "error" in one][:examples]:
             said = " ".join(one["text"].split())[:300]
@@ -280,24 +270,30 @@ def make_default_data() -> None:
 
 def main(cfg: Config) -> None:
     cli.check(cfg)
-    if not cfg.modes:
-        raise ValueError("--modes: name at least one of tool, no-tool")
+    if not cfg.modes or not cfg.seeds:
+        raise ValueError("--modes, --seeds: name at least one of each")
     rank = dist.start()[0] if cli.num_processes() > 1 else 0
     limits = {"max_ungraded": cfg.max_ungraded, "wait_s": cfg.judge_wait_s}
     judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"), **limits)
     if cfg.data == Config.data:
         dist.once(make_default_data)
     rows = read_records(cfg.data)
-    if cfg.out is not None:
-        cli.not_the_input(cfg.out, cfg.data, cfg.model, *{question.video for question, _ in rows})
+    videos = {question.video for question, _ in rows}
+    for flag, path in (("--out", cfg.out), ("--lines", cfg.lines)):
+        if path is not None:
+            cli.not_the_input(path, cfg.data, cfg.model, *videos, flag=flag)
     source = resolve(cfg.model)
     sampling = Sampling(cfg.temperature, cfg.top_p, cfg.max_new_tokens, STOPS)
-    room = Room(cfg.episode_tokens + cfg.max_new_tokens, cfg.batch_size)
+    room = Room(cfg.episode_tokens + cfg.max_new_tokens, cfg.batch_size * cfg.samples)
     players = load_sampler(source, sampling, cfg.max_pixels, cfg.sampler, room)
     encoder, sampler = players
     records = Records(cfg.data, rows[: cfg.limit], encoder)
     limits = [limits_of(cfg, mode) for mode in cfg.modes]
     left_out = records.check_prompts(sampler.tokenizer, limits, cfg.max_unusable, rank)
+
+    other, is_mode = ("", {}), cfg.against in cfg.modes
+    if cfg.against and not is_mode:  # before anything is played in vain
+        other = row_named(cfg.against, [question.id for question in records.questions])
 
     name, rows = cfg.name or source.name, {}
     played = open_played(cfg, source, records.questions, rank)
@@ -307,16 +303,15 @@ def main(cfg: Config) -> None:
             rows[label] = run_mode(cfg, mode, players, played, rank, judge)
 
     # written first: a terminal may be gone
-    if cfg.out is not None and rank == 0:
-        cfg.out.parent.mkdir(parents=True, exist_ok=True)
-        config = {k: str(v) for k, v in asdict(cfg).items()}
-        report = {"rows": rows, "left_out": left_out, "config": config, **provenance()}
-        report["model_commit"] = hub_commit(source)
-        write_atomically(cfg.out, json.dumps(report, indent=1) + "\n")
+    if cfg.against:
+        compare(rows, *(list(rows.items())[cfg.modes.index(cfg.against)] if is_mode else other))
+    if rank == 0:
+        report = {"rows": rows, "left_out": left_out, "model_commit": hub_commit(source)}
+        write(cfg, report)
     dist.barrier()
     played.remove()
     if rank == 0:
-        show(rows)
+        show(cfg, rows)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from kernels.policy_loss import (
     fused_linear_policy_loss,
     linear_logprobs,
 )
+from nanosport.env.env import Limits
 from nanosport.env.judge import MAX_UNGRADED, judge_of
 from nanosport.env.reward import BY_CLASS, flat_groups
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
@@ -33,6 +34,7 @@ from nanosport.model.folder import ASSETS
 from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist, presets
 from nanosport.train.actors import Actors, RolloutConfig
+from nanosport.train.heldout import HeldOut
 from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.train.metrics import (
     TokenMeans,
@@ -283,7 +285,13 @@ def main(cfg: Config) -> None:
     how = (cfg.max_unusable, training.rank, training.stage)
     records.check_prompts(actors.sampler.tokenizer, [actors.limits], *how)
 
-    for step in training.steps():
+    held_out = None
+    if cfg.eval_every:
+        limits = replace(actors.limits, num_frames=Limits.num_frames, frames_drawn=())
+        players = actors.sampler, actors.encoder
+        held_out = HeldOut(training, records, *players, limits, judge)
+
+    for step in training.steps(held_out):
         rollouts = collect(training, actors, records, step)
         stats = rollout_stats(rollouts.episodes, rollouts.rewards, step)
         check_rollouts(training, stats, step)
@@ -313,7 +321,8 @@ def main(cfg: Config) -> None:
         totals = means.over_ranks(training.device)
         row = log_row(step, stats, totals, updates, balance, rollouts.replaced) | rollouts.work
         check_gap(row, cfg.max_logprob_gap)
-        training.log(row, shown=("reward", "accuracy", "tool_rate", "format_rate"))
+        shown = ("reward", "accuracy", "tool_rate", "format_rate")
+        training.log(row, shown, rollouts.episodes, rewards)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from kernels.policy_loss import fused_linear_cross_entropy
 from nanosport.fields import MAY_CHANGE, AtLeast, Share
 from nanosport.model.folder import ASSETS, load_tokenizer
 from nanosport.records import Episode, read_records
-from nanosport.train import dist, presets
+from nanosport.train import dist, heldout, presets
 from nanosport.train.config import TrainingConfig
 from nanosport.train.deal import data_order
 from nanosport.train.inputs import MAX_UNUSABLE, Records, Trajectories
@@ -44,6 +44,8 @@ class Config(TrainingConfig):
     """Trajectories of a step, over all ranks; the data is gone through as often as that takes."""
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A longer trajectory, frames included, is left out."""
+    max_new_tokens: Annotated[int, AtLeast(1), MAY_CHANGE] = 160
+    """At an evaluation (--eval-every) one turn is cut after so many tokens."""
     max_unusable: Annotated[Share, MAY_CHANGE] = MAX_UNUSABLE
     """Records that cannot be used are left out, up to this share of them."""
 
@@ -89,7 +91,9 @@ def main(cfg: Config) -> None:
     trajectories = Trajectories(records, tokenizer, cfg.episode_tokens, cfg.call_syntax)
     records.check(trajectories.__getitem__, cfg.max_unusable, training.rank, training.stage)
 
-    for step in training.steps():
+    held_out = heldout.of_sft(training, records) if cfg.eval_every else None
+
+    for step in training.steps(held_out):
         episodes, homes, replaced = collect(training, trajectories, step)
         micro_batches, balance = training.deal(episodes, 1, homes)
         num_tokens = sum(sum(episode.mask) for episode in episodes)

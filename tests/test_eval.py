@@ -16,7 +16,6 @@ import pytest
 
 import eval as evaluation
 import infer
-from nanosport.bench import rewards
 from nanosport.cli import Preempted, Terminal
 from nanosport.engine.own import load_sampler
 from nanosport.engine.sampler import Sampling
@@ -55,7 +54,10 @@ def whole(data, tmp_path_factory) -> tuple[evaluation.Config, dict]:
 def rows_of(report: Path) -> dict:
     """A report's rows, without what a clock measured."""
     rows = json.loads(report.read_text())["rows"]
-    return {name: {k: v for k, v in row.items() if k != "seconds"} for name, row in rows.items()}
+    return {
+        name: {k: v for k, v in row.items() if not k.startswith("seconds")}
+        for name, row in rows.items()
+    }
 
 
 def played_in(folder: Path) -> list[Path]:
@@ -100,10 +102,40 @@ def test_a_stopped_evaluation_goes_on_where_it_was(number, after, whole, tmp_pat
     assert rows_of(cfg.out) == wanted and not played_in(tmp_path)
 
 
+def test_seeds_and_samples_are_played_apart_and_kept_after_a_kill(whole, tmp_path, capsys):
+    """Two seeds and two samples of four questions; the command is killed, and goes on."""
+    cfg = replace(whole[0], out=tmp_path / "r.json", seeds=(0, 5), samples=2, limit=5)
+    cfg = replace(cfg, modes=("tool",), lines=tmp_path / "r.jsonl", against="tool")
+    command = [sys.executable, "eval.py", "--model", MODEL, "--data", str(cfg.data), "--out"]
+    command += [str(cfg.out), "--seeds", "0", "5", "--samples", "2", "--modes", "tool"]
+    command += ["--batch-size", "2", "--max-new-tokens", "60", "--limit", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not played_in(tmp_path):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    (kept,) = played_in(tmp_path)
+    lines = kept.read_text().splitlines(keepends=True)
+    assert 0 < len(lines) < 16
+    kept.write_text("".join(lines[:-1]))  # a kill in the middle of a batch's lines
+    evaluation.main(cfg)
+    assert "episodes are played already: going on" in capsys.readouterr().out
+
+    (row,) = rows_of(cfg.out).values()
+    assert len(row["episodes"]) == len(cfg.lines.read_text().splitlines()) == 16
+    assert row["questions"] == 4 and row["pass_at"].keys() == {"1", "2", "4"}
+    means = row["by_seed"]
+    assert means.keys() == {"0", "5"} and row["accuracy"] == pytest.approx(sum(means.values()) / 2)
+    alone = next(iter(whole[1].values()))["episodes"][:4]
+    assert row["episodes"][:8:2] == alone, "seed 0's first sample is the one without others"
+    assert row["episodes"][8:] != row["episodes"][:8] and "against" not in row
+
+
 def test_other_flags_begin_anew(whole, tmp_path, capsys):
     cfg = replace(whole[0], out=tmp_path / "r.json")
     interrupted(cfg, signal.SIGTERM, 2)
-    for other in (replace(cfg, seed=1), replace(cfg, limit=5)):
+    for other in (replace(cfg, seeds=(1,)), replace(cfg, limit=5)):
         capsys.readouterr()
         evaluation.main(other)
         assert "played already" not in capsys.readouterr().out
@@ -135,7 +167,7 @@ def test_ranks_share_the_questions_and_come_to_the_same(whole, tmp_path):
     command += ["--out", str(tmp_path / "r.json"), "--batch-size", "2", "--max-new-tokens", "60"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("| nano-sft |") == 1 and done.stdout.count("left out: ") == 1
+    assert done.stdout.count("| nano-sft,") == 1 and done.stdout.count("left out: ") == 1
     assert rows_of(tmp_path / "r.json") == wanted and not played_in(tmp_path)
 
 
@@ -257,21 +289,3 @@ def test_the_windows_of_questions_with_a_known_event_are_measured():
     assert evaluation.figures([bare], [1.0])["window_iou"] is None
     assert "window IoU" in table({"m": row}) and "ungraded" not in table({"m": row})
     assert "| ungraded |" in table({"m": row | {"ungraded": 3}})
-
-
-def test_rewards_stand_beside_each_other_by_seed(tmp_path, capsys):
-    for seed, rate in (("seed0", 1.0), ("seed1", 2.5)):
-        for reward in ("v1", "videobrain"):
-            row = {"accuracy": 90.0 + rate, "tool_rate_not_needed": rate, "episodes": [1]}
-            (tmp_path / seed).mkdir(exist_ok=True)
-            text = json.dumps({"rows": {reward: row}, "command": "x"})
-            (tmp_path / seed / f"eval_{reward}.json").write_text(text)
-    seeds = (tmp_path / "seed0", tmp_path / "seed1")
-    rewards.main(rewards.Config(seeds, tmp_path / "kept"))
-    said = capsys.readouterr().out
-    assert "| videobrain | 91.0 / 92.5 | – / – | – / – | – / – | 1.0 / 2.5 |" in said
-    kept = json.loads((tmp_path / "kept" / "seed1_v1.json").read_text())
-    assert "episodes" not in kept["rows"]["v1"] and kept["command"] == "x"
-    (tmp_path / "seed1" / "eval_v1.json").unlink()
-    with pytest.raises(ValueError, match="seed1: has no eval_v1.json"):
-        rewards.main(rewards.Config(seeds))

@@ -15,10 +15,12 @@ import infer
 import rl
 import train
 from data_prep import check, convert, difficulty, distill, look, split
+from nanosport.bench import ablate
 from nanosport.bench.demo import seeds_table
+from nanosport.env.figures import TITLES
 from nanosport.env.reward import Reward
 from nanosport.plan import __main__ as plan
-from nanosport.records import Episode, Question, Turn
+from nanosport.records import DIMENSIONS, Episode, Question, Turn
 from nanosport.report import __main__ as report
 from nanosport.serve import __main__ as serve
 from nanosport.train import checkpoint
@@ -33,7 +35,12 @@ SCRIPTS = {"train.py": train, "rl.py": rl, "eval.py": evaluation, "infer.py": in
 MODULES = {
     f"data_prep.{module.__name__.rpartition('.')[2]}": module
     for module in (check, convert, difficulty, distill, look, split)
-} | {"nanosport.plan": plan, "nanosport.report": report, "nanosport.serve": serve}
+} | {
+    "nanosport.plan": plan,
+    "nanosport.bench.ablate": ablate,
+    "nanosport.report": report,
+    "nanosport.serve": serve,
+}
 EVERYWHERE = (
     "--nproc-per-node",
     "--shutdown-timeout",
@@ -115,10 +122,15 @@ def test_every_metric_is_explained_and_no_other():
     of_rl, rest = page.split("## `log.jsonl` of `train.py`")
     explained = set(re.findall(r"^\| `(\w+)`", of_rl, flags=re.M))
     assert explained == set(row)
-    of_eval = rest.split("## The report of `eval.py`")[1]
-    figures = set(evaluation.figures([episode], [1.0])) - set(evaluation.DIMENSIONS)
-    with_judge = {"ungraded", "judge_and_rule"}
-    assert set(re.findall(r"`(\w+)`", of_eval)) == figures | with_judge
+    of_held_out, of_eval = rest.split("## `heldout.jsonl`")[1].split("## The report of `eval.py`")
+    assert set(re.findall(r"^\| `(\w+)`", of_held_out, flags=re.M)) == {"step", "best"}
+    figures = set(evaluation.figures([episode] * 2, [1.0] * 2)) - set(DIMENSIONS)
+    of_a_run = "ungraded judge_and_rule by_seed against lost seconds seconds_per_question"
+    of_table = "\n".join(line for line in of_eval.splitlines() if line.startswith("|"))
+    assert set(TITLES) <= figures | set(DIMENSIONS) | set(of_a_run.split())
+    inside = {"row", "difference", "interval", "p"}
+    explained = set(re.findall(r"`(\w+)`", of_table)) - inside
+    assert explained == figures | set(of_a_run.split())
 
 
 def test_the_table_is_made_of_the_committed_figures():

@@ -32,27 +32,33 @@ CURVES = {
 
 
 def curve(rows: list[dict]) -> str:
-    """The CURVES over the steps as SVG; all values share one axis that starts at 0."""
+    """The CURVES over a run's steps as SVG."""
     rows = [row for row in rows if None not in map(row.get, CURVES)]  # null: it was not finite
+    return chart({name: [(row["step"], row[name]) for row in rows] for name in CURVES}, CURVES)
+
+
+def chart(lines: dict[str, list[tuple[float, float]]], colours: dict[str, str]) -> str:
+    """Lines of (step, value) as SVG, each by its name; all share one axis that starts at 0."""
     width, height, left, bottom = 720, 260, 44, 26
-    base, last = height - bottom, max(1, rows[-1]["step"])
-    top = max(max(row[name] for row in rows) for name in CURVES) * 1.05 or 1.0
+    places = [place for line in lines.values() for place in line]
+    base, last = height - bottom, max(1, max(x for x, _ in places))
+    top = max(y for _, y in places) * 1.05 or 1.0
     parts = []
     for k in range(5):
         y, value = base - (base - 10) * k / 4, top * k / 4
         parts.append(f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#e3e5e8"/>')
         parts.append(f'<text x="4" y="{y + 4:.1f}">{value:.2f}</text>')
-    for n, (name, colour) in enumerate(CURVES.items()):
+    for n, (name, line) in enumerate(lines.items()):
+        colour, apart = colours[name], (width - left) / len(lines)
         places = [
-            (left + (width - left - 10) * row["step"] / last, base - (base - 10) * row[name] / top)
-            for row in rows
+            (left + (width - left - 10) * x / last, base - (base - 10) * y / top) for x, y in line
         ]
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         line = f'points="{points}" fill="none" stroke="{colour}" stroke-width="2"'
         label = html.escape(name.replace("_", " "))
         parts.append(f"<polyline {line}/>")
         parts.append(
-            f'<text x="{left + 8 + 150 * n}" y="{height - 6}" fill="{colour}">{label}</text>'
+            f'<text x="{left + 8 + apart * n:.0f}" y="{height - 6}" fill="{colour}">{label}</text>'
         )
     size = f'viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'

@@ -8,7 +8,9 @@ Whoever plays, plays here: rollouts, replayed trajectories, a teacher behind an 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from nanosport.env import tools
 from nanosport.records import Episode, Question, Turn
@@ -34,12 +36,22 @@ class Limits:
     min_window: int = tools.MIN_WINDOW
     """A window must have so many frames."""
     near: int = 0
-    """A window off by so many frames from one that was shown repeats it."""
+    """A window off by so many frames from one that was shown repeats it; -1: none does."""
+    frames_drawn: tuple[int, ...] = ()
+    """The overview's number of frames is drawn from these for each question (as in ParaVT), with
+    `num_frames` the most; where there are none it is `num_frames`."""
 
     def __post_init__(self):
         for name in ("num_frames", "frames_per_call", "max_turns", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+
+    def drawn(self, stream: Sequence[int]) -> "Limits":
+        """These for one question, the number of its frames being drawn by the seeds `stream`."""
+        if not self.frames_drawn:
+            return self
+        num_frames = int(np.random.default_rng(stream).choice(self.frames_drawn))
+        return replace(self, num_frames=num_frames, frames_drawn=())
 
 
 class Env:

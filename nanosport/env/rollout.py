@@ -103,7 +103,8 @@ def rollout(
     members = range(group_size)
     try:
         for q, question in enumerate(questions, first):
-            group = [Conversation(question, encoder, sampler.tokenizer, limits) for _ in members]
+            its = limits.drawn([*seed, q, 1 << 20])  # no member's stream
+            group = [Conversation(question, encoder, sampler.tokenizer, its) for _ in members]
             prompt = [conversation.open() for conversation in group][0]
             streams = [np.random.default_rng([*seed, q, member]) for member in members]
             playing |= zip(sampler.open(prompt, streams), group, strict=True)

@@ -17,7 +17,6 @@ from nanosport.env.reward import RULES, reward_function
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
-from nanosport.model.folder import load_model
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
 from nanosport.train import dist
@@ -45,6 +44,11 @@ class RolloutConfig(TrainingConfig):
     max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """One assistant turn is cut after so many tokens."""
     max_turns: Annotated[int, AtLeast(1)] = 5
+    frames_drawn: Annotated[tuple[int, ...], AtLeast(1)] = ()
+    """The overview's number of frames is drawn from these for each prompt, by the seed (as in
+    ParaVT). None: always eight."""
+    allow_repeats: bool = False
+    """A window that was asked for before is shown again, and is no format error: for ablations."""
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
     """A whole episode, frames included, is ended when it reaches so many tokens."""
     reward: str = "v1"
@@ -123,15 +127,13 @@ class Actors:
     def __init__(self, training: Training, judge: Judge | None):
         cfg, source = training.cfg, training.source
         self.training, self.judge = training, judge
-        tower = training.computing.visual if cfg.frozen else None  # once in a process
-        loaded = (source, training.device, training.dtype, tower)
         # who samples needs whole weights: the model itself where it is not sharded, else a copy
         is_own, is_sharded = cfg.sampler == "own", dist.sharded(training.model)
-        player = load_model(*loaded) if is_own and is_sharded else training.computing
+        player = training.whole_copy() if is_own and is_sharded else training.computing
         self.sampler_is_model = is_own and not is_sharded
         self.reference = None
         if cfg.kl > 0:
-            frozen = load_model(*loaded).requires_grad_(False)
+            frozen = training.whole_copy().requires_grad_(False)
             self.reference = dist.shard(frozen, training.dtype, training.device)
         self.encoder = FrameEncoder(player, training.image)
         self.ref_encoder = self.encoder
@@ -139,7 +141,10 @@ class Actors:
             self.ref_encoder = FrameEncoder(self.reference, training.image)
         sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
         given = {"max_turns": cfg.max_turns, "max_tokens": cfg.episode_tokens}
-        self.limits = Limits(syntax=cfg.call_syntax, **given, **RULES.get(cfg.reward, {}))
+        rules = {**RULES.get(cfg.reward, {}), **({"near": -1} if cfg.allow_repeats else {})}
+        if cfg.frames_drawn:
+            rules |= {"num_frames": max(cfg.frames_drawn), "frames_drawn": cfg.frames_drawn}
+        self.limits = Limits(syntax=cfg.call_syntax, **given, **rules)
         self.reward = reward_function(cfg.reward, cfg.solved_rate, cfg.failed_rate)
         room = Room(cfg.episode_tokens + cfg.max_new_tokens, cfg.rollout_batch)
         files = (cfg.out / "sampler").absolute()

@@ -8,6 +8,7 @@ from nanosport import cli
 from nanosport.env.tools import TOOL_NAME, Syntax
 from nanosport.fields import MAY_CHANGE, MAY_GROW, Above, AtLeast, marks_of
 from nanosport.train import checkpoint
+from nanosport.train.track import Tracker, check_installed
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,16 @@ class TrainingConfig:
     """How the model calls the tool: as Qwen's function calls, or as in the paper's first
     version."""
     seed: Annotated[int, AtLeast(0)] = 0
+    eval_every: Annotated[int, AtLeast(0), MAY_CHANGE] = 0
+    """The model is measured on --eval-data before the first step, after so many steps each, and
+    after the last; 0: never. It is saved first, and the best is kept in `out`/best."""
+    eval_data: Annotated[Path | None, MAY_CHANGE] = None
+    """Held-out questions, one JSON object a line, about other videos than those trained on."""
+    patience: Annotated[int, AtLeast(0), MAY_CHANGE] = 0
+    """The run ends after so many evaluations in a row without a better one; 0: never."""
+    track: Annotated[Tracker, MAY_CHANGE] = "none"
+    """Show figures and rollouts with their frames there too, where it is installed: TensorBoard,
+    wandb (offline), or trackio (docs/metrics.md)."""
     keep: Annotated[int, AtLeast(1), MAY_CHANGE] = 2
     """So many checkpoints are kept, the newest."""
     stuck_after_s: Annotated[float, AtLeast(0), MAY_CHANGE] = 1800.0
@@ -72,6 +83,11 @@ class TrainingConfig:
     def check(self) -> None:
         """Raise ValueError for values that no run can use."""
         cli.check(self)
+        check_installed(self.track)
+        if bool(self.eval_every) != (self.eval_data is not None):
+            raise ValueError("--eval-every, --eval-data: give both, or neither")
+        if self.patience and not self.eval_every:
+            raise ValueError(f"--patience {self.patience}: needs --eval-every and --eval-data")
         for name in ("log.jsonl", "run.json"):
             cli.not_the_input(self.out / name, self.data)
 

@@ -18,6 +18,7 @@ _LARGE_SFT = {
     "lr": 1e-5,  # open
     "warmup": 14,  # open
     "weight_decay": 0.0,  # open
+    "max_new_tokens": 2048,  # as in RL
     "micro_tokens": 16_384,
     "save_every": 50,
 }

@@ -1,6 +1,7 @@
 """A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the model (model/),
 checkpoints/ to go on from, rollouts/ of RL for its page, and run.lock, which one run at a time
-holds."""
+holds. With held-out questions also a line for each evaluation (heldout.jsonl), and the best model
+(best/)."""
 
 import fcntl
 import json
@@ -27,6 +28,7 @@ class Run:
         self.folder, self.model = Path(folder), Path(folder) / "model"
         self.log, self.json = self.folder / "log.jsonl", self.folder / "run.json"
         self.checkpoints, self.rollouts = self.folder / "checkpoints", self.folder / "rollouts"
+        self.best, self.held_out = self.folder / "best", self.folder / "heldout.jsonl"
         config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
         self.about, self.opened = {**provenance(), "config": config}, time.time()
 
@@ -87,6 +89,8 @@ class Run:
                 if re.fullmatch(r"(\.|damaged_)?step_\d+", old.name) and old != unfinished:
                     shutil.rmtree(old)
             self.log.unlink(missing_ok=True)
+            self.held_out.unlink(missing_ok=True)
+            shutil.rmtree(self.best, ignore_errors=True)
         for old in self.rollouts.glob("step_*.jsonl"):
             if old.name >= self.rollouts_of(step).name:
                 old.unlink()

@@ -33,7 +33,7 @@ from nanosport.model.folder import (
     weight_files,
 )
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import attention_of
+from nanosport.model.qwen2_5_vl import Qwen25VL, attention_of
 from nanosport.records import Episode
 from nanosport.train import checkpoint, dist, mixed, optim, recompute
 from nanosport.train.checkpoint import Checkpoints
@@ -42,6 +42,7 @@ from nanosport.train.deal import deal, make_units
 from nanosport.train.faults import Preemption, Skips, Stages
 from nanosport.train.pack import Batch, pack
 from nanosport.train.run import Run
+from nanosport.train.track import SHOW_EVERY, numbers_of, open_tracker, show_episodes
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Training:
         if cfg.may_expand:
             dist.expand_segments(self.device)
         self.dtype = dist.dtype_of(cfg.dtype, self.device)
+        self.tracker = None
         self.state: dict = {"step": 0}
         """What a checkpoint remembers beside weights and moments; `step` is the one to do next."""
 
@@ -103,7 +105,7 @@ class Training:
 
     def _open(self) -> None:
         cfg, model = self.cfg, (self.cfg.out / "model").resolve()
-        if self.source.resolve() in (model, aside(model)):
+        if self.source.resolve() in (model, aside(model), (cfg.out / "best").resolve()):
             why = "the run in --out would replace the model that it begins with"
             raise ValueError(f"--model {cfg.model}: {why}; choose another --out")
         self.run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite)
@@ -149,23 +151,34 @@ class Training:
         self.attention = attention_of(self.model.cfg, self.device, self.dtype)
         self.optimizer = optim.build(self.model, cfg.weight_decay, cfg.adam_eps, cfg.offload_adam)
 
-    def steps(self) -> Iterator[int]:
+    def steps(self, held_out=None) -> Iterator[int]:
         """Yield each step that is still to do; after it save, if it is time to or SIGTERM has come.
+        held_out: the questions (heldout.py) that may end the run before its last step.
 
         Raises Preempted after SIGTERM.
         """
         cfg, first = self.cfg, self.state["step"]
         dist.once(lambda: self.run.begin(first))
+        if self.run:
+            self.tracker = open_tracker(cfg.track, cfg.out, self.run.about["config"], first)
         numbers, hidden = range(first, cfg.steps), self.rank > 0
         self.bar = tqdm(numbers, self.title, cfg.steps, initial=first, disable=hidden)
         for step in self.bar:
             self.stage.new_step(step)
+            if held_out and held_out.ends(step):
+                tqdm.write(
+                    f"step {step}: --patience {cfg.patience} is at its end, and so is the run"
+                )
+                break
             yield step
             done, stopping = step + 1, self.preempted()
             if done % cfg.save_every == 0 or done == cfg.steps or stopping:
                 self.save(done)
             if stopping and done < cfg.steps:
                 self._stop(f"after step {step}, which is saved")
+        else:
+            if held_out:
+                held_out.ends(cfg.steps)
 
         # what the last save writes in the background must be whole before any rank leaves
         self.checkpoints.finish()
@@ -173,6 +186,8 @@ class Training:
         if self.run:
             self.run.describe()
             self.run.lock.close()
+            if self.tracker:
+                self.tracker.close()
             print(f"{self.title} model in {self.run.model}")
         dist.barrier()
 
@@ -234,13 +249,36 @@ class Training:
             self.optimizer.zero_grad()
         return Update(loss, grad_norm, lr, skipped)
 
-    def log(self, row: dict, shown: Sequence[str]) -> None:
-        """Write a step's line, with its stages' seconds; `shown` stands beside the bar too."""
+    def log(
+        self, row: dict, shown: Sequence[str], episodes: Sequence[Episode] = (), rewards=()
+    ) -> None:
+        """Write a step's line, with its stages' seconds; `shown` stands beside the bar too, and
+        some of the episodes in the tracker, with their rewards."""
+        if row["step"] % SHOW_EVERY == 0 and episodes:
+            self.show(row["step"], "rollout", episodes, rewards)
         if self.run:
             stages = self.stage.seconds.items()
             seconds = {f"seconds_{stage.replace(' ', '_')}": spent for stage, spent in stages}
             self.run.write({**row, **seconds})
+            self.track(row["step"], {**row, **seconds})
             self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
+
+    def track(self, step: int, row: dict, prefix: str = "") -> None:
+        """Hand a row's numbers to the tracker, if there is one."""
+        if self.tracker:
+            self.tracker.log(step, numbers_of(row, prefix))
+
+    def show(
+        self, step: int, kind: str, episodes: Sequence[Episode], scores: Sequence[float]
+    ) -> None:
+        """Hand some of the episodes to the tracker, with their frames."""
+        if self.tracker:
+            show_episodes(self.tracker, step, kind, episodes, scores)
+
+    def whole_copy(self) -> Qwen25VL:
+        """Another whole model as the run began with, on this rank; a frozen tower is there once."""
+        tower = self.computing.visual if self.cfg.frozen else None
+        return load_model(self.source, self.device, self.dtype, tower)
 
     def preempted(self) -> bool:
         """Whether SIGTERM has reached any rank. All ranks must ask."""

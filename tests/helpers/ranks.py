@@ -55,7 +55,7 @@ def blind(episode: Episode, image_token_id: int) -> Episode:
 def main(_) -> None:
     for script, flags in json.loads(JOBS):
         module = {"train": train, "rl": rl}[script]
-        known = {k: Path(v) if k in ("data", "out") else v for k, v in flags.items()}
+        known = {k: Path(v) if k in ("data", "eval_data", "out") else v for k, v in flags.items()}
         if plant == ["apart"] and os.environ["RANK"] == "1":
             known["out"] = known["out"].with_name("of_another_node")
         module.main(module.Config(**known))

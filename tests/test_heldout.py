@@ -1,0 +1,214 @@
+"""A run is measured as it trains: what is best stays apart, a run that has worn out ends, and
+trackers get what the log gets."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rl
+import train
+from nanosport.cli import Preempted
+from nanosport.records import Episode, Turn, read_questions, record_row
+from nanosport.train import heldout, track
+from tests.helpers.runs import ROOT, flags, killed, log, torchrun
+
+
+@pytest.fixture(scope="module")
+def held_out(arena_folder, tmp_path_factory) -> Path:
+    """Three questions about a clip that nobody trains on."""
+    path = tmp_path_factory.mktemp("held") / "held_out.jsonl"
+    rows = [record_row(q, path.parent) for q in read_questions(arena_folder / "test.jsonl")[:3]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sft(arena_folder, held_out, tmp_path_factory) -> train.Config:
+    """A finished SFT run that was measured before, in and after its four steps."""
+    cfg = train.Config(
+        str(ROOT / "assets/nano-sft"), arena_folder / "trajectories.jsonl",
+        tmp_path_factory.mktemp("sft") / "run", steps=4, batch_size=2, warmup=1,
+        eval_every=2, eval_data=held_out, max_new_tokens=60,
+    )  # fmt: skip
+    train.main(cfg)
+    return cfg
+
+
+def evaluations(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "heldout.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_is_measured_before_its_first_step_and_after_the_last(sft):
+    rows = evaluations(sft.out)
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert all(row["questions"] == 3 and "intervals" in row for row in rows)
+    seen = [row["accuracy"] for row in rows]
+    assert [row["best"] for row in rows] == [max([-1, *seen[:k]]) < seen[k] for k in range(3)]
+    lines = (sft.out / "log.jsonl").read_text().splitlines()
+    assert ["seconds_held_out" in line for line in lines] == [True, False, True, False]
+
+
+def test_evaluations_change_nothing_of_the_training(sft, tmp_path):
+    cfg = replace(sft, out=tmp_path / "run", eval_every=0, eval_data=None)
+    train.main(cfg)
+    assert same(weights(cfg.out / "model"), weights(sft.out / "model"))
+    assert not (cfg.out / "best").exists()
+
+
+def test_the_best_model_is_kept_apart_and_a_run_that_wears_out_ends(sft, tmp_path, monkeypatch):
+    accuracies = iter([10.0, 30.0, 20.0, 30.0])
+    measured = []
+
+    def measure(self, step: int) -> dict:
+        measured.append({name: w.clone() for name, w in self.training.model.named_parameters()})
+        return {"accuracy": next(accuracies), "intervals": {}}
+
+    monkeypatch.setattr(heldout.HeldOut, "_measure", measure)
+    cfg = replace(sft, out=tmp_path / "run", eval_every=1, patience=2, steps=9)
+    train.main(cfg)
+    rows = evaluations(cfg.out)
+    assert [row["best"] for row in rows] == [True, True, False, False], "an equal one is not better"
+    assert len(log(cfg.out)) == 3, "it has ended before its fourth step"
+    best = weights(cfg.out / "best")
+    assert all(torch.equal(best[name], measured[1][name]) for name in best)
+    assert not same(best, weights(cfg.out / "model")) and not list(cfg.out.glob(".best*"))
+    assert same(weights(cfg.out / "model"), {name: measured[3][name] for name in best})
+
+
+def test_a_run_that_goes_on_measures_what_it_would_have_measured(sft, tmp_path, monkeypatch):
+    cfg = replace(sft, out=tmp_path / "run", save_every=2)
+    killed(train.main, cfg, monkeypatch, step=3)
+    assert [row["step"] for row in evaluations(cfg.out)] == [0, 2]
+    train.main(replace(cfg, resume=True))
+    assert evaluations(cfg.out) == evaluations(sft.out)
+
+
+def test_sigterm_in_an_evaluation_ends_the_run_where_it_can_go_on(sft, tmp_path, monkeypatch):
+    cfg, play = replace(sft, out=tmp_path / "run"), heldout.HeldOut._play
+
+    def asked(self, first: int, numbers: list[int]) -> list[Episode]:
+        self.training.preemption.asked = self.training.state["step"] == 2
+        return play(self, first, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout.HeldOut, "_play", asked)
+        with pytest.raises(Preempted, match="stopped by SIGTERM in step 2; what was before it"):
+            train.main(cfg)
+    assert [row["step"] for row in evaluations(cfg.out)] == [0]
+    train.main(replace(cfg, resume=True))
+    assert evaluations(cfg.out) == evaluations(sft.out) and log(cfg.out) == log(sft.out)
+
+
+def test_a_run_that_is_replaced_leaves_no_best_model(sft, tmp_path):
+    cfg = replace(sft, out=tmp_path / "run", steps=1, eval_every=1)
+    train.main(cfg)
+    with pytest.raises(ValueError, match="would replace the model that it begins with"):
+        train.main(replace(cfg, model=str(cfg.out / "best"), overwrite=True))
+    train.main(replace(cfg, eval_every=0, eval_data=None, overwrite=True))
+    assert not (cfg.out / "best").exists() and not (cfg.out / "heldout.jsonl").exists()
+
+
+def test_two_ranks_share_the_questions(sft, tmp_path):
+    """The model is sharded there, so that a whole copy plays: it must get the weights."""
+    cfg = replace(sft, out=tmp_path / "run", eval_every=4)
+    done = torchrun([["train", flags(cfg)]])
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, last = evaluations(tmp_path / "run")
+    assert first == evaluations(sft.out)[0], "before its first step it is the same model"
+    assert last["step"] == 4 and last["questions"] == 3
+    assert (tmp_path / "run/best/model.safetensors").exists()
+
+
+def test_rl_measures_with_its_own_sampler(arena_folder, held_out, tmp_path):
+    cfg = rl.Config(
+        str(ROOT / "assets/nano-sft"), arena_folder / "rl.jsonl", tmp_path / "run", steps=2,
+        num_prompts=2, group_size=2, max_new_tokens=60, min_format_rate=0, eval_every=1,
+        eval_data=held_out, frames_drawn=(4,),
+    )  # fmt: skip
+    rl.main(cfg)
+    rows = evaluations(cfg.out)
+    assert [row["step"] for row in rows] == [0, 1, 2] and (cfg.out / "best/config.json").exists()
+    assert min(row["frames"] for row in rows) >= 8, "frames are drawn for rollouts alone"
+    plain = replace(cfg, out=tmp_path / "plain", eval_every=0, eval_data=None)
+    rl.main(plain)
+    assert same(weights(cfg.out / "model"), weights(plain.out / "model"))
+    assert log(cfg.out) == log(plain.out)
+    work = [(run.out / "log.jsonl").read_text().splitlines() for run in (cfg, plain)]
+    steps = [[json.loads(line)["decode_steps"] for line in lines] for lines in work]
+    assert steps[0] == steps[1], "the log counts what the rollouts have taken, and no more"
+
+
+def test_what_cannot_be_is_said_before_a_model_is_loaded(sft, held_out, tmp_path):
+    for changed, said in (
+        ({"eval_every": 0}, "--eval-every, --eval-data: give both, or neither"),
+        ({"eval_every": 0, "eval_data": None, "patience": 1}, "--patience 1: needs --eval-every"),
+        ({"track": "aim"}, "--track aim: is not installed: pip install aim"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            replace(sft, out=tmp_path, **changed).check()
+    cfg = replace(sft, out=tmp_path / "run", eval_data=sft.data)
+    with pytest.raises(ValueError, match="--eval-data .*: the video of .* is trained on"):
+        train.main(cfg)
+
+
+# Trackers: their own files, read back. Each test says what is not installed.
+
+
+def tracked(name: str, sft: train.Config, out: Path) -> None:
+    if name not in sys.modules and track.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed")
+    train.main(replace(sft, out=out, track=name, steps=2))
+
+
+def test_tensorboard_has_what_the_log_has(sft, tmp_path):
+    tracked("tensorboard", sft, tmp_path / "run")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("loss")]
+    assert written == pytest.approx([row["loss"] for row in log(tmp_path / "run")])
+    assert [event.step for event in events.Scalars("held_out/accuracy")] == [0, 2]
+    (image, *_) = events.Images("held_out/0")
+    assert image.encoded_image_string[:4] == b"\x89PNG" and image.width >= 8 * track.WIDTH
+    text = events.Tensors("held_out/0/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "truth: " in text and "<think>" in text
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_that_are_offline_leave_their_files_in_the_run(name, sft, tmp_path):
+    tracked(name, sft, tmp_path / "run")
+    files = [path for path in (tmp_path / "run" / name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) > 10_000
+    assert any(path.suffix == {"wandb": ".wandb", "trackio": ".db"}[name] for path in files)
+    assert any(path.suffix == ".png" for path in files)
+
+
+def test_an_episode_is_shown_with_its_frames_and_words(arena_folder):
+    question = read_questions(arena_folder / "test.jsonl")[0]
+    turns = (
+        Turn("<think>a</think>", "tool", (3, 9), (3, 5, 9)),
+        Turn("<b>", "invalid", error="a turn is"),
+    )
+    episode = Episode(question, (), (), (), (0, 20, 3, 5, 9), turns, "format_error")
+    frames = track.strip(episode)
+    assert frames.dtype == np.uint8 and frames.shape[1:] == (3 * track.WIDTH, 3)
+    assert frames[: frames.shape[0] // 2, 2 * track.WIDTH :].max() == 0, "two frames, then three"
+    said = track.transcript(episode, 0.25)
+    assert question.question in said and "refused: a turn is" in said
+    assert said.endswith("format_error, 0.25")
+    assert track.numbers_of({"a": 1, "b": float("nan"), "c": {"d": 2}, "e": "x"}) == {"a": 1.0}
