@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from nanosport.fields import check, read_json, section
 from nanosport.files import ASSETS
 from nanosport.image import image_settings
-from nanosport.model import shards
+from nanosport.model import lora, shards
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -46,7 +46,7 @@ def resolve(model: str) -> Path:
     if not folder.exists() and (old := aside(folder)).is_dir():
         folder = old  # a save was killed between its two renames
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not is_adapter(folder):
             why = "the folder holds no config.json, so it is not a model folder"
             raise ValueError(f"model {model}: {why}")
         say_which(folder)
@@ -72,6 +72,42 @@ def hub_commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, whose base is elsewhere."""
+    return (folder / lora.CONFIG).is_file()
+
+
+def chain(folder: Path) -> list[Path]:
+    """A model folder; of an adapter the adapter, its base, which may be one too, and so on. Raises
+    ValueError where a base cannot be found."""
+    folders = [Path(folder)]
+    while is_adapter(folders[-1]):
+        file = folders[-1] / lora.CONFIG
+        raw = read_json(file)
+        base, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{file}: names no base_model_name_or_path: write the base's there")
+        try:
+            folders.append(resolve(f"{base}@{revision}" if revision else base))
+        except ValueError as error:
+            raise ValueError(f"{file}: its base_model_name_or_path: {error}") from error
+        if folders[-1].resolve() in [other.resolve() for other in folders[:-1]]:
+            raise ValueError(f"{file}: base_model_name_or_path {base}: is an adapter of itself")
+    return folders
+
+
+def settings_folder(folder: Path) -> Path:
+    """Where config, tokenizer and preprocessor are: in an adapter's folder, or in its base's."""
+    return next((one for one in chain(folder) if (one / "config.json").is_file()), Path(folder))
+
+
+def check_whole_model(folder: Path, taker: str) -> None:
+    """Raise ValueError for an adapter's folder, where `taker` takes whole models alone."""
+    if is_adapter(folder):
+        merge = f"python -m nanosport.train.checkpoint {folder} OUT"
+        raise ValueError(f"model {folder}: {taker} takes no adapter; merge it: {merge}")
+
+
 def say_which(folder: Path) -> None:
     """Say which weights are taken where a folder has them twice."""
     twice = (folder / WHOLE).is_file() and (folder / INDEX).is_file()
@@ -83,7 +119,7 @@ def say_which(folder: Path) -> None:
 def load_config(folder: str | Path) -> ModelConfig:
     """config.json, and the end-of-sequence ids of generation_config.json, for chat models stop at
     several."""
-    folder = Path(folder)
+    folder = settings_folder(folder)
     file, more = folder / "config.json", folder / "generation_config.json"
     cfg = ModelConfig.from_dict(read_json(file), file)
     if more.is_file():
@@ -96,12 +132,23 @@ def load_config(folder: str | Path) -> ModelConfig:
 def load_model(
     folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tower=None
 ) -> Qwen25VL:
-    """The model of a folder. tower: the same one of another model, to share. Raises ValueError
-    where the weights are not exactly the ones its config asks for."""
-    folder = Path(folder)
+    """The model of a folder, an adapter merged into its base. tower: the same one of another model,
+    to share. Raises ValueError where the weights are not exactly the ones its config asks for."""
+    *adapters, folder = chain(Path(folder))
+    model = load_whole(folder, device, dtype)
+    for adapter in reversed(adapters):
+        state = read_weights([adapter / lora.WEIGHTS], device, torch.float32)
+        lora.merge(model, read_json(adapter / lora.CONFIG), state, adapter)
+    if tower is not None:
+        model.visual = tower
+    return model
+
+
+def load_whole(folder: Path, device, dtype: torch.dtype) -> Qwen25VL:
+    """The model of a folder that holds all its weights."""
     with torch.device("meta"):
         model = Qwen25VL(load_config(folder))
-    state, wanted = read_weights(folder, device, dtype), model.state_dict()
+    state, wanted = read_weights(weight_files(folder), device, dtype), model.state_dict()
     if model.cfg.tie_word_embeddings and "lm_head.weight" in state:  # some tools write it twice
         head = state.pop("lm_head.weight")
         if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
@@ -116,16 +163,14 @@ def load_model(
         shapes = "weights of another shape than config.json says"
         raise ValueError(f"{folder}: {shapes}: {first_few(wrong)}")
     model.load_state_dict(state, assign=True)
-    if tower is not None:
-        model.visual = tower
     return model
 
 
-def read_weights(folder: Path, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of a folder's files by their published names. Raises ValueError where a file is
-    not whole, or a weight is there twice or not finite."""
+def read_weights(files: Iterable[Path], device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of files by their published names. Raises ValueError where a file is not whole,
+    or a weight is there twice or not finite."""
     state = {}
-    for path in weight_files(folder):
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
@@ -146,13 +191,18 @@ def read_weights(folder: Path, device, dtype: torch.dtype) -> dict[str, torch.Te
 
 
 def published_name(name: str) -> str:
-    """The published name of a weight that a newer tool has saved under its module path."""
+    """The published name of a weight that a newer tool, or peft, has saved under its module
+    path."""
+    name = name.removeprefix(lora.PREFIX)
     return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers takes: the whole one, else those of the index. Raises
-    ValueError where one is missing, or is not in the folder (but links in it may lead outside)."""
+    """The safetensors files that transformers takes: the whole one, else those of the index; of an
+    adapter its base's, and its own. Raises ValueError where one is missing, or is not in the folder
+    (but links in it may lead outside)."""
+    if is_adapter(folder):
+        return [*weight_files(chain(folder)[1]), folder / lora.WEIGHTS]
     names = {WHOLE}
     if not (folder / WHOLE).is_file() and (index := folder / INDEX).is_file():
         named = section(read_json(index), "weight_map", index).values()
@@ -188,6 +238,7 @@ def save_model(
     shapes: Shapes | None = None,
     load: Callable[[str], torch.Tensor] | None = None,
     max_pixels: int | None = None,
+    adapter: dict | None = None,
 ):
     """Write a model folder; config, tokenizer and preprocessor files are copied from `source`.
 
@@ -195,10 +246,11 @@ def save_model(
     dtype: what the weights are saved in (None: as they are). shapes, load: of each weight, and
     what gives it in one piece, where the model holds only a shard of it (FSDP); the model itself is
     then not touched, which may be computing. max_pixels: the bound of a frame in training,
-    where it is not the source's. Raises ValueError where the place cannot be written, or holds
-    something else than a model.
+    where it is not the source's. adapter: the adapter_config.json of the folder, whose weights are
+    then an adapter's. Raises ValueError where the place cannot be written, or holds something else
+    than a model.
     """
-    folder, source = Path(folder).absolute(), Path(source)
+    folder, source = Path(folder).absolute(), settings_folder(source)
     if shapes is None or load is None:
         weights = model.state_dict()
         shapes = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
@@ -212,6 +264,9 @@ def save_model(
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()
         write_weights(shapes, new, max_shard_bytes, dtype, load)
+        if adapter:
+            (new / WHOLE).rename(new / lora.WEIGHTS)
+            write_json(new / lora.CONFIG, adapter)
         saved_dtype = dtype or model.head_weight_VD.dtype
         copy_settings(source, new, str(saved_dtype).removeprefix("torch."), max_pixels)
         for path in (*new.iterdir(), new):
@@ -312,7 +367,7 @@ def load_tokenizer(folder: str | Path):
     model."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = Path(folder)
+    folder = settings_folder(folder)
     cfg = load_config(folder)
     if (folder / "tokenizer.json").is_file():
         tokenizer_class = PreTrainedTokenizerFast  # a model's own class may put in its own rules

@@ -17,6 +17,7 @@ from nanosport.env.reward import RULES, reward_function
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
+from nanosport.model import lora
 from nanosport.model.folder import load_model
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode
@@ -126,8 +127,13 @@ class Actors:
         is_own, is_sharded = cfg.sampler == "own", dist.sharded(training.model)
         player = load_model(*loaded) if is_own and is_sharded else training.computing
         self.sampler_is_model = is_own and not is_sharded
+        if cfg.lora_rank and is_own and is_sharded:
+            how = cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed
+            lora.attach(player, *how)
         self.reference = None
-        if cfg.kl > 0:
+        if cfg.kl > 0 and cfg.lora_rank:  # the same weights, with the adapters switched off
+            self.reference = training.computing
+        elif cfg.kl > 0:
             frozen = load_model(*loaded).requires_grad_(False)
             self.reference = dist.shard(frozen, training.dtype, training.device)
         self.encoder = FrameEncoder(player, training.image)
@@ -154,7 +160,8 @@ class Actors:
                 wait([self.coming[1]])
         with self.training.stage("weights to the sampler"):
             model = self.training.model
-            theirs = () if self.sampler_is_model else dist.TrainedWeights(model)
+            merged = self.training.cfg.sampler != "own"  # our own adds adapters itself
+            theirs = () if self.sampler_is_model else dist.TrainedWeights(model, merged)
             self.sampler.load_weights(theirs, version)
             dist.barrier()  # servers have them when rank 0 says so
             if not self.training.cfg.frozen:
