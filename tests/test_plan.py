@@ -50,22 +50,27 @@ def nano(nano_folder):
 
 
 @pytest.mark.parametrize(
-    "recompute, micro_tokens, dtype",
+    "recompute, micro_tokens, dtype, lora_rank",
     [
-        ("none", 700, "float32"),
-        ("none", 1200, "float32"),
-        ("all", 700, "float32"),
-        ("mlp", 1200, "float32"),
-        ("all", 1200, "bfloat16"),
-        ("none", 700, "bfloat16"),
+        ("none", 700, "float32", 0),
+        ("none", 1200, "float32", 0),
+        ("all", 700, "float32", 0),
+        ("mlp", 1200, "float32", 0),
+        ("all", 1200, "bfloat16", 0),
+        ("none", 700, "bfloat16", 0),
+        ("none", 700, "bfloat16", 8),
+        ("all", 1200, "float32", 64),
     ],
 )
 @pytest.mark.parametrize("policy", [False, True], ids=["SFT step", "policy update"])
-def test_planned_memory_is_the_measured_peak(policy, recompute, micro_tokens, dtype, nano):
-    """A real step, every allocation of it counted: weights, their copies in bfloat16, gradients,
-    Adam's moments, activations, the loss, frames."""
+def test_planned_memory_is_the_measured_peak(
+    policy, recompute, micro_tokens, dtype, lora_rank, nano
+):
+    """A real step, every allocation of it counted: weights, their copies in bfloat16, adapters,
+    gradients, Adam's moments, activations, the loss, frames."""
     members = 4 if policy else 1
     flags = {"micro_tokens": micro_tokens, "recompute": recompute, "dtype": dtype}
+    flags["lora_rank"] = lora_rank
     work = Work.of(nano, SHORT, 8 // members, members, **flags)
     trainer = Ours(nano, work, getattr(torch, dtype))
     trainer.step(work)  # makes Adam's moments
