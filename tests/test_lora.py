@@ -24,6 +24,7 @@ from nanosport.model.folder import chain, load_model, published_name, resolve, v
 from nanosport.model.qwen2_5_vl import join_projections
 from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, make_episodes, take_step
 from nanosport.train import checkpoint, dist
+from nanosport.train.training import Training
 from tests.helpers.runs import assert_same, flags, killed, log, torchrun
 from tests.test_model import (
     GRIDS,
@@ -208,7 +209,7 @@ def test_what_peft_saves_is_a_model_to_us(tmp_path):
     assert relative_error(our_logits(load_model(folder), IDS), expected) < 1e-5
     encoder, sampler = load_sampler(folder, Sampling())
     assert torch.equal(our_logits(sampler.model, IDS), our_logits(load_model(folder), IDS))
-    assert version(folder).startswith(version(BASE)) and version(folder) != version(BASE)
+    assert version(folder).endswith(version(BASE)) and version(folder) != version(BASE)
 
 
 @torch.no_grad()
@@ -337,7 +338,20 @@ def test_a_killed_run_goes_on_bit_for_bit(script, sft, grpo, monkeypatch, tmp_pa
     assert names and all(".lora." in name for name in names), "the base is not saved again"
 
 
-def test_a_run_goes_on_with_its_own_base_and_flags_alone(sft, tmp_path):
+def test_the_base_of_a_hub_id_is_named_with_its_commit():
+    training = Training.__new__(Training)
+    training.model = tiny_pair()[1]
+    training.source = Path("/cache/models--owner--name/snapshots/0123abc")
+    for model, base, revision in (
+        ("owner/name@main", "owner/name", "0123abc"),
+        (str(BASE), "/cache/models--owner--name/snapshots/0123abc", None),
+    ):
+        training.cfg = train.Config(model, lora_rank=4)
+        about = training._about_adapter()
+        assert (about["base_model_name_or_path"], about["revision"]) == (base, revision)
+
+
+def test_a_run_goes_on_with_its_own_base_and_flags_alone(sft, grpo, tmp_path):
     cut = replace(sft, out=tmp_path / "cut", resume=True)
     shutil.copytree(sft.out, cut.out)
     shutil.copytree(BASE, tmp_path / "other")
@@ -348,6 +362,9 @@ def test_a_run_goes_on_with_its_own_base_and_flags_alone(sft, tmp_path):
         train.main(replace(cut, model=str(tmp_path / "other")))
     with pytest.raises(ValueError, match="--lora-rank 8: the run in .* has 4"):
         train.main(replace(cut, lora_rank=8))
+    begun = json.loads((checkpoint.latest(grpo.out) / "trainer.json").read_text())["began_with"]
+    names = {name for name in begun if name.endswith(".safetensors")}
+    assert names == {"--model, adapter_model.safetensors", "--model's base, model.safetensors"}
 
 
 def test_two_ranks_compute_what_one_does(sft, grpo, tmp_path):

@@ -137,7 +137,7 @@ def load_model(
     *adapters, folder = chain(Path(folder))
     model = load_whole(folder, device, dtype)
     for adapter in reversed(adapters):
-        state = read_weights([adapter / lora.WEIGHTS], device, torch.float32)
+        state = read_weights(weight_files(adapter), device, torch.float32)
         lora.merge(model, read_json(adapter / lora.CONFIG), state, adapter)
     if tower is not None:
         model.visual = tower
@@ -199,12 +199,10 @@ def published_name(name: str) -> str:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers takes: the whole one, else those of the index; of an
-    adapter its base's, and its own. Raises ValueError where one is missing, or is not in the folder
-    (but links in it may lead outside)."""
-    if is_adapter(folder):
-        return [*weight_files(chain(folder)[1]), folder / lora.WEIGHTS]
-    names = {WHOLE}
-    if not (folder / WHOLE).is_file() and (index := folder / INDEX).is_file():
+    adapter its own, without its base's. Raises ValueError where one is missing, or is not in the
+    folder (but links in it may lead outside)."""
+    names = {lora.WEIGHTS if is_adapter(folder) else WHOLE}
+    if names == {WHOLE} and not (folder / WHOLE).is_file() and (index := folder / INDEX).is_file():
         named = section(read_json(index), "weight_map", index).values()
         if outside := [n for n in named if not isinstance(n, str) or n != Path(n).name]:
             raise ValueError(f"{index}: weight_map {short(outside[0])}: must be a file beside it")
@@ -217,9 +215,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def version(folder: Path) -> str:
     """What changes when a model folder is trained anew, and stays when it is copied: names, sizes
-    and a digest of its files of weights, the whole of 16 MiB, an even sample of larger ones."""
+    and a digest of its files of weights, an adapter's base's too: the whole of 16 MiB, an even
+    sample of larger ones."""
     parts, block = [], 2**14
-    for path in weight_files(Path(folder)):
+    for path in (path for one in chain(folder) for path in weight_files(one)):
         size, digest = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
             for start in range(0, size, max(block, size // 1024)):
@@ -244,11 +243,10 @@ def save_model(
 
     The folder appears whole or not at all; an older model there stays until the new one is whole.
     dtype: what the weights are saved in (None: as they are). shapes, load: of each weight, and
-    what gives it in one piece, where the model holds only a shard of it (FSDP); the model itself is
-    then not touched, which may be computing. max_pixels: the bound of a frame in training,
-    where it is not the source's. adapter: the adapter_config.json of the folder, whose weights are
-    then an adapter's. Raises ValueError where the place cannot be written, or holds something else
-    than a model.
+    what gives it in one piece, where the model holds a shard of it (FSDP); the model, which may be
+    computing, is then not touched. max_pixels: the bound of a frame in training, where it is not
+    the source's. adapter: adapter_config.json, where the weights are an adapter's. Raises
+    ValueError where the place cannot be written, or holds something else than a model.
     """
     folder, source = Path(folder).absolute(), settings_folder(source)
     if shapes is None or load is None:
@@ -256,8 +254,7 @@ def save_model(
         shapes = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
         load = weights.__getitem__
     if replace(load_config(source), eos_token_ids=()) != replace(model.cfg, eos_token_ids=()):
-        why = "its config.json describes another model than the one to be saved"
-        raise ValueError(f"{source}: {why}")
+        raise ValueError(f"{source}: its config.json describes another model than that to be saved")
     check_replaceable(folder)
     new = folder.with_name(f".{folder.name}.{os.getpid()}")  # beside it, where a rename works
     try:
@@ -267,8 +264,7 @@ def save_model(
         if adapter:
             (new / WHOLE).rename(new / lora.WEIGHTS)
             write_json(new / lora.CONFIG, adapter)
-        saved_dtype = dtype or model.head_weight_VD.dtype
-        copy_settings(source, new, str(saved_dtype).removeprefix("torch."), max_pixels)
+        copy_settings(source, new, dtype or model.head_weight_VD.dtype, max_pixels)
         for path in (*new.iterdir(), new):
             sync(path)
         move_into_place(new, folder)
@@ -325,9 +321,10 @@ def write_weights(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def copy_settings(source: Path, folder: Path, dtype: str, max_pixels: int | None) -> None:
+def copy_settings(source: Path, folder: Path, dtype: torch.dtype, max_pixels: int | None) -> None:
     """Copy what is beside the weights; only the dtype and the bound on pixels may be others."""
-    write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), dtype))
+    named = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), named))
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -118,14 +118,12 @@ def peft_name(name: str) -> str:
 
 
 def config_of(model: nn.Module, base: str, rank: int, alpha: int) -> dict:
-    """What adapter_config.json says of a model's adapters. base: a folder or a hub id, of a
-    revision if it ends in @REVISION."""
-    name, _, revision = base.partition("@")
+    """What adapter_config.json says of a model's adapters. base: a folder or a hub id."""
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": name,
-        "revision": revision or None,
+        "base_model_name_or_path": base,
+        "revision": None,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,

@@ -202,7 +202,8 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
         spent["prefill"] = cost.text_flops(model, fed, fed * lengths.prompt) / flops
         spent["decode"] = decode_seconds(stage, cfg, memory_s)
         spent["reference"] = (forward + head) / flops if run.kl > 0 else 0.0
-        spent["weights to the sampler"] = 4 * trained * away / nvlink + 2 * trained / memory_s
+        sent = trained if run.sampler == "own" else moved  # to vLLM merged weights
+        spent["weights to the sampler"] = 4 * sent * away / nvlink + 2 * sent / memory_s
     return spent | {"train": max(computing, moving), "update": 36 * trained / cfg.gpus / memory_s}
 
 
@@ -233,8 +234,7 @@ def fits(cfg: Config) -> bool:
     weights = cost.num_weights(policy.model)
     trained = memory.num_trained(policy.model, policy.run)
     # what is sure to be there in RL's update saves most counts: weights, gradients, moments, roots
-    least = (8 if cfg.offload_adam else 20) * trained / cfg.gpus
-    least += 2 * sum(weights.values()) / (cfg.gpus if cfg.lora_rank else 1)
+    least = 2 * sum(weights.values()) + (8 if cfg.offload_adam else 20) * trained / cfg.gpus
     return least <= room and all(memory.peak(stage.memory) <= room for stage in (policy, sft))
 
 

@@ -103,12 +103,12 @@ def training_moments(
         follow(training.computing, ledger)
         if isinstance(run, rl.Config):
             ledger.enter("reference")
-            if run.lora_rank or not has_reference:
-                reference = training.computing if has_reference else None
-            else:
+            if run.lora_rank:  # it is the policy, with its adapters switched off
+                reference = training.computing
+            elif has_reference:
                 reference = reference.to_empty(device=device).requires_grad_(False)
                 reference = dist.shard(reference, dtype, device)
-            actors = bare_actors(training, reference)
+            actors = bare_actors(training, reference if has_reference else None)
         ledger.enter("Adam moments")
         optim.start_moments(training.optimizer)
         for group in training.optimizer.param_groups:
@@ -239,41 +239,37 @@ def stage_moments(
     micro_batches: int,
 ) -> Moments:
     """What a GPU holds in SFT or RL; "always" is there at every moment but the start, when each
-    rank loads all weights before it keeps its shard.
-
-    lengths: of episodes whose turns are as long as they may be. prompts: sampled at a time.
-    """
+    rank loads all weights before it keeps its shard. lengths: of episodes whose turns are as long
+    as they may be. prompts: sampled at a time."""
     episodes, counted = fullest(model, run, lengths)
     if run.recompute == "auto":  # what is kept beside this is added by the room there is
         counted = replace(counted, recompute="all")
     step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3)
-    weights, head = num_weights(model), 4 * model.vocab_size * model.hidden_size
+    weights, head = num_weights(model), 12 * model.vocab_size * model.hidden_size
     image_bytes = 2 * model.hidden_size * sum(e.ids.count(model.image_token_id) for e in episodes)
 
     always = {"CUDA, NCCL": RESERVED, "vision tower": 2 * weights["vision"]}
     always |= {part: step["update"][part] for part in ("weights", "Adam moments")}
     always["frames seen"] = min(CACHE_BYTES, run.steps * image_bytes * micro_batches)
-    begins_in = 2 if run.lora_rank else 4
-    moments = {"always": always, "start": {"all weights": begins_in * sum(weights.values())}}
+    whole = sum(weights.values())
+    moments = {"always": always, "start": {"all weights": (2 if run.lora_rank else 4) * whole}}
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
     if isinstance(run, rl.Config):
-        copy = {"rollout copy": 2 * (sum(weights.values()) - weights["vision"])}
-        if run.sampler == "own":  # a model that is not sharded plays itself
-            copy = copy if gpus > 1 else {"rollout copy": 0.0}
-            always |= copy
+        is_own = run.sampler == "own"  # what is not sharded plays itself
+        copy = {"rollout copy": 0 if is_own and gpus == 1 else 2 * (whole - weights["vision"])}
+        always |= copy if is_own else {}
         always["reference"] = step["update"].get("reference", 0.0)
         always["frames of the step"] = image_bytes * (micro_batches - 1)
         plays = only(run, "group_size", "max_turns", "max_new_tokens", "episode_tokens")
         rollout = at_depth(lambda cfg: sampler_moments(cfg, lengths, prompts, plays), model, 1)
         if "http" not in run.sampler:  # vLLM's copy sleeps while the policy learns
             moments["rollout"] = largest(rollout) | copy
-    passes = ("loss", "backward pass", "embedding")
-    moments["train"] = largest({name: step[name] for name in passes if name in step})
+    passes = {"loss", "backward pass", "embedding"} & step.keys()
+    moments["train"] = largest({name: step[name] for name in passes})
     moments["update"] = largest({"update": step["update"]})
     if run.offload_adam:  # the moments of one weight at a time visit the GPU
         always["Adam moments"] = 0.0
-        gradients = step["update"]["gradients"]
-        moments["update"] = {"gradients": gradients, "one moment": 3 * head / gpus}
+        moments["update"] = {"gradients": step["update"]["gradients"], "one moment": head / gpus}
     return {
         name: {p: size for p, size in parts.items() if name == "always" or p not in always}
         for name, parts in moments.items()

@@ -341,11 +341,13 @@ def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> Non
 
 
 def export(folder: Path, out: Path) -> None:
-    """A run's model alone, in bfloat16, with how it was made (made.json): what assets/ holds."""
-    # paths of our own folder as everybody has them
-    made = (folder.parent / "run.json").read_text().replace(f"{ASSETS.parent}/", "")
+    """A model alone, in bfloat16, an adapter merged into its base, with how its run has made it
+    (made.json): what assets/ holds."""
     save_model(load_model(folder), out, source=folder, dtype=torch.bfloat16)
-    write_atomically(out / "made.json", made)
+    if (run := folder.parent / "run.json").is_file():
+        # paths of our own folder as everybody has them
+        made = run.read_text().replace(f"{ASSETS.parent}/", "")
+        write_atomically(out / "made.json", made)
 
 
 if __name__ == "__main__":  # python -m nanosport.train.checkpoint out/rl/model out/nano

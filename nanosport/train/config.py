@@ -59,8 +59,8 @@ class TrainingConfig:
     offload_adam: Annotated[bool, MAY_CHANGE] = False
     """Keep Adam's moments in the CPU's memory."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute in this; weights, gradients and Adam's moments are float32 always. None: bfloat16 on
-    a GPU, float32 on a CPU."""
+    """Compute in this; what learns, its gradients and Adam's moments are float32 always. None:
+    bfloat16 on a GPU, float32 on a CPU."""
     call_syntax: Syntax = TOOL_NAME
     """How the model calls the tool: as Qwen's function calls, or as in the paper's first
     version."""

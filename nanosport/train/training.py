@@ -94,9 +94,7 @@ class Training:
         self.build(load_model(self.source, self.device, dtype))
         saved_as = {"dtype": self.dtype, "max_pixels": cfg.max_pixels}
         if cfg.lora_rank:
-            base = str(self.source.absolute()) if Path(cfg.model).exists() else cfg.model
-            about = lora.config_of(self.model, base, cfg.lora_rank, cfg.lora_alpha)
-            saved_as |= {"dtype": torch.float32, "adapter": about}
+            saved_as |= {"dtype": torch.float32, "adapter": self._about_adapter()}
         self.checkpoints = Checkpoints(cfg.out, self.source, self.rank, cfg.keep, **saved_as)
         self.began_with = self._checksums()
         if cfg.resume and checkpoint.latest(cfg.out):
@@ -110,6 +108,14 @@ class Training:
         self.image = ImageConfig.from_folder(settings_folder(self.source), cfg.max_pixels)
         self.encoder = FrameEncoder(self.computing, self.image, cfg.frozen)
 
+    def _about_adapter(self) -> dict:
+        """The adapter_config.json of what this run saves."""
+        cfg, is_folder = self.cfg, Path(self.cfg.model).expanduser().exists()
+        commit = None if is_folder else hub_commit(self.source)
+        base = cfg.model.partition("@")[0] if commit else str(self.source.absolute())
+        about = lora.config_of(self.model, base, cfg.lora_rank, cfg.lora_alpha)
+        return about | {"revision": commit}
+
     def _open(self) -> None:
         cfg, model = self.cfg, (self.cfg.out / "model").resolve()
         if {one.resolve() for one in chain(self.source)} & {model, aside(model)}:
@@ -119,9 +125,12 @@ class Training:
 
     def _checksums(self) -> dict[str, int]:
         """What a run begins with: the checksums of the data, and of each of the model's files."""
-        settings = [settings_folder(self.source) / name for name in ("config.json", *COPIED)]
-        files = [*weight_files(self.source), *filter(Path.is_file, settings)]
-        paths = {f"--model, {path.name}": path for path in files} | {"--data": self.cfg.data}
+        paths = {"--data": self.cfg.data}
+        for depth, folder in enumerate(chain(self.source)):  # an adapter, and what it stands on
+            settings = [folder / name for name in ("config.json", lora.CONFIG, *COPIED)]
+            files = [*weight_files(folder), *filter(Path.is_file, settings)]
+            whose = "--model" + "'s base" * depth
+            paths |= {f"{whose}, {path.name}": path for path in files}
         mine = dist.share(list(paths), self.rank)
         return dist.gather_dict({name: checksum(paths[name]) for name in mine})
 
