@@ -324,6 +324,19 @@ def test_the_reference_is_what_rl_began_with_and_the_sampler_has_the_adapter(grp
     }
 
 
+def test_the_mergers_adapter_learns_and_is_switched_off_for_the_references_frames(grpo, tmp_path):
+    how = {"steps": 2, "warmup": 0, "lora_targets": ("merger",)}
+    cfg = replace(grpo, model=str(BASE), out=tmp_path / "run", **how)
+    rl.main(cfg)
+    first, second = log(cfg.out)
+    assert first["kl"] == 0.0 and second["kl"] > 0 and first["grad_norm"] > 0
+    gaps = [
+        row[f"logprob_gap_{where}"] for row in (first, second) for where in ("text", "after_image")
+    ]
+    assert all(gap < 1e-5 for gap in gaps)
+    assert len(load_file(cfg.out / "model" / lora.WEIGHTS)) == 4
+
+
 @pytest.mark.parametrize("script", ["train", "rl"])
 def test_a_killed_run_goes_on_bit_for_bit(script, sft, grpo, monkeypatch, tmp_path):
     main, cfg = {"train": (train.main, sft), "rl": (rl.main, grpo)}[script]
