@@ -30,6 +30,7 @@ from nanosport.env.env import Limits
 from nanosport.env.judge import MAX_UNGRADED, judge_of
 from nanosport.env.reward import BY_CLASS, flat_groups
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
+from nanosport.model import lora
 from nanosport.model.folder import ASSETS
 from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist, presets
@@ -225,8 +226,9 @@ def token_inputs(
         scale_M = scale_M * near(cfg.rollout_mask, bound, old_M - batch.sampled_logp_M, episode_M)
     ref_M = None
     if reference is not None:
-        features_ND = actors.ref_encoder.features(batch.frames)
-        ref_M = logprobs(reference, replace(batch, features_ND=features_ND))
+        with lora.off(reference):
+            features_ND = actors.ref_encoder.features(batch.frames)
+            ref_M = logprobs(reference, replace(batch, features_ND=features_ND))
     return TokenInputs(
         batch.targets_M,
         advantages.to(device)[episode_M],

@@ -50,22 +50,27 @@ def nano(nano_folder):
 
 
 @pytest.mark.parametrize(
-    "recompute, micro_tokens, dtype",
+    "recompute, micro_tokens, dtype, lora_rank",
     [
-        ("none", 700, "float32"),
-        ("none", 1200, "float32"),
-        ("all", 700, "float32"),
-        ("mlp", 1200, "float32"),
-        ("all", 1200, "bfloat16"),
-        ("none", 700, "bfloat16"),
+        ("none", 700, "float32", 0),
+        ("none", 1200, "float32", 0),
+        ("all", 700, "float32", 0),
+        ("mlp", 1200, "float32", 0),
+        ("all", 1200, "bfloat16", 0),
+        ("none", 700, "bfloat16", 0),
+        ("none", 700, "bfloat16", 8),
+        ("all", 1200, "float32", 64),
     ],
 )
 @pytest.mark.parametrize("policy", [False, True], ids=["SFT step", "policy update"])
-def test_planned_memory_is_the_measured_peak(policy, recompute, micro_tokens, dtype, nano):
-    """A real step, every allocation of it counted: weights, their copies in bfloat16, gradients,
-    Adam's moments, activations, the loss, frames."""
+def test_planned_memory_is_the_measured_peak(
+    policy, recompute, micro_tokens, dtype, lora_rank, nano
+):
+    """A real step, every allocation of it counted: weights, their copies in bfloat16, adapters,
+    gradients, Adam's moments, activations, the loss, frames."""
     members = 4 if policy else 1
     flags = {"micro_tokens": micro_tokens, "recompute": recompute, "dtype": dtype}
+    flags["lora_rank"] = lora_rank
     work = Work.of(nano, SHORT, 8 // members, members, **flags)
     trainer = Ours(nano, work, getattr(torch, dtype))
     trainer.step(work)  # makes Adam's moments
@@ -365,3 +370,44 @@ def test_what_samples_elsewhere_needs_no_memory_here():
     assert totals(own)["rollout"] == totals(vllm)["rollout"]
     assert totals(own)["train"] - copy == totals(vllm)["train"] == totals(servers)["train"]
     assert "rollout" not in servers and "rollout copy" not in servers["always"]
+
+
+CARDS_OF = {"one 24 GB": (1, 24), "one 80 GB": (1, 80), "eight 80 GB": (8, 80)}
+
+
+def rows_of_the_page() -> list[list[str]]:
+    lines = (ROOT / "docs" / "lora.md").read_text().splitlines()
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if row[0] in CARDS_OF]
+
+
+@pytest.mark.parametrize("cards, model, learns, flags", rows_of_the_page())
+def test_what_fits_on_which_cards_is_what_the_page_says(cards, model, learns, flags):
+    """With the flags of the table it fits, and it does not without."""
+    gpus, gpu_memory = CARDS_OF[cards]
+    cfg = Config(model, gpus=gpus, gpu_memory=gpu_memory)
+    words = learns.removeprefix("all weights").split()
+    cfg = replace(cfg, lora_rank=int(words[1]) if words else 0)
+    if flags.startswith("--"):
+        assert not plan.fits(cfg) and plan.advice(cfg) == flags
+    else:
+        assert plan.fits(cfg) == (flags == "none")
+
+
+def test_the_table_of_the_page_is_there():
+    assert len(rows_of_the_page()) == 6
+
+
+def test_adapters_are_planned():
+    """A step of them computes two thirds, moves and saves little, and has no second model."""
+    whole, small = (report(Config("3b", gpus=1, lora_rank=rank)) for rank in (0, 64))
+    assert small["RL"]["memory"]["always"]["reference"] < GIB / 8
+    assert small["RL"]["memory"]["always"]["rollout copy"] == 0
+    assert small["RL"]["total"]["update"] < whole["RL"]["total"]["update"] - 40 * GIB
+    assert small["RL"]["seconds"]["train"] < whole["RL"]["seconds"]["train"]
+    assert small["RL"]["seconds"]["update"] < 0.1 * whole["RL"]["seconds"]["update"]
+    assert small["saving"]["disk, a checkpoint"] < 0.05 * whole["saving"]["disk, a checkpoint"]
+    three = load_config(ROOT / "assets" / "qwen2.5-vl-3b")
+    width, inner, keys = three.hidden_size, three.intermediate_size, 2 * three.head_dim
+    layer = 4 * width + 2 * (width + keys) + 3 * (width + inner)
+    assert small["saving"]["disk, the model"] == 4 * 64 * layer * three.num_hidden_layers

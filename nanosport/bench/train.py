@@ -54,11 +54,14 @@ class Ours:
 
     def __init__(self, cfg: ModelConfig, work: Work, dtype: torch.dtype):
         self.cfg, self.actors = cfg, None
-        model = self._model(torch.float32)
+        adapted = work.run.lora_rank > 0
+        model = self._model(dtype if adapted else torch.float32)
         self.training = bare_training(work.run, model, work.episodes[0], DEVICE, dtype)
         if work.is_policy:
-            reference = self._model(dtype).requires_grad_(False)
-            self.actors = bare_actors(self.training, dist.shard(reference, dtype, DEVICE))
+            reference = self.training.computing
+            if not adapted:
+                reference = dist.shard(self._model(dtype).requires_grad_(False), dtype, DEVICE)
+            self.actors = bare_actors(self.training, reference)
 
     def _model(self, dtype: torch.dtype) -> Qwen25VL:
         with torch.device("meta"):

@@ -25,7 +25,7 @@ from nanosport.engine.row import Row, hear
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.engine.step import Launched, Steps
 from nanosport.image import ImageConfig
-from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.folder import load_model, load_tokenizer, settings_folder
 from nanosport.model.frames import FrameEncoder
 from nanosport.model.qwen2_5_vl import Qwen25VL, join_projections, mrope_cos_sin, mrope_tables
 
@@ -300,7 +300,7 @@ def load_sampler(
     max_pixels: a frame's bound, where it is not the folder's."""
     on_gpu = torch.cuda.is_available()
     model = load_model(folder, *(("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)))
-    encoder = FrameEncoder(model, ImageConfig.from_folder(folder, max_pixels))
+    encoder = FrameEncoder(model, ImageConfig.from_folder(settings_folder(folder), max_pixels))
     return encoder, OwnSampler(model, load_tokenizer(folder), sampling)
 
 

@@ -13,7 +13,7 @@ from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.engine.servers import Servers, ServerSampler
 from nanosport.engine.vllm import VllmSampler, start_engine
 from nanosport.image import ImageConfig
-from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.folder import load_model, load_tokenizer, settings_folder
 from nanosport.model.frames import FrameEncoder
 from nanosport.model.qwen2_5_vl import Qwen25VL
 
@@ -87,5 +87,5 @@ def load_sampler(
     model.model.layers = nn.ModuleList()  # vLLM has them; this one sees
     if torch.cuda.is_available():
         model = model.to("cuda", torch.bfloat16)
-    encoder = FrameEncoder(model, ImageConfig.from_folder(folder, max_pixels))
+    encoder = FrameEncoder(model, ImageConfig.from_folder(settings_folder(folder), max_pixels))
     return encoder, make_sampler(name, folder, model, sampling, room)

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from nanosport.engine.vllm import engine_flags, import_vllm, renew_packed_head
 from nanosport.fields import Above, AtLeast, AtMost
-from nanosport.model.folder import resolve
+from nanosport.model.folder import check_whole_model, resolve
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ def arguments(cfg: Config) -> list[str]:
     """What the server's command line says."""
     on_gpu = torch.cuda.is_available()
     flags = engine_flags("bfloat16" if on_gpu else "float32", cfg.max_tokens, cfg.rows)
-    flags |= {"model": str(resolve(cfg.model)), "host": cfg.host, "port": cfg.port}
+    check_whole_model(folder := resolve(cfg.model), "vLLM")
+    flags |= {"model": str(folder), "host": cfg.host, "port": cfg.port}
     flags |= {"worker_extension_cls": f"{Updates.__module__}.{Updates.__qualname__}"}
     flags |= {"enable_scale_out": True, "disable_log_stats": True}  # the route of ids in, ids out
     if on_gpu:

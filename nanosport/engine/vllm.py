@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from nanosport.engine.sampler import Generated, Piece, Sampling
+from nanosport.model.folder import check_whole_model
 from nanosport.model.qwen2_5_vl import ModelConfig
 
 GPU_SHARE = 0.6
@@ -185,6 +186,7 @@ def start_engine(folder: Path, dtype: str, max_tokens: int, max_rows: int):
     # in this very process, so that weights are handed over as tensors
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    check_whole_model(folder, "vLLM")
     import_vllm()
     from vllm import LLM
 

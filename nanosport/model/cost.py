@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from nanosport.model import lora
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
 
 CARDS = {
@@ -30,6 +31,14 @@ def num_weights(cfg: ModelConfig) -> dict[str, int]:
         part = {"visual": "vision", "lm_head": "head"}.get(name.split(".")[0], "layers")
         counts["embedding" if "embed_tokens" in name else part] += weight.numel()
     return counts
+
+
+@lru_cache(maxsize=8)
+def num_adapted(cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> int:
+    """How many weights the adapters of a --lora-rank have."""
+    with torch.device("meta"):
+        layers = [layer for _, layer in lora.linears(Qwen25VL(cfg), targets)]
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def text_flops(cfg: ModelConfig, tokens: int, pairs: float) -> float:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from nanosport.fields import check, read_json, section
 from nanosport.files import ASSETS
 from nanosport.image import image_settings
-from nanosport.model import shards
+from nanosport.model import lora, shards
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -46,7 +46,7 @@ def resolve(model: str) -> Path:
     if not folder.exists() and (old := aside(folder)).is_dir():
         folder = old  # a save was killed between its two renames
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not is_adapter(folder):
             why = "the folder holds no config.json, so it is not a model folder"
             raise ValueError(f"model {model}: {why}")
         say_which(folder)
@@ -72,6 +72,42 @@ def hub_commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, whose base is elsewhere."""
+    return (folder / lora.CONFIG).is_file()
+
+
+def chain(folder: Path) -> list[Path]:
+    """A model folder; of an adapter the adapter, its base, which may be one too, and so on. Raises
+    ValueError where a base cannot be found."""
+    folders = [Path(folder)]
+    while is_adapter(folders[-1]):
+        file = folders[-1] / lora.CONFIG
+        raw = read_json(file)
+        base, revision = raw.get("base_model_name_or_path"), raw.get("revision")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{file}: names no base_model_name_or_path: write the base's there")
+        try:
+            folders.append(resolve(f"{base}@{revision}" if revision else base))
+        except ValueError as error:
+            raise ValueError(f"{file}: its base_model_name_or_path: {error}") from error
+        if folders[-1].resolve() in [other.resolve() for other in folders[:-1]]:
+            raise ValueError(f"{file}: base_model_name_or_path {base}: is an adapter of itself")
+    return folders
+
+
+def settings_folder(folder: Path) -> Path:
+    """Where config, tokenizer and preprocessor are: in an adapter's folder, or in its base's."""
+    return next((one for one in chain(folder) if (one / "config.json").is_file()), Path(folder))
+
+
+def check_whole_model(folder: Path, taker: str) -> None:
+    """Raise ValueError for an adapter's folder, where `taker` takes whole models alone."""
+    if is_adapter(folder):
+        merge = f"python -m nanosport.train.checkpoint {folder} OUT"
+        raise ValueError(f"model {folder}: {taker} takes no adapter; merge it: {merge}")
+
+
 def say_which(folder: Path) -> None:
     """Say which weights are taken where a folder has them twice."""
     twice = (folder / WHOLE).is_file() and (folder / INDEX).is_file()
@@ -83,7 +119,7 @@ def say_which(folder: Path) -> None:
 def load_config(folder: str | Path) -> ModelConfig:
     """config.json, and the end-of-sequence ids of generation_config.json, for chat models stop at
     several."""
-    folder = Path(folder)
+    folder = settings_folder(folder)
     file, more = folder / "config.json", folder / "generation_config.json"
     cfg = ModelConfig.from_dict(read_json(file), file)
     if more.is_file():
@@ -96,12 +132,23 @@ def load_config(folder: str | Path) -> ModelConfig:
 def load_model(
     folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tower=None
 ) -> Qwen25VL:
-    """The model of a folder. tower: the same one of another model, to share. Raises ValueError
-    where the weights are not exactly the ones its config asks for."""
-    folder = Path(folder)
+    """The model of a folder, an adapter merged into its base. tower: the same one of another model,
+    to share. Raises ValueError where the weights are not exactly the ones its config asks for."""
+    *adapters, folder = chain(Path(folder))
+    model = load_whole(folder, device, dtype)
+    for adapter in reversed(adapters):
+        state = read_weights(weight_files(adapter), device, torch.float32)
+        lora.merge(model, read_json(adapter / lora.CONFIG), state, adapter)
+    if tower is not None:
+        model.visual = tower
+    return model
+
+
+def load_whole(folder: Path, device, dtype: torch.dtype) -> Qwen25VL:
+    """The model of a folder that holds all its weights."""
     with torch.device("meta"):
         model = Qwen25VL(load_config(folder))
-    state, wanted = read_weights(folder, device, dtype), model.state_dict()
+    state, wanted = read_weights(weight_files(folder), device, dtype), model.state_dict()
     if model.cfg.tie_word_embeddings and "lm_head.weight" in state:  # some tools write it twice
         head = state.pop("lm_head.weight")
         if not torch.equal(head, state.get("model.embed_tokens.weight", head)):
@@ -116,16 +163,14 @@ def load_model(
         shapes = "weights of another shape than config.json says"
         raise ValueError(f"{folder}: {shapes}: {first_few(wrong)}")
     model.load_state_dict(state, assign=True)
-    if tower is not None:
-        model.visual = tower
     return model
 
 
-def read_weights(folder: Path, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of a folder's files by their published names. Raises ValueError where a file is
-    not whole, or a weight is there twice or not finite."""
+def read_weights(files: Iterable[Path], device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights of files by their published names. Raises ValueError where a file is not whole,
+    or a weight is there twice or not finite."""
     state = {}
-    for path in weight_files(folder):
+    for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
@@ -146,15 +191,18 @@ def read_weights(folder: Path, device, dtype: torch.dtype) -> dict[str, torch.Te
 
 
 def published_name(name: str) -> str:
-    """The published name of a weight that a newer tool has saved under its module path."""
+    """The published name of a weight that a newer tool, or peft, has saved under its module
+    path."""
+    name = name.removeprefix(lora.PREFIX)
     return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers takes: the whole one, else those of the index. Raises
-    ValueError where one is missing, or is not in the folder (but links in it may lead outside)."""
-    names = {WHOLE}
-    if not (folder / WHOLE).is_file() and (index := folder / INDEX).is_file():
+    """The safetensors files that transformers takes: the whole one, else those of the index; of an
+    adapter its own, without its base's. Raises ValueError where one is missing, or is not in the
+    folder (but links in it may lead outside)."""
+    names = {lora.WEIGHTS if is_adapter(folder) else WHOLE}
+    if names == {WHOLE} and not (folder / WHOLE).is_file() and (index := folder / INDEX).is_file():
         named = section(read_json(index), "weight_map", index).values()
         if outside := [n for n in named if not isinstance(n, str) or n != Path(n).name]:
             raise ValueError(f"{index}: weight_map {short(outside[0])}: must be a file beside it")
@@ -167,9 +215,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def version(folder: Path) -> str:
     """What changes when a model folder is trained anew, and stays when it is copied: names, sizes
-    and a digest of its files of weights, the whole of 16 MiB, an even sample of larger ones."""
+    and a digest of its files of weights, an adapter's base's too: the whole of 16 MiB, an even
+    sample of larger ones."""
     parts, block = [], 2**14
-    for path in weight_files(Path(folder)):
+    for path in (path for one in chain(folder) for path in weight_files(one)):
         size, digest = path.stat().st_size, hashlib.sha256()
         with open(path, "rb") as file:
             for start in range(0, size, max(block, size // 1024)):
@@ -188,32 +237,34 @@ def save_model(
     shapes: Shapes | None = None,
     load: Callable[[str], torch.Tensor] | None = None,
     max_pixels: int | None = None,
+    adapter: dict | None = None,
 ):
     """Write a model folder; config, tokenizer and preprocessor files are copied from `source`.
 
     The folder appears whole or not at all; an older model there stays until the new one is whole.
     dtype: what the weights are saved in (None: as they are). shapes, load: of each weight, and
-    what gives it in one piece, where the model holds only a shard of it (FSDP); the model itself is
-    then not touched, which may be computing. max_pixels: the bound of a frame in training,
-    where it is not the source's. Raises ValueError where the place cannot be written, or holds
-    something else than a model.
+    what gives it in one piece, where the model holds a shard of it (FSDP); the model, which may be
+    computing, is then not touched. max_pixels: the bound of a frame in training, where it is not
+    the source's. adapter: adapter_config.json, where the weights are an adapter's. Raises
+    ValueError where the place cannot be written, or holds something else than a model.
     """
-    folder, source = Path(folder).absolute(), Path(source)
+    folder, source = Path(folder).absolute(), settings_folder(source)
     if shapes is None or load is None:
         weights = model.state_dict()
         shapes = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
         load = weights.__getitem__
     if replace(load_config(source), eos_token_ids=()) != replace(model.cfg, eos_token_ids=()):
-        why = "its config.json describes another model than the one to be saved"
-        raise ValueError(f"{source}: {why}")
+        raise ValueError(f"{source}: its config.json describes another model than that to be saved")
     check_replaceable(folder)
     new = folder.with_name(f".{folder.name}.{os.getpid()}")  # beside it, where a rename works
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()
         write_weights(shapes, new, max_shard_bytes, dtype, load)
-        saved_dtype = dtype or model.head_weight_VD.dtype
-        copy_settings(source, new, str(saved_dtype).removeprefix("torch."), max_pixels)
+        if adapter:
+            (new / WHOLE).rename(new / lora.WEIGHTS)
+            write_json(new / lora.CONFIG, adapter)
+        copy_settings(source, new, dtype or model.head_weight_VD.dtype, max_pixels)
         for path in (*new.iterdir(), new):
             sync(path)
         move_into_place(new, folder)
@@ -270,9 +321,10 @@ def write_weights(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def copy_settings(source: Path, folder: Path, dtype: str, max_pixels: int | None) -> None:
+def copy_settings(source: Path, folder: Path, dtype: torch.dtype, max_pixels: int | None) -> None:
     """Copy what is beside the weights; only the dtype and the bound on pixels may be others."""
-    write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), dtype))
+    named = str(dtype).removeprefix("torch.")
+    write_json(folder / "config.json", with_dtype(read_json(source / "config.json"), named))
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -312,7 +364,7 @@ def load_tokenizer(folder: str | Path):
     model."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    folder = Path(folder)
+    folder = settings_folder(folder)
     cfg = load_config(folder)
     if (folder / "tokenizer.json").is_file():
         tokenizer_class = PreTrainedTokenizerFast  # a model's own class may put in its own rules

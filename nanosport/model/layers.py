@@ -34,10 +34,18 @@ class Linear(nn.Linear):
     """nn.Linear. Where its weight is a cast of one that learns (`weight.master`), the gradient is
     multiplied into that one's `.grad`, in float32: no pass adds it up afterwards."""
 
+    def __init__(self, *shape, **how):
+        super().__init__(*shape, **how)
+        self.lora: nn.Module | None = None  # see lora.py
+
     def forward(self, x):
         if not learns(self):
-            return super().forward(x)
+            return self.adapted(x, super().forward(x))
         return learning_product(x, (self,), self.weight, self.bias)
+
+    def adapted(self, x, y):
+        """The layer's product y, with what its adapter adds."""
+        return y if self.lora is None else self.lora(x, y)
 
 
 def learns(layer: nn.Module) -> bool:
@@ -123,8 +131,8 @@ class MLP(nn.Module):
         self.joined = None
 
     def forward(self, x):
-        # where they learn, one gradient for both would have to be put together first
-        joined = None if learns(self.gate_proj) else self.joined
+        # with gradients, one for both would have to be put together first
+        joined = None if torch.is_grad_enabled() else self.joined
         gate, up = apply((self.gate_proj, self.up_proj), x, joined)
         return self.down_proj(swiglu(gate, up))
 
@@ -138,7 +146,8 @@ def apply(linears: Sequence[Linear], x, joined=None):
         product = learning_product(x, linears, joined[0], bias)
     else:
         product = F.linear(x, *joined)
-    return product.split([linear.out_features for linear in linears], dim=-1)
+    parts = product.split([linear.out_features for linear in linears], dim=-1)
+    return [linear.adapted(x, part) for linear, part in zip(linears, parts)]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@ stage, GPU-hours.
 
 python -m nanosport.plan 7b --gpus 8 --gpu-memory 80
 python -m nanosport.plan 3b --gpus 4 --gpu A100 --micro-tokens 8192
+python -m nanosport.plan 7b --gpus 1 --gpu-memory 80 --lora-rank 64
 python -m nanosport.plan 7b --json
 
 Memory is that of one GPU of one node, with turns as long as they may be. Seconds rest on
@@ -57,6 +58,8 @@ class Config:
     recompute: Literal["auto", "all", "mlp", "none"] | None = None
     rollout_batch: Annotated[int | None, AtLeast(1)] = None
     offload_adam: bool = False
+    lora_rank: Annotated[int, AtLeast(0)] = 0
+    """As train.py's and rl.py's: adapters of this rank learn; 0: the weights themselves."""
     share_prefix: bool = True
     sampler: str = "own"
     """As rl.py's: own, vllm, or the addresses of servers, which need no memory here."""
@@ -172,23 +175,26 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
     """A GPU's seconds of a step, with F the operations of the forward passes, W the weights:
 
     train      (3·F + 3·head + F·share computed again) ÷ (MFU · peak), or moving 8·W a
-               micro-batch over NVLink, if that is longer
+               micro-batch over NVLink, if that is longer; with adapters, which count as nothing,
+               2·F + 2·head and 4·W
     reference  (F + head) ÷ (MFU · peak)
     decode     a token reads 2·W and the cache, and takes layers · layer_ms at least
     prefill    F of prompts and tool results; each frame goes once through the tower
-    update     36·W/n through memory: norm and scaling of the gradients, AdamW, its square roots
+    update     36·W/n through memory: norm and scaling of the gradients, AdamW, its square roots;
+               here and below W is what learns
     sampler    4·W·(n − 1)/n over NVLink, then 2·W written
     """
     model, lengths, run, prompts = stage.model, stage.lengths, stage.run, stage.prompts
     shares = cfg.mfu, cfg.bandwidth, cfg.bandwidth
     flops, memory_s, nvlink = (peak * share for peak, share in zip(cost.CARDS[cfg.gpu], shares))
     weights, episodes = cost.num_weights(model), prompts * stage.members
-    trained, away = sum(weights.values()) - weights["vision"], (cfg.gpus - 1) / cfg.gpus
+    moved, away = sum(weights.values()) - weights["vision"], (cfg.gpus - 1) / cfg.gpus
+    trained, passes = memory.num_trained(model, run), 2 if run.lora_rank else 3
 
     forward = sum(unit.flops for unit in stage.units)
     head = cost.head_flops(model, episodes * lengths.trained)
-    computing = ((3 + recomputed_share(stage)) * forward + 3 * head) / flops
-    moving = 8 * trained * away * stage.micro_batches / nvlink
+    computing = ((passes + recomputed_share(stage)) * forward + passes * head) / flops
+    moving = 4 * (passes - 1) * moved * away * stage.micro_batches / nvlink
     shown = prompts * lengths.overview + episodes * lengths.calls * lengths.frames_per_call
     spent = {"frames": cost.vision_flops(model, shown * lengths.frame_tokens) / flops}
     if stage.members > 1:
@@ -196,7 +202,8 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
         spent["prefill"] = cost.text_flops(model, fed, fed * lengths.prompt) / flops
         spent["decode"] = decode_seconds(stage, cfg, memory_s)
         spent["reference"] = (forward + head) / flops if run.kl > 0 else 0.0
-        spent["weights to the sampler"] = 4 * trained * away / nvlink + 2 * trained / memory_s
+        sent = trained if run.sampler == "own" else moved  # to vLLM merged weights
+        spent["weights to the sampler"] = 4 * sent * away / nvlink + 2 * sent / memory_s
     return spent | {"train": max(computing, moving), "update": 36 * trained / cfg.gpus / memory_s}
 
 
@@ -225,7 +232,7 @@ def decode_seconds(stage: Stage, cfg: Config, bytes_per_s: float) -> float:
 def fits(cfg: Config) -> bool:
     room, (sft, policy) = USABLE * cfg.gpu_memory * GIB, stages(cfg).values()
     weights = cost.num_weights(policy.model)
-    trained = sum(weights.values()) - weights["vision"]
+    trained = memory.num_trained(policy.model, policy.run)
     # what is sure to be there in RL's update saves most counts: weights, gradients, moments, roots
     least = 2 * sum(weights.values()) + (8 if cfg.offload_adam else 20) * trained / cfg.gpus
     return least <= room and all(memory.peak(stage.memory) <= room for stage in (policy, sft))
@@ -256,7 +263,7 @@ def report(cfg: Config) -> dict:
         plan[name] |= {"seconds": spent, "steps": steps}
         plan[name]["gpu_hours"] = steps * sum(spent.values()) * cfg.gpus / 3600
     plan["gpu_hours"] = sum(plan[name]["gpu_hours"] for name in both)
-    plan["saving"] = memory.saving_bytes(stage.model, cfg.gpus)
+    plan["saving"] = memory.saving_bytes(stage.model, stage.run, cfg.gpus)
     return plan | {"lengths": asdict(stage.lengths)}
 
 

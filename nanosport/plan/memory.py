@@ -20,7 +20,7 @@ from nanosport.engine.own import PACK_TOKENS, OwnSampler
 from nanosport.engine.pages import PAGE, Pages
 from nanosport.engine.sampler import Sampling
 from nanosport.engine.step import Step
-from nanosport.model.cost import num_weights
+from nanosport.model.cost import num_adapted, num_weights
 from nanosport.model.frames import CACHE_BYTES, TOWER_PATCHES
 from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
 from nanosport.model.vision import VisionConfig, VisionTower
@@ -91,8 +91,9 @@ def training_moments(
 ) -> Moments:
     """A step on `episodes`, where gradients are there from a micro-batch before, and Adam's moments
     from a step before. gpus: the model is sharded among so many; 0: it is not."""
-    dtype = computing_dtype(run, on_gpu)
-    policy, reference = shape_of(model, torch.float32), shape_of(model, dtype)
+    dtype, has_reference = computing_dtype(run, on_gpu), getattr(run, "kl", 0) > 0
+    policy = shape_of(model, dtype if run.lora_rank else torch.float32)
+    reference = shape_of(model, dtype)
     device, actors = torch.device("cpu"), None
     with ranks(gpus), counting(on_gpu) as ledger:
         ledger.enter("weights")
@@ -102,16 +103,19 @@ def training_moments(
         follow(training.computing, ledger)
         if isinstance(run, rl.Config):
             ledger.enter("reference")
-            reference = reference.to_empty(device=device).requires_grad_(False)
-            reference = dist.shard(reference, dtype, device) if run.kl > 0 else None
-            actors = bare_actors(training, reference)
+            if run.lora_rank:  # it is the policy, with its adapters switched off
+                reference = training.computing
+            elif has_reference:
+                reference = reference.to_empty(device=device).requires_grad_(False)
+                reference = dist.shard(reference, dtype, device)
+            actors = bare_actors(training, reference if has_reference else None)
         ledger.enter("Adam moments")
         optim.start_moments(training.optimizer)
         for group in training.optimizer.param_groups:
             group["foreach"], group["fused"] = False, on_gpu  # as it is built on a GPU
         ledger.enter("gradients")
         for weight in training.model.parameters():
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         take_step(training, actors, episodes)
         if actors:
             ledger.enter("a whole weight", "publish")
@@ -127,7 +131,7 @@ def step_peak(
     group may be there."""
     step = run, episodes, gpus, on_gpu
     moments = at_depth(lambda cfg: training_moments(cfg, *step), model, 3)
-    towers = 2 if getattr(run, "kl", 0) > 0 else 1
+    towers = 2 if getattr(run, "kl", 0) > 0 and not run.lora_rank else 1
     towers *= num_weights(model)["vision"] * computing_dtype(run, on_gpu).itemsize
     return towers + max(sum(parts.values()) for parts in moments.values())
 
@@ -214,7 +218,8 @@ def fullest(model: ModelConfig, run: train.Config | rl.Config, lengths: Lengths)
     shared = groups * (together - 1) * lengths.prompt
     spare = run.micro_tokens + shared - sum(len(episode.ids) for episode in episodes)
     episodes = make_episodes(model, lengths, groups, together, max(0, spare))
-    counts = only(run, "micro_tokens", "recompute", "share_prefix", "kl", "updates", "loss")
+    names = "micro_tokens", "recompute", "share_prefix", "kl", "updates", "loss"
+    counts = only(run, *names, "lora_rank", "lora_targets")
     return tuple(episodes), replace(
         counts, **({"group_size": together} if hasattr(run, "kl") else {})
     )
@@ -234,38 +239,37 @@ def stage_moments(
     micro_batches: int,
 ) -> Moments:
     """What a GPU holds in SFT or RL; "always" is there at every moment but the start, when each
-    rank loads all weights before it keeps its shard.
-
-    lengths: of episodes whose turns are as long as they may be. prompts: sampled at a time.
-    """
+    rank loads all weights before it keeps its shard. lengths: of episodes whose turns are as long
+    as they may be. prompts: sampled at a time."""
     episodes, counted = fullest(model, run, lengths)
     if run.recompute == "auto":  # what is kept beside this is added by the room there is
         counted = replace(counted, recompute="all")
     step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3)
-    weights, head = num_weights(model), 4 * model.vocab_size * model.hidden_size
+    weights, head = num_weights(model), 12 * model.vocab_size * model.hidden_size
     image_bytes = 2 * model.hidden_size * sum(e.ids.count(model.image_token_id) for e in episodes)
 
     always = {"CUDA, NCCL": RESERVED, "vision tower": 2 * weights["vision"]}
     always |= {part: step["update"][part] for part in ("weights", "Adam moments")}
     always["frames seen"] = min(CACHE_BYTES, run.steps * image_bytes * micro_batches)
-    moments = {"always": always, "start": {"all weights": 4 * sum(weights.values())}}
+    whole = sum(weights.values())
+    moments = {"always": always, "start": {"all weights": (2 if run.lora_rank else 4) * whole}}
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
     if isinstance(run, rl.Config):
-        copy = {"rollout copy": 2 * (sum(weights.values()) - weights["vision"])}
-        always |= copy if run.sampler == "own" else {}
-        always["reference"] = step["update"]["reference"]
+        is_own = run.sampler == "own"  # what is not sharded plays itself
+        copy = {"rollout copy": 0 if is_own and gpus == 1 else 2 * (whole - weights["vision"])}
+        always |= copy if is_own else {}
+        always["reference"] = step["update"].get("reference", 0.0)
         always["frames of the step"] = image_bytes * (micro_batches - 1)
         plays = only(run, "group_size", "max_turns", "max_new_tokens", "episode_tokens")
         rollout = at_depth(lambda cfg: sampler_moments(cfg, lengths, prompts, plays), model, 1)
         if "http" not in run.sampler:  # vLLM's copy sleeps while the policy learns
             moments["rollout"] = largest(rollout) | copy
-    passes = ("loss", "backward pass", "embedding")
+    passes = {"loss", "backward pass", "embedding"} & step.keys()
     moments["train"] = largest({name: step[name] for name in passes})
     moments["update"] = largest({"update": step["update"]})
     if run.offload_adam:  # the moments of one weight at a time visit the GPU
         always["Adam moments"] = 0.0
-        gradients = step["update"]["gradients"]
-        moments["update"] = {"gradients": gradients, "one moment": 3 * head / gpus}
+        moments["update"] = {"gradients": step["update"]["gradients"], "one moment": head / gpus}
     return {
         name: {p: size for p, size in parts.items() if name == "always" or p not in always}
         for name, parts in moments.items()
@@ -288,15 +292,25 @@ def peak(moments: Moments) -> float:
     return max(totals(moments).values())
 
 
-def saving_bytes(model: ModelConfig, gpus: int) -> dict[str, float]:
+def num_trained(model: ModelConfig, run: train.Config | rl.Config) -> int:
+    """The weights that learn, with a frozen tower."""
+    if run.lora_rank:
+        return num_adapted(model, run.lora_rank, run.lora_targets)
+    weights = num_weights(model)
+    return sum(weights.values()) - weights["vision"]
+
+
+def saving_bytes(model: ModelConfig, run: train.Config | rl.Config, gpus: int) -> dict[str, float]:
     """What checkpoints take on the host while they are saved, and on disk.
 
     A rank copies its shards of weights and moments out of the GPU, and writes them from there.
-    The model's folder is made of what was written, weight after weight: the largest is the head.
+    The model's folder is made of what was written, weight after weight: the largest is the head. Of
+    a model with adapters, they alone are saved.
     """
-    weights = num_weights(model)
-    whole = 2 * sum(weights.values())
-    checkpoint = 12 * sum(weights.values()) - 10 * weights["vision"]  # its tower is frozen
+    trained, weights = num_trained(model, run), num_weights(model)
+    whole, checkpoint = 2 * sum(weights.values()), 12 * trained + 4 * weights["vision"]
     head = 8 * model.vocab_size * model.hidden_size  # in float32, in parts and put together
+    if run.lora_rank:
+        whole, checkpoint, head = 4 * trained, 12 * trained, 0
     host = {"host, a rank": checkpoint / gpus, "host, rank 0 more": head}
     return host | {"disk, a checkpoint": checkpoint, "disk, the model": whole}

@@ -132,7 +132,9 @@ class Actors:
         player = training.whole_copy() if is_own and is_sharded else training.computing
         self.sampler_is_model = is_own and not is_sharded
         self.reference = None
-        if cfg.kl > 0:
+        if cfg.kl > 0 and cfg.lora_rank:  # the same weights, with the adapters switched off
+            self.reference = training.computing
+        elif cfg.kl > 0:
             frozen = training.whole_copy().requires_grad_(False)
             self.reference = dist.shard(frozen, training.dtype, training.device)
         self.encoder = FrameEncoder(player, training.image)
@@ -162,7 +164,8 @@ class Actors:
                 wait([self.coming[1]])
         with self.training.stage("weights to the sampler"):
             model = self.training.model
-            theirs = () if self.sampler_is_model else dist.TrainedWeights(model)
+            merged = self.training.cfg.sampler != "own"  # our own adds adapters itself
+            theirs = () if self.sampler_is_model else dist.TrainedWeights(model, merged)
             self.sampler.load_weights(theirs, version)
             dist.barrier()  # servers have them when rank 0 says so
             if not self.training.cfg.frozen:

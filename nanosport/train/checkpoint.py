@@ -5,7 +5,7 @@
                                     unpickled), and trainer.json: the step to do next, the flags
                                     that must not change, and checksums
     RUN/model/                      config, tokenizer and whole weights of the same step, made of
-                                    the shards
+                                    the shards; with --lora-rank the adapter, as peft has it
 
 A checkpoint gets its name when all of it, and the model beside it, is on disk: a run that is killed
 while it saves goes on from the one before. Batches, rollouts and learning rates are functions of
@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from nanosport.cli import ending
 from nanosport.files import ASSETS, checksum, write_atomically
-from nanosport.model import shards
+from nanosport.model import lora, shards
 from nanosport.model.folder import load_model, save_model, sync
 from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.train import dist, optim
@@ -38,15 +38,21 @@ warnings.filterwarnings("ignore", "torch.distributed is ")
 
 
 def tensors(model: Qwen25VL, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Every weight, and the moments of those that are trained, by name: zeros before the first
-    update."""
+    """Every weight, but those that adapters stand beside, and the moments of what is trained, by
+    name: zeros before the first update."""
     optim.start_moments(optimizer)
     by_name = {}
-    for name, weight in model.named_parameters():
+    for name, weight in saved_weights(model).values():
         by_name[f"model.{name}"] = weight.detach()
         for key, value in optimizer.state.get(weight, {}).items():
             by_name[f"adam.{name}.{key}"] = value
     return by_name
+
+
+def saved_weights(model: Qwen25VL) -> dict[str, tuple[str, torch.nn.Parameter]]:
+    """{name in the model's folder: (name in the checkpoint, weight)}."""
+    named = dict(model.named_parameters())
+    return {saved: (name, named[name]) for saved, name in lora.saved_names(model).items()}
 
 
 def step_of(checkpoint: Path) -> int:
@@ -106,7 +112,7 @@ class Checkpoints:
 
     def __init__(self, run: Path, source: Path, rank: int, keep: int, **saved_as):
         """source: where config and tokenizer of the model's folder come from; keep: how many
-        checkpoints stay; saved_as: the folder's dtype and max_pixels, as save_model takes them."""
+        checkpoints stay; saved_as: what save_model is told of the folder."""
         self.run, self.source, self.rank, self.keep = run, source, rank, keep
         self.saved_as = saved_as
         self.folder = run.absolute() / "checkpoints"
@@ -140,9 +146,12 @@ class Checkpoints:
         ready = None
         if any(part.tensor.is_cuda for part in parts.values()):
             ready = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
-        shapes = {name: (w.shape, w.dtype) for name, w in model.named_parameters()}
+        saved = saved_weights(model)
+        shapes = {published: (w.shape, w.dtype) for published, (_, w) in saved.items()}
+        names = {published: name for published, (name, _) in saved.items()}
         self.writing = threading.Thread(
-            target=self._write, args=(parts, ready, unfinished, named, model, shapes, state)
+            target=self._write,
+            args=(parts, ready, unfinished, named, model, (shapes, names), state),
         )
         self.writing.start()
 
@@ -161,10 +170,11 @@ class Checkpoints:
             raise self._not_saved(error) from error
 
     def _write(
-        self, parts: dict, ready, unfinished: Path, named: Path, model, shapes: dict, state: dict
+        self, parts: dict, ready, unfinished: Path, named: Path, model, saved: tuple, state: dict
     ) -> None:
         """Copy, write and name a checkpoint, in a thread of its own. `model` computes meanwhile:
-        only its config is read."""
+        only its config is read. saved: shape and dtype, and the checkpoint's name, of each weight
+        by its name in the model's folder."""
         try:
             fault = None
             try:
@@ -186,7 +196,8 @@ class Checkpoints:
 
             # before the checkpoint has its name: a run that goes on from a named one may have no
             # step left to do that would write the model again
-            how = {"shapes": shapes, "load": partial(self._whole_weight, WholeTensors(unfinished))}
+            (shapes, names), whole = saved, WholeTensors(unfinished)
+            how = {"shapes": shapes, "load": lambda name: self._whole_weight(whole, names[name])}
             save_model(model, self.run / "model", self.source, **how, **self.saved_as)
             unfinished.rename(named)
             sync(self.folder)
@@ -330,11 +341,13 @@ def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> Non
 
 
 def export(folder: Path, out: Path) -> None:
-    """A run's model alone, in bfloat16, with how it was made (made.json): what assets/ holds."""
-    # paths of our own folder as everybody has them
-    made = (folder.parent / "run.json").read_text().replace(f"{ASSETS.parent}/", "")
+    """A model alone, in bfloat16, an adapter merged into its base, with how its run has made it
+    (made.json): what assets/ holds."""
     save_model(load_model(folder), out, source=folder, dtype=torch.bfloat16)
-    write_atomically(out / "made.json", made)
+    if (run := folder.parent / "run.json").is_file():
+        # paths of our own folder as everybody has them
+        made = run.read_text().replace(f"{ASSETS.parent}/", "")
+        write_atomically(out / "made.json", made)
 
 
 if __name__ == "__main__":  # python -m nanosport.train.checkpoint out/rl/model out/nano

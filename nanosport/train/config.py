@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from nanosport import cli
 from nanosport.env.tools import TOOL_NAME, Syntax
 from nanosport.fields import MAY_CHANGE, MAY_GROW, Above, AtLeast, marks_of
+from nanosport.model.lora import DECODER, Target
 from nanosport.train import checkpoint
 from nanosport.train.track import Tracker, check_installed
 
@@ -44,6 +45,13 @@ class TrainingConfig:
     """Leave the vision tower as it is."""
     freeze_projector: bool = True
     """Leave the projector after the tower as it is (`visual.merger`)."""
+    lora_rank: Annotated[int, AtLeast(0)] = 0
+    """Train adapters of this rank beside the model's weights, which then stay as they are
+    (docs/lora.md). 0: train the weights themselves."""
+    lora_alpha: Annotated[int, AtLeast(1)] = 32
+    """What an adapter adds is weighed by lora_alpha / lora_rank."""
+    lora_targets: tuple[Target, ...] = DECODER
+    """The products that get an adapter. merger: those of the projector after the tower."""
     max_pixels: Annotated[int | None, AtLeast(1)] = None
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
     recompute: Annotated[Literal["auto", "all", "mlp", "none"], MAY_CHANGE] = "auto"
@@ -52,8 +60,8 @@ class TrainingConfig:
     offload_adam: Annotated[bool, MAY_CHANGE] = False
     """Keep Adam's moments in the CPU's memory."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute in this; weights, gradients and Adam's moments are float32 always. None: bfloat16 on
-    a GPU, float32 on a CPU."""
+    """Compute in this; what learns, its gradients and Adam's moments are float32 always. None:
+    bfloat16 on a GPU, float32 on a CPU."""
     call_syntax: Syntax = TOOL_NAME
     """How the model calls the tool: as Qwen's function calls, or as in the paper's first
     version."""
@@ -90,6 +98,11 @@ class TrainingConfig:
             raise ValueError(f"--patience {self.patience}: needs --eval-every and --eval-data")
         for name in ("log.jsonl", "run.json"):
             cli.not_the_input(self.out / name, self.data)
+        if self.lora_rank and not (self.freeze_vision and self.freeze_projector):
+            rule = "adapters alone learn; leave --freeze-vision and --freeze-projector on"
+            raise ValueError(f"--lora-rank {self.lora_rank}: {rule}, and see --lora-targets merger")
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError("--lora-targets: name at least one")
 
     @property
     def resumable(self) -> bool:
@@ -104,7 +117,8 @@ class TrainingConfig:
     @property
     def frozen(self) -> bool:
         """Whether a frame's features never change, so that each frame is encoded once."""
-        return self.freeze_vision and self.freeze_projector
+        adapted = self.lora_rank > 0 and "merger" in self.lora_targets
+        return self.freeze_vision and self.freeze_projector and not adapted
 
 
 def settings(cfg: TrainingConfig) -> dict[str, str]:

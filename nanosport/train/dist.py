@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nanosport.model import lora
 from nanosport.model.qwen2_5_vl import Qwen25VL
 
 TIMEOUT = timedelta(hours=2)
@@ -197,10 +198,21 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 
 class TrainedWeights:
     """(name, weight in one piece) of what is trained, one after the other. All ranks must go
-    through all of them, each time that one does."""
+    through all of them, each time that one does. merged: adapters are added to the language model's
+    weights, of which then all come."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, merged: bool = False):
+        found = lora.adapters(model) if merged else {}
+        self.beside = {f"{name}.weight": adapter for name, adapter in found.items()}
         self.named = [(n, weight) for n, weight in model.named_parameters() if weight.requires_grad]
+        if self.beside:
+            named = model.named_parameters()
+            others = ("visual.", ".lora.")
+            self.named = [(n, weight) for n, weight in named if not any(o in n for o in others)]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, full(weight)) for name, weight in self.named)
+        for name, weight in self.named:
+            weight, adapter = full(weight), self.beside.get(name)
+            if adapter:
+                weight = lora.merged(weight, adapter.scale, full(adapter.A), full(adapter.B))
+            yield name, weight

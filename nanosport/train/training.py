@@ -23,13 +23,16 @@ from nanosport.env.endpoint import EndpointError
 from nanosport.env.judge import Judge
 from nanosport.files import checksum
 from nanosport.image import ImageConfig
+from nanosport.model import lora
 from nanosport.model.folder import (
     COPIED,
     aside,
+    chain,
     first_few,
     hub_commit,
     load_model,
     resolve,
+    settings_folder,
     weight_files,
 )
 from nanosport.model.frames import FrameEncoder
@@ -88,8 +91,12 @@ class Training:
         self.stage = Stages(self.rank, cfg.stuck_after_s)
         self.preemption, self.skips = Preemption(), Skips(cfg.out, self.rank)
         self.failure = ""
-        self.build(load_model(self.source, self.device))
+        # what stays as it is needs no float32
+        dtype = self.dtype if cfg.lora_rank else torch.float32
+        self.build(load_model(self.source, self.device, dtype))
         saved_as = {"dtype": self.dtype, "max_pixels": cfg.max_pixels}
+        if cfg.lora_rank:
+            saved_as |= {"dtype": torch.float32, "adapter": self._about_adapter()}
         self.checkpoints = Checkpoints(cfg.out, self.source, self.rank, cfg.keep, **saved_as)
         self.began_with = self._checksums()
         if cfg.resume and checkpoint.latest(cfg.out):
@@ -100,21 +107,33 @@ class Training:
             self.run.about["attention"] = self.attention
             self.run.about["model_commit"] = hub_commit(self.source)
             self.run.about["began_with"] = self.began_with
-        self.image = ImageConfig.from_folder(self.source, cfg.max_pixels)
+        self.image = ImageConfig.from_folder(settings_folder(self.source), cfg.max_pixels)
         self.encoder = FrameEncoder(self.computing, self.image, cfg.frozen)
+
+    def _about_adapter(self) -> dict:
+        """The adapter_config.json of what this run saves."""
+        cfg, is_folder = self.cfg, Path(self.cfg.model).expanduser().exists()
+        commit = None if is_folder else hub_commit(self.source)
+        base = cfg.model.partition("@")[0] if commit else str(self.source.absolute())
+        about = lora.config_of(self.model, base, cfg.lora_rank, cfg.lora_alpha)
+        return about | {"revision": commit}
 
     def _open(self) -> None:
         cfg, model = self.cfg, (self.cfg.out / "model").resolve()
-        if self.source.resolve() in (model, aside(model), (cfg.out / "best").resolve()):
+        written = {model, aside(model), (cfg.out / "best").resolve()}
+        if written & {one.resolve() for one in chain(self.source)}:
             why = "the run in --out would replace the model that it begins with"
             raise ValueError(f"--model {cfg.model}: {why}; choose another --out")
         self.run = Run(cfg.out, cfg, cfg.resume, cfg.overwrite)
 
     def _checksums(self) -> dict[str, int]:
         """What a run begins with: the checksums of the data, and of each of the model's files."""
-        settings = [self.source / name for name in ("config.json", *COPIED)]
-        files = [*weight_files(self.source), *filter(Path.is_file, settings)]
-        paths = {f"--model, {path.name}": path for path in files} | {"--data": self.cfg.data}
+        paths = {"--data": self.cfg.data}
+        for depth, folder in enumerate(chain(self.source)):  # an adapter, and what it stands on
+            settings = [folder / name for name in ("config.json", lora.CONFIG, *COPIED)]
+            files = [*weight_files(folder), *filter(Path.is_file, settings)]
+            whose = "--model" + "'s base" * depth
+            paths |= {f"{whose}, {path.name}": path for path in files}
         mine = dist.share(list(paths), self.rank)
         return dist.gather_dict({name: checksum(paths[name]) for name in mine})
 
@@ -141,9 +160,11 @@ class Training:
     def build(self, model) -> None:
         """Lay `model` out over the ranks, and build its optimizer."""
         cfg = self.cfg
+        if cfg.lora_rank:
+            lora.attach(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
         optim.trainable(model, cfg.freeze_vision, cfg.freeze_projector)
         self.model = self.computing = dist.shard(model, self.dtype, self.device)
-        if not dist.sharded(model) and self.dtype != torch.float32:
+        if not (dist.sharded(model) or self.dtype == torch.float32 or cfg.lora_rank):
             self.computing = mixed.computing_copy(model, self.dtype)
         on_gpu = self.device.type == "cuda"
         tower = cfg.recompute if cfg.recompute != "auto" else ("all" if on_gpu else "none")
@@ -277,8 +298,11 @@ class Training:
 
     def whole_copy(self) -> Qwen25VL:
         """Another whole model as the run began with, on this rank; a frozen tower is there once."""
-        tower = self.computing.visual if self.cfg.frozen else None
-        return load_model(self.source, self.device, self.dtype, tower)
+        cfg, tower = self.cfg, self.computing.visual if self.cfg.frozen else None
+        model = load_model(self.source, self.device, self.dtype, tower)
+        if cfg.lora_rank:
+            lora.attach(model, cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets, cfg.seed)
+        return model
 
     def preempted(self) -> bool:
         """Whether SIGTERM has reached any rank. All ranks must ask."""
