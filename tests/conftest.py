@@ -16,8 +16,8 @@ import torch
 
 import train
 from data_prep import arena, pretrain, teacher
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_config, save_model
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import read_questions
 
 torch.set_num_threads(1)
@@ -45,7 +45,7 @@ def nano_folder(tmp_path_factory) -> Path:
     pretrain.write_config(source)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("nano") / "model"
-    save_model(Qwen25VL(load_config(source)).init_weights(), folder, source)
+    save_model(VLModel(load_config(source)).init_weights(), folder, source)
     return folder
 
 

@@ -23,9 +23,9 @@ from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.image import ImageConfig
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import read_questions
 from nanosport.train.pack import MIN_SHARED, pack, prefix_tree
 from tests.helpers.fake_card import CARD, FakeCard, move
@@ -369,7 +369,7 @@ def test_on_a_card_a_pass_waits_only_for_its_segments(model, groups, taught_fold
     assert batch.keys is not None and len(batch.features_ND)
     with torch.no_grad():
         wanted, _ = linear_logprobs(batch.hidden_MD(model), model.head_weight_VD, batch.targets_M)
-        twin = Qwen25VL(model.cfg)
+        twin = VLModel(model.cfg)
         twin.load_state_dict(model.state_dict())
         with FakeCard() as card:
             move(twin)

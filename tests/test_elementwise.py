@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import elementwise
+from nanosport.model.decoder import Layer
 from nanosport.model.layers import MLP, RMSNorm, join
-from nanosport.model.qwen2_5_vl import Layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytest.importorskip("triton")

@@ -13,8 +13,8 @@ from nanosport.engine.pages import Pages, WidePages
 from nanosport.engine.sampler import Piece, Sampling
 from nanosport.engine.step import Steps, ladder
 from nanosport.files import ASSETS
+from nanosport.model.decoder import ModelConfig, VLModel, join_projections, mrope_positions
 from nanosport.model.folder import load_tokenizer
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, join_projections, mrope_positions
 from tests.helpers.fake_card import CARD, FakeCard, move
 
 NUM_NEW = 6
@@ -41,7 +41,7 @@ def model(tokenizer):
         },
     }  # fmt: skip
     torch.manual_seed(0)
-    return Qwen25VL(ModelConfig.from_dict(raw)).init_weights(std=0.3).requires_grad_(False)
+    return VLModel(ModelConfig.from_dict(raw)).init_weights(std=0.3).requires_grad_(False)
 
 
 class Shown:
@@ -319,7 +319,7 @@ def test_who_has_ended_waits_to_be_answered(model, tokenizer):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_weights_that_are_broken_end_in_one_line(temperature, model, tokenizer):
-    twin = Qwen25VL(model.cfg)
+    twin = VLModel(model.cfg)
     twin.load_state_dict(model.state_dict())
     twin.requires_grad_(False).model.norm.weight[3] = float("nan")
     sampler = make_sampler(twin, tokenizer, None, Sampling(temperature), False)
@@ -329,7 +329,7 @@ def test_weights_that_are_broken_end_in_one_line(temperature, model, tokenizer):
 
 
 def test_joined_projections_are_the_same_weights(model):
-    twin = Qwen25VL(model.cfg)
+    twin = VLModel(model.cfg)
     twin.load_state_dict(model.state_dict())
     ids, bounds = torch.arange(20, 40), torch.tensor([0, 20], dtype=torch.int32)
     positions_3T = torch.arange(20).expand(3, -1)
@@ -341,7 +341,7 @@ def test_joined_projections_are_the_same_weights(model):
         twin.model.layers[0].mlp.up_proj.weight.mul_(2.0)
         after = twin.hidden(ids, positions_3T, bounds)
         assert (after - before).abs().max() > 0.1
-        plain = Qwen25VL(model.cfg)
+        plain = VLModel(model.cfg)
         plain.load_state_dict(twin.state_dict())
         torch.testing.assert_close(plain.hidden(ids, positions_3T, bounds), after)
 
@@ -358,8 +358,8 @@ def card(no_graphs):
         yield fake
 
 
-def on_card(model) -> Qwen25VL:
-    twin = Qwen25VL(model.cfg)
+def on_card(model) -> VLModel:
+    twin = VLModel(model.cfg)
     twin.load_state_dict(model.state_dict())
     move(twin)
     return twin

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from nanosport.model.decoder import ModelConfig, VLModel
 from nanosport.model.folder import (
     aside,
     load_config,
@@ -28,7 +29,6 @@ from nanosport.model.folder import (
     resolve,
     save_model,
 )
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(__file__).parents[2] / "shared" / "data" / "qwen"
@@ -99,9 +99,9 @@ def write_source(folder: Path, tied=True, tokenizer: Tokenizer | None = None) ->
     return folder
 
 
-def tiny_model(source: Path) -> Qwen25VL:
+def tiny_model(source: Path) -> VLModel:
     torch.manual_seed(0)
-    return Qwen25VL(load_config(source)).init_weights(0.3)
+    return VLModel(load_config(source)).init_weights(0.3)
 
 
 def logits(model, ids):
@@ -112,7 +112,7 @@ def logits(model, ids):
     return hidden_TD @ model.head_weight_VD.T
 
 
-def same_weights(a: Qwen25VL, b: Qwen25VL) -> bool:
+def same_weights(a: VLModel, b: VLModel) -> bool:
     return all(torch.equal(w, b.state_dict()[name]) for name, w in a.state_dict().items())
 
 
@@ -191,7 +191,7 @@ def test_names_and_sizes_are_the_published_ones(size):
     folder = REAL / f"Qwen2.5-VL-{size}-Instruct"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     with torch.device("meta"):
-        model = Qwen25VL(load_config(folder))
+        model = VLModel(load_config(folder))
     assert model.state_dict().keys() == index["weight_map"].keys()
     assert (
         sum(2 * w.numel() for w in model.state_dict().values()) == index["metadata"]["total_size"]

@@ -10,15 +10,15 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as oracle
 
 from kernels.attention import varlen_attention
 from kernels.elementwise import rotate
-from nanosport.model.folder import published_name
-from nanosport.model.layers import RMSNorm
-from nanosport.model.qwen2_5_vl import (
+from nanosport.model.decoder import (
     ModelConfig,
-    Qwen25VL,
+    VLModel,
     mrope_cos_sin,
     mrope_positions,
     mrope_tables,
 )
+from nanosport.model.folder import published_name
+from nanosport.model.layers import RMSNorm
 
 IMAGE, VIDEO, START, END = 190, 191, 192, 193
 GRIDS = [(1, 4, 6), (1, 10, 18), (1, 2, 2), (1, 8, 8)]
@@ -59,7 +59,7 @@ def tiny_pair(tied=False, patch_size=14, dtype=torch.float32):
             weight.data = weight.to(
                 dtype
             )  # not theirs.to(dtype), which would round the rotary frequencies too
-    ours = Qwen25VL(ModelConfig.from_dict(cfg.to_dict())).to(dtype)
+    ours = VLModel(ModelConfig.from_dict(cfg.to_dict())).to(dtype)
     state = {published_name(name): weight.clone() for name, weight in theirs.state_dict().items()}
     if tied:
         del state["lm_head.weight"]
@@ -142,7 +142,7 @@ def test_a_wrong_model_would_be_noticed(broken):
         cfg["text_config"]["rope_parameters"]["rope_theta"] = 1e4
     else:
         cfg["vision_config"][broken] = {"window_size": 56, "fullatt_block_indexes": [2]}[broken]
-    wrong = Qwen25VL(ModelConfig.from_dict(cfg))
+    wrong = VLModel(ModelConfig.from_dict(cfg))
     wrong.load_state_dict(ours.state_dict())
     logits = our_hidden(wrong, ids, patches_PC, GRIDS) @ wrong.head_weight_VD.T
     assert relative_error(logits, expected) > 1e-3
@@ -336,7 +336,7 @@ def test_varlen_attention_equals_softmax_segment_by_segment(causal):
 def test_meta_model_and_initial_weights():
     cfg = tiny_pair()[1].cfg
     with torch.device("meta"):
-        model = Qwen25VL(cfg)
+        model = VLModel(cfg)
     assert all(p.is_meta for p in model.parameters())
     assert not dict(model.named_buffers())  # nothing that to_empty would leave as garbage
     torch.manual_seed(0)

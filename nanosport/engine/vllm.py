@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nanosport.engine.sampler import Generated, Piece, Sampling
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
 
 GPU_SHARE = 0.6
 """vLLM takes this share of the GPU memory that is left when it starts."""

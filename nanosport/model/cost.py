@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
+from nanosport.model.decoder import ModelConfig, VLModel
 
 CARDS = {
     "H100": (989e12, 3.35e12, 450e9),
@@ -24,7 +24,7 @@ def num_weights(cfg: ModelConfig) -> dict[str, int]:
     """How many weights each part has: embedding, decoder layers, head (0 where it is the
     embedding), vision."""
     with torch.device("meta"):
-        model = Qwen25VL(cfg)
+        model = VLModel(cfg)
     counts = dict.fromkeys(("embedding", "layers", "head", "vision"), 0)
     for name, weight in model.named_parameters():
         part = {"visual": "vision", "lm_head": "head"}.get(name.split(".")[0], "layers")
@@ -35,7 +35,8 @@ def num_weights(cfg: ModelConfig) -> dict[str, int]:
 def text_flops(cfg: ModelConfig, tokens: int, pairs: float) -> float:
     """Operations of the decoder's forward pass, without the head, over `tokens` tokens with `pairs`
     (query, key) pairs."""
-    attention = 4.0 * pairs * cfg.hidden_size * cfg.num_hidden_layers
+    width = cfg.num_attention_heads * cfg.head_dim
+    attention = 4.0 * pairs * width * cfg.num_hidden_layers
     return 2.0 * tokens * num_weights(cfg)["layers"] + attention
 
 

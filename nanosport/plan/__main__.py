@@ -21,8 +21,8 @@ from nanosport import cli
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.image import ImageConfig, smart_resize
 from nanosport.model import cost
+from nanosport.model.decoder import ModelConfig
 from nanosport.model.folder import ASSETS, load_config
-from nanosport.model.qwen2_5_vl import ModelConfig
 from nanosport.plan import memory
 from nanosport.plan.memory import GIB, Moments
 from nanosport.plan.synthetic import Lengths, make_episodes

@@ -29,15 +29,15 @@ from safetensors import safe_open
 from nanosport.cli import ending
 from nanosport.files import ASSETS, checksum, write_atomically
 from nanosport.model import shards
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_model, save_model, sync
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.train import dist, optim
 
 # one process alone is said to be unusual, from the thread that writes
 warnings.filterwarnings("ignore", "torch.distributed is ")
 
 
-def tensors(model: Qwen25VL, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def tensors(model: VLModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every weight, and the moments of those that are trained, by name: zeros before the first
     update."""
     optim.start_moments(optimizer)
@@ -119,7 +119,7 @@ class Checkpoints:
         if torch.distributed.is_initialized():
             self.group = torch.distributed.new_group(backend="gloo", timeout=dist.TIMEOUT)
 
-    def save(self, model: Qwen25VL, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    def save(self, model: VLModel, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Save weights, moments and `state` for the step that it names. All ranks must call this.
 
         Raises ValueError where the save before this one could not be written, or there is a
@@ -314,7 +314,7 @@ def _set_aside(faults: dict[Path, str], taken: Path) -> None:
         print(f"{fault}; it is set aside as {aside.name}, and the run goes on from {taken.name}")
 
 
-def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> None:
+def load(folder: Path, model: VLModel, optimizer: torch.optim.Optimizer) -> None:
     """Fill `model` and `optimizer` from a checkpoint, on however many ranks it was saved.
 
     Raises ValueError where it is damaged, or is another model's.

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.model.decoder import VLModel
 
 TIMEOUT = timedelta(hours=2)
 """A collective call may take so long; the watchdog (faults.py) ends what hangs sooner."""
@@ -143,7 +143,7 @@ def device_mesh(device: torch.device):
     return mesh
 
 
-def shard(model: Qwen25VL, dtype: torch.dtype, device: torch.device) -> Qwen25VL:
+def shard(model: VLModel, dtype: torch.dtype, device: torch.device) -> VLModel:
     """Lay `model` out over the ranks; in a world of one it stays as it is.
 
     What is trained must be chosen before. Sharded are the decoder's layers, head and embedding, and

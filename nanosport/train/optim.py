@@ -9,10 +9,10 @@ from nanosport.train import dist
 
 def trainable(model: torch.nn.Module, freeze_vision: bool, freeze_projector: bool) -> None:
     """Choose what is trained: the language model always; the vision tower, and the projector after
-    it (`merger`), unless they are frozen."""
+    it (`merger`, and what of DeepStack is like it), unless they are frozen."""
     for name, weight in model.named_parameters():
         frozen = name.startswith("visual.") and freeze_vision
-        if name.startswith("visual.merger."):
+        if name.startswith(("visual.merger.", "visual.deepstack_merger_list.")):
             frozen = freeze_projector
         weight.requires_grad_(not frozen)
 

@@ -15,7 +15,7 @@ import torch
 
 from kernels.attention import torch_groups_heads
 from nanosport.model.cost import num_weights
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
 
 LESS = ("all", "mlp", "none")
 """Each computes less again than the one before, and keeps more."""

@@ -23,6 +23,7 @@ from nanosport.env.endpoint import EndpointError
 from nanosport.env.judge import Judge
 from nanosport.files import checksum
 from nanosport.image import ImageConfig
+from nanosport.model.decoder import attention_of
 from nanosport.model.folder import (
     COPIED,
     aside,
@@ -33,7 +34,6 @@ from nanosport.model.folder import (
     weight_files,
 )
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import attention_of
 from nanosport.records import Episode
 from nanosport.train import checkpoint, dist, mixed, optim, recompute
 from nanosport.train.checkpoint import Checkpoints
