@@ -26,7 +26,7 @@ from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.engine.step import Launched, Steps
 from nanosport.image import ImageConfig
 from nanosport.model.decoder import VLModel, join_projections, mrope_cos_sin, mrope_tables
-from nanosport.model.folder import load_model, load_tokenizer
+from nanosport.model.folder import load_model, load_tokenizer, own_name
 from nanosport.model.frames import FrameEncoder
 
 PACK_TOKENS = 8192
@@ -119,7 +119,7 @@ class OwnSampler:
         self.version = version
         own = dict(self.model.named_parameters())
         for name, weight in weights:
-            own[name].data.copy_(weight)
+            own[own_name(name)].data.copy_(weight)
 
     # Reading.
 

@@ -196,11 +196,12 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 
 
 class TrainedWeights:
-    """(name, weight in one piece) of what is trained, one after the other. All ranks must go
-    through all of them, each time that one does."""
+    """(published name, weight in one piece) of what is trained, one after the other. All ranks must
+    go through all of them, each time that one does."""
 
-    def __init__(self, model: nn.Module):
-        self.named = [(n, weight) for n, weight in model.named_parameters() if weight.requires_grad]
+    def __init__(self, model: VLModel):
+        trained = [(n, weight) for n, weight in model.named_parameters() if weight.requires_grad]
+        self.named = [(model.cfg.published_name(name), weight) for name, weight in trained]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, full(weight)) for name, weight in self.named)
