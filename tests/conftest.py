@@ -37,16 +37,26 @@ def rounding(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
-@pytest.fixture(scope="session")
-def nano_folder(tmp_path_factory) -> Path:
-    """A model folder of the nano size with random weights."""
+def random_nano(tmp_path_factory, family: str) -> Path:
     source = tmp_path_factory.mktemp("source")
     pretrain.build_tokenizer(source)
-    pretrain.write_config(source)
+    pretrain.write_config(source, family)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("nano") / "model"
     save_model(VLModel(load_config(source)).init_weights(), folder, source)
     return folder
+
+
+@pytest.fixture(scope="session")
+def nano_folder(tmp_path_factory) -> Path:
+    """A model folder of the nano size with random weights."""
+    return random_nano(tmp_path_factory, "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def nano_qwen3_folder(tmp_path_factory) -> Path:
+    """Its like of the Qwen3-VL family."""
+    return random_nano(tmp_path_factory, "qwen3_vl")
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,12 @@ def random_piece(rng, shown: Shown, longest: int = 40) -> Piece:
 
 def play(sampler, rng, num_groups: int, device="cpu") -> list[tuple]:
     """Play random episodes of up to three turns; return each with the seed of its stream."""
-    talks, done, waiting, shown = {}, [], list(range(num_groups)), Shown(sampler.model.cfg.vision.feature_size, device)
+    talks, done, waiting, shown = (
+        {},
+        [],
+        list(range(num_groups)),
+        Shown(sampler.model.cfg.vision.feature_size, device),
+    )
 
     def open_some() -> None:
         for group in [waiting.pop() for _ in range(min(len(waiting), rng.integers(1, 3)))]:
@@ -395,7 +400,8 @@ def test_on_a_card_a_token_costs_no_copy_to_it_and_no_wait(card, model, tokenize
         assert card.counts["to card"] == card.counts["waits"] == 0
         assert card.counts["to host"] == 1 and len(sampler.launched) == 1
         # on a real card a graph makes one launch of them
-        assert card.counts["launches"] < 170
+        norms = 6 * 2 * model.cfg.qk_norm  # of queries and keys, in two layers
+        assert card.counts["launches"] < 170 + norms
     row = next(iter(sampler.rows.values()))
     assert len(row.said) == 8 and row.length == len(row.ids) - 1
 

@@ -19,7 +19,6 @@ import rl
 import train
 from nanosport.files import ASSETS
 from nanosport.image import ImageConfig
-from nanosport.model.decoder import ModelConfig
 from nanosport.model.folder import (
     hub_commit,
     load_config,
@@ -30,6 +29,7 @@ from nanosport.model.folder import (
     version,
 )
 from nanosport.model.frames import FrameEncoder
+from nanosport.model.qwen2_5_vl import ModelConfig
 from tests.helpers.clips import write
 from tests.helpers.hub_cache import hub_cache
 

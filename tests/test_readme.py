@@ -120,6 +120,12 @@ def test_the_table_is_made_of_the_committed_figures():
     assert len(reports) == 3 and seeds_table(reports) in README
 
 
+def test_reports_of_two_families_make_no_table():
+    report = {"family": "Qwen3-VL", "rows": {}}
+    with pytest.raises(ValueError, match="reports on Qwen2.5-VL and Qwen3-VL: give those of one"):
+        seeds_table([report, {"rows": {}}])
+
+
 def test_what_a_shipped_model_was_made_with_names_no_folder_of_ours(tmp_path):
     """Paths of the repository are relative to it, also where an export writes them."""
     pages = [page.read_text() for page in (ROOT / "assets").glob("*/made.json")]

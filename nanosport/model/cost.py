@@ -52,8 +52,8 @@ def head_flops(cfg: ModelConfig, rows: int) -> float:
 
 
 def vision_flops(cfg: ModelConfig, features: int) -> float:
-    """Operations of the tower's forward pass over frames that become `features` tokens, without its
-    attention's pairs (a few per cent)."""
+    """Operations of the tower's forward pass over frames that become `features` tokens, as if every
+    weight met every patch, and without its attention's pairs (a few per cent)."""
     return 2.0 * features * cfg.vision.merge_unit * num_weights(cfg)["vision"]
 
 
