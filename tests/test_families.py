@@ -12,9 +12,11 @@ from transformers import Qwen3VLForConditionalGeneration
 import rl
 import train
 from nanosport.image import ImageConfig
+from nanosport.model.decoder import mrope_positions
 from nanosport.model.folder import load_model
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import read_questions
+from nanosport.train import mixed
 from tests.helpers.runs import assert_same, flags, killed, log, torchrun
 
 
@@ -99,3 +101,23 @@ def test_transformers_loads_what_rl_leaves(runs, arena_folder):
         out = theirs.model.visual(patches_PC, torch.tensor(grids))
     wanted_ND = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
     torch.testing.assert_close(features_ND, wanted_ND, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_that_computes_hands_on_every_gradient(nano_qwen3_folder):
+    """Joined products without a bias, norms of queries and keys, a tower that learns."""
+    grids = [(1, 4, 6), (1, 2, 2)]
+    gradients = []
+    for copied in (False, True):
+        model = load_model(nano_qwen3_folder)
+        computes, cfg = mixed.computing_copy(model, torch.float32) if copied else model, model.cfg
+        torch.manual_seed(0)
+        features_ND = computes.encode(torch.randn(28, cfg.vision.patch_width), grids)
+        ids_T = torch.tensor([20, 3, *[5] * 6, 4, 21, 3, 5, 4, 22])
+        positions_3T, _ = mrope_positions(ids_T, grids, cfg)
+        bounds = torch.tensor([0, len(ids_T)], dtype=torch.int32)
+        computes.hidden(ids_T, positions_3T, bounds, features_ND).square().mean().backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        error = (gradients[1][name] - gradient).abs().max()
+        assert error <= 1e-5 * gradient.abs().max(), name
+        assert gradient.abs().max() > 0, name

@@ -235,6 +235,30 @@ def test_names_and_shapes_of_8b_are_those_of_its_config():
     assert sum(2 * weight.numel() for weight in named.values()) == 17_534_247_392
 
 
+@pytest.mark.parametrize(
+    "section, change, match",
+    [
+        ("text_config", {"attention_bias": True}, "attention_bias True: this code has only False"),
+        ("text_config", {"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ("text_config", {"rope_scaling": {"mrope_interleaved": False}}, "mrope_interleaved False"),
+        ("text_config", {"rope_scaling": {"mrope_section": [1, 1, 6]}}, "in every third of 8"),
+        ("text_config", {"head_dim": 18}, "mrope_section .* must sum to 18/2"),
+        ("text_config", {"head_dim": None}, "'head_dim' is missing"),
+        ("vision_config", {"deepstack_visual_indexes": [2]}, "must rise, and be below 2"),
+        ("vision_config", {"deepstack_visual_indexes": [1, 0]}, "must rise, and be below 2"),
+        ("vision_config", {"num_position_embeddings": 15}, "15: must be a square"),
+        ("vision_config", {"hidden_act": "silu"}, "vision_config: hidden_act 'silu'"),
+        ("vision_config", {"out_hidden_size": 32}, "out_hidden_size: must be hidden_size"),
+    ],
+)
+def test_what_no_qwen3_vl_can_be_is_said(section, change, match):
+    raw = tiny_config(family="qwen3_vl")
+    changed = {name: value for name, value in (raw[section] | change).items() if value is not None}
+    read_config(raw)
+    with pytest.raises(ValueError, match=f"config.json: .*{match}"):
+        read_config(raw | {section: changed})
+
+
 def test_broken_folders_are_refused_by_name(tmp_path):
     source = write_source(tmp_path / "source")
     model = tiny_model(source)

@@ -251,7 +251,9 @@ def stage_moments(
     moments = {"always": always, "start": {"all weights": 4 * sum(weights.values())}}
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
     if isinstance(run, rl.Config):
-        copy = {"rollout copy": 2 * (sum(weights.values()) - weights["vision"])}
+        # vLLM takes features of DeepStack only beside a tower of its own
+        blind = run.sampler != "vllm" or model.vision.feature_size == model.hidden_size
+        copy = {"rollout copy": 2 * (sum(weights.values()) - blind * weights["vision"])}
         always |= copy if run.sampler == "own" else {}
         always["reference"] = step["update"]["reference"]
         always["frames of the step"] = image_bytes * (micro_batches - 1)

@@ -42,7 +42,7 @@ class TrainingConfig:
     freeze_vision: bool = True
     """Leave the vision tower as it is."""
     freeze_projector: bool = True
-    """Leave the projector after the tower as it is (`visual.merger`)."""
+    """Leave the projector after the tower as it is (`visual.merger`, and DeepStack's)."""
     max_pixels: Annotated[int | None, AtLeast(1)] = None
     """Larger frames are scaled down to this. None: as the model's preprocessor_config.json says."""
     recompute: Annotated[Literal["auto", "all", "mlp", "none"], MAY_CHANGE] = "auto"
