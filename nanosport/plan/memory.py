@@ -242,8 +242,7 @@ def stage_moments(
         counted = replace(counted, recompute="all")
     step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3)
     weights, head = num_weights(model), 4 * model.vocab_size * model.hidden_size
-    image_bytes = 2 * model.vision.feature_size
-    image_bytes *= sum(episode.ids.count(model.image_token_id) for episode in episodes)
+    image_bytes = 2 * model.vision.feature_size * num_features(model, episodes)
 
     always = {"CUDA, NCCL": RESERVED, "vision tower": 2 * weights["vision"]}
     always |= {part: step["update"][part] for part in ("weights", "Adam moments")}
@@ -251,9 +250,7 @@ def stage_moments(
     moments = {"always": always, "start": {"all weights": 4 * sum(weights.values())}}
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
     if isinstance(run, rl.Config):
-        # vLLM takes features of DeepStack only beside a tower of its own
-        blind = run.sampler != "vllm" or model.vision.feature_size == model.hidden_size
-        copy = {"rollout copy": 2 * (sum(weights.values()) - blind * weights["vision"])}
+        copy = {"rollout copy": rollout_copy(model, run.sampler)}
         always |= copy if run.sampler == "own" else {}
         always["reference"] = step["update"]["reference"]
         always["frames of the step"] = image_bytes * (micro_batches - 1)
@@ -272,6 +269,17 @@ def stage_moments(
         name: {p: size for p, size in parts.items() if name == "always" or p not in always}
         for name, parts in moments.items()
     }
+
+
+def num_features(model: ModelConfig, episodes: tuple[Episode, ...]) -> int:
+    return sum(episode.ids.count(model.image_token_id) for episode in episodes)
+
+
+def rollout_copy(model: ModelConfig, sampler: str) -> float:
+    """Bytes of a sampler's weights. vLLM takes DeepStack's features only beside a tower."""
+    weights, wide = num_weights(model), model.vision.feature_size > model.hidden_size
+    tower = 0 if sampler == "vllm" and wide else weights["vision"]
+    return 2 * (sum(weights.values()) - tower)
 
 
 def largest(moments: Moments) -> dict[str, float]:
