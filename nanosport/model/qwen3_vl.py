@@ -73,7 +73,7 @@ class ModelConfig(decoder.ModelConfig):
         too_deep = len(deep) > self.num_hidden_layers
         as_many = "vision_config: deepstack_visual_indexes: more than the decoder has layers"
         square = f"vision_config: num_position_embeddings {places}: must be a square"
-        last = max(3 * high - 2, 3 * wide - 1) if high and wide else 0
+        last = max(3 * high - 2, 3 * wide - 1)
         third = f"mrope_section {self.mrope_section}: height and width: must fit in every third"
         return [
             *super().size_rules(),
