@@ -1,8 +1,13 @@
 # make demo: the whole story in small, from the shipped backbone.   make demo SMOKE=1: every stage, few steps.
+# make demo FAMILY=qwen3_vl: on the second family's backbone, into out/demo_qwen3_vl.
 # make test: the tests.   make test-gpu: what only a GPU can run.   make test-vllm: the vLLM backend.   make test-serve: the local server.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
 PYTHON ?= python3
 SEED ?= 0
-OUT ?= out/demo
+FAMILY ?= qwen2_5_vl
+BACKBONE_qwen2_5_vl := assets/nano-backbone
+BACKBONE_qwen3_vl := assets/nano-backbone-qwen3-vl
+BACKBONE := $(or $(BACKBONE_$(FAMILY)),$(error FAMILY=$(FAMILY): must be qwen2_5_vl or qwen3_vl))
+OUT ?= out/demo$(filter-out _qwen2_5_vl,_$(FAMILY))
 PY := .venv/bin/python
 ifdef SMOKE
 ARENA := --sft-clips 12 --rl-clips 6 --test-clips 3
@@ -19,9 +24,9 @@ demo: .venv/.installed
 	rm -rf $(OUT)
 	$(PY) -m data_prep.arena --out $(OUT)/arena --seed $(SEED) $(ARENA)
 	$(PY) -m data_prep.teacher --data $(OUT)/arena --seed $(SEED)
-	$(PY) train.py --data $(OUT)/arena/trajectories.jsonl --out $(OUT)/sft --seed $(SEED) $(SFT)
+	$(PY) train.py --model $(BACKBONE) --data $(OUT)/arena/trajectories.jsonl --out $(OUT)/sft --seed $(SEED) $(SFT)
 	$(PY) rl.py --model $(OUT)/sft/model --data $(OUT)/arena/rl.jsonl --out $(OUT)/rl --seed $(SEED) $(RL)
-	$(PY) eval.py --model assets/nano-backbone --name backbone --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_backbone.json
+	$(PY) eval.py --model $(BACKBONE) --name backbone --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_backbone.json
 	$(PY) eval.py --model $(OUT)/sft/model --name SFT --modes tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_sft.json
 	$(PY) eval.py --model $(OUT)/rl/model --name SFT+RL --modes no-tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_no_tool.json
 	$(PY) eval.py --model $(OUT)/rl/model --name SFT+RL --modes tool --data $(OUT)/arena/test.jsonl --out $(OUT)/eval_rl.json

@@ -1,7 +1,8 @@
-"""Pre-train the nano backbone: a Qwen2.5-VL of two million parameters that sees and speaks of the
-arena, but knows no tool.
+"""Pre-train the nano backbone: a Qwen2.5-VL or Qwen3-VL of two million parameters that sees and
+speaks of the arena, but knows no tool.
 
     python -m data_prep.pretrain                                  # → assets/nano-backbone
+    python -m data_prep.pretrain qwen3_vl                # → assets/nano-backbone-qwen3-vl
     python -m data_prep.pretrain --start out/pre --out out/pre3   # goes on after out/pre's stages
 
 Order matters more than size: first single frames (describe them, answer plain questions), then
@@ -17,7 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -39,23 +40,15 @@ from nanosport.env.tools import tool_call
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.image import ImageConfig, preprocess
+from nanosport.model.decoder import VLModel, mrope_positions
 from nanosport.model.folder import load_config, load_model, load_tokenizer, save_model
-from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_positions
 from nanosport.records import Question
 from nanosport.train import optim
 
+Family = Literal["qwen2_5_vl", "qwen3_vl"]
 PATCH = 28
-IMAGE = {
-    "patch_size": PATCH,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "min_pixels": 56 * 56,
-    "max_pixels": 168 * 112,
-}
-IMAGE |= {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+IMAGE = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 168 * 112
 TOKENS_PER_FRAME = 6  # 168×112 pixels in 2×2 squares of 28-pixel patches
 SPECIAL = (
     "<|endoftext|>",
@@ -144,9 +137,18 @@ VISION = {
     "hidden_act": "silu",
     "tokens_per_second": 2,
 }
+OF_WINDOWS = ("in_chans", "spatial_patch_size", "window_size", "fullatt_block_indexes")
+VISION_3 = {n: v for n, v in VISION.items() if n not in (*OF_WINDOWS, "tokens_per_second")}
+VISION_3 |= {
+    "model_type": "qwen3_vl",
+    "hidden_size": 112,
+    "num_heads": 7,
+    "in_channels": 3,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [1],
+    "hidden_act": "gelu_pytorch_tanh",
+}
 TEXT = {
-    "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "model_type": "qwen2_5_vl",
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
@@ -156,31 +158,71 @@ TEXT = {
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
-    "tie_word_embeddings": True,
 }
-IDS = {
-    "bos_token_id": "<|endoftext|>",
-    "eos_token_id": "<|im_end|>",
+TEXT_IDS = {"bos_token_id": "<|endoftext|>", "eos_token_id": "<|im_end|>"}
+VISION_IDS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
 }
-PROCESSOR = {"image_processor_type": "Qwen2VLImageProcessor"}
-PROCESSOR |= {"processor_class": "Qwen2_5_VLProcessor"}
 
 
-def write_config(folder: Path) -> None:
+def qwen2_5_vl(text: dict, ids: dict) -> tuple[dict, dict]:
+    """(config.json, preprocessor_config.json) as Qwen2.5-VL's are published."""
+    config = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        **TEXT,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": True,
+        **text,
+        **ids,
+        "torch_dtype": "bfloat16",
+        "vision_config": VISION,
+    }
+    return config, IMAGE | {
+        "min_pixels": MIN_PIXELS,
+        "max_pixels": MAX_PIXELS,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+
+
+def qwen3_vl(text: dict, ids: dict) -> tuple[dict, dict]:
+    """(config.json, preprocessor_config.json) as Qwen3-VL's are published."""
+    rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [6, 5, 5]}
+    text_config = {"model_type": "qwen3_vl_text", **TEXT, "head_dim": 32, "attention_bias": False}
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "text_config": text_config | text | {"rope_scaling": rope, "dtype": "bfloat16"},
+        "vision_config": VISION_3,
+        "tie_word_embeddings": True,
+        **ids,
+    }
+    return config, IMAGE | {
+        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+    }
+
+
+def write_config(folder: Path, family: Family = "qwen2_5_vl") -> None:
     """config.json and preprocessor_config.json of the nano model, in the published layout."""
     vocab = json.loads((folder / "tokenizer.json").read_text())
-    ids = {t["content"]: t["id"] for t in vocab["added_tokens"]}
-    size = max(max(ids.values()), max(vocab["model"]["vocab"].values())) + 1
-    config = TEXT | {"vocab_size": size} | {name: ids[token] for name, token in IDS.items()}
-    config |= {"torch_dtype": "bfloat16", "vision_config": VISION}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    processor = json.dumps(IMAGE | PROCESSOR, indent=2)
-    (folder / "preprocessor_config.json").write_text(processor + "\n")
+    known = {t["content"]: t["id"] for t in vocab["added_tokens"]}
+    size = max(max(known.values()), max(vocab["model"]["vocab"].values())) + 1
+    text, ids = ({n: known[t] for n, t in names.items()} for names in (TEXT_IDS, VISION_IDS))
+    make = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}[family]
+    for name, content in zip(
+        ("config", "preprocessor_config"), make({"vocab_size": size} | text, ids)
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -370,13 +412,12 @@ class Examples(IterableDataset):
             )
 
 
-def losses(model: Qwen25VL, batch, image: ImageConfig):
+def losses(model: VLModel, batch, image: ImageConfig):
     """(weighted mean cross entropy of the replies' tokens, whether each is the argmax, which
     positions predict them)."""
     ids_T, positions_3T, cu_seqlens, weights_T, pixels, _ = batch
-    with torch.set_grad_enabled(
-        torch.is_grad_enabled() and model.visual.merger.ln_q.weight.requires_grad
-    ):
+    trained = next(model.visual.merger.parameters()).requires_grad
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
         features_ND = None if pixels is None else model.encode(*preprocess(pixels, image))
     hidden_TD = model.hidden(ids_T, positions_3T, cu_seqlens, features_ND)
     rows = weights_T.roll(-1) > 0
@@ -415,6 +456,8 @@ BATCH = {1: 96, 2: 40, 3: 48, 4: 24}
 @dataclass(frozen=True)
 class Config:
     out: Path = ASSETS / "nano-backbone"
+    family: Family = "qwen2_5_vl"
+    """Of a model that begins from random weights."""
     steps: Annotated[tuple[int, int, int, int], AtLeast(0)] = (900, 500, 800, 900)
     """Of the four stages."""
     start: Path | None = None
@@ -426,18 +469,24 @@ class Config:
     workers: Annotated[int, AtLeast(1), AtMost(1024)] = 1
 
 
+PRESETS = {
+    "qwen2_5_vl": {},
+    "qwen3_vl": {"family": "qwen3_vl", "out": ASSETS / "nano-backbone-qwen3-vl"},
+}
+
+
 def start(cfg: Config) -> tuple[Path, list[dict]]:
     """(the folder to go on from, what its stages were): of random weights, or of --start."""
     if cfg.start is not None:
         return cfg.start, json.loads((cfg.start / "pretrain.json").read_text())["stages"]
     with tempfile.TemporaryDirectory() as files:
         build_tokenizer(Path(files))
-        write_config(Path(files))
-        save_model(Qwen25VL(load_config(files)).init_weights(), cfg.out, source=files)
+        write_config(Path(files), cfg.family)
+        save_model(VLModel(load_config(files)).init_weights(), cfg.out, source=files)
     return cfg.out, []
 
 
-def train_stage(cfg: Config, source: Path, stage: int, image: ImageConfig) -> Qwen25VL:
+def train_stage(cfg: Config, source: Path, stage: int, image: ImageConfig) -> VLModel:
     """Train the model of a folder through a stage."""
     model, steps = load_model(source), cfg.steps[stage - 1]
     optim.trainable(model, freeze_vision=stage >= 3, freeze_projector=stage >= 3)
@@ -487,4 +536,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config)
+    cli.run(main, Config, PRESETS)

@@ -16,8 +16,8 @@ import torch
 
 import train
 from data_prep import arena, pretrain, teacher
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_config, save_model
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import read_questions
 
 torch.set_num_threads(1)
@@ -37,16 +37,26 @@ def rounding(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
 
 
+def random_nano(tmp_path_factory, family: str) -> Path:
+    source = tmp_path_factory.mktemp("source")
+    pretrain.build_tokenizer(source)
+    pretrain.write_config(source, family)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("nano") / "model"
+    save_model(VLModel(load_config(source)).init_weights(), folder, source)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def nano_folder(tmp_path_factory) -> Path:
     """A model folder of the nano size with random weights."""
-    source = tmp_path_factory.mktemp("source")
-    pretrain.build_tokenizer(source)
-    pretrain.write_config(source)
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("nano") / "model"
-    save_model(Qwen25VL(load_config(source)).init_weights(), folder, source)
-    return folder
+    return random_nano(tmp_path_factory, "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def nano_qwen3_folder(tmp_path_factory) -> Path:
+    """Its like of the Qwen3-VL family."""
+    return random_nano(tmp_path_factory, "qwen3_vl")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from data_prep import arena, draw, pretrain, teacher
 from nanosport.env.env import Limits
 from nanosport.env.rollout import replay
 from nanosport.env.tools import parse
+from nanosport.fields import read_json
 from nanosport.image import ImageConfig
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
@@ -362,15 +363,21 @@ def test_odd_but_valid_question_files(tmp_path):
         read_questions(tmp_path / "absent.jsonl")
 
 
-def test_pre_training_goes_through_its_four_stages(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", pretrain.PRESETS)
+def test_pre_training_goes_through_its_four_stages(family, tmp_path, monkeypatch):
     """One step of each; then it says that there is nothing left to go on with."""
     monkeypatch.setattr(pretrain, "BATCH", dict.fromkeys(pretrain.STAGES, 2))
     monkeypatch.setattr(pretrain, "perception", partial(pretrain.perception, batches=1))
-    cfg = pretrain.Config(out=tmp_path / "backbone", steps=(1, 1, 1, 1))
+    preset = pretrain.Config(**pretrain.PRESETS[family])
+    assert preset.family == family
+    cfg = replace(preset, out=tmp_path / "backbone", steps=(1, 1, 1, 1))
     pretrain.main(cfg)
     made = json.loads((cfg.out / "pretrain.json").read_text())["stages"]
     assert [row["stage"] for row in made] == list(pretrain.STAGES.values()) and load_model(
         cfg.out
     ).cfg.hidden_size
+    assert read_json(cfg.out / "config.json")["model_type"] == family
+    weights = (cfg.out / "model.safetensors").stat().st_size
+    assert weights < 5_100_000, "it is committed"
     with pytest.raises(ValueError, match="all stages already"):
         pretrain.main(replace(cfg, start=cfg.out))

@@ -23,9 +23,9 @@ from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.image import ImageConfig
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import read_questions
 from nanosport.train.pack import MIN_SHARED, pack, prefix_tree
 from tests.helpers.fake_card import CARD, FakeCard, move
@@ -224,18 +224,24 @@ def test_gradients_of_shared_keys_add_up_in_float32():
     assert plain.item() != 302.0, "this test could not fail"
 
 
-@pytest.fixture(scope="module")
-def model(taught_folder):
-    return load_model(taught_folder)
+@pytest.fixture(scope="module", params=["taught_folder", "nano_qwen3_folder"])
+def folder(request):
+    """A model folder of each family."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
-def groups(model, taught_folder, arena_folder):
+def model(folder):
+    return load_model(folder)
+
+
+@pytest.fixture(scope="module")
+def groups(taught_folder, arena_folder):
     """Six episodes of each of four questions, over two clips."""
-    tokenizer = load_tokenizer(taught_folder)
-    sampler = OwnSampler(model, tokenizer, Sampling(0.9, max_new_tokens=48, stops=STOPS))
+    tokenizer, player = load_tokenizer(taught_folder), load_model(taught_folder)
+    sampler = OwnSampler(player, tokenizer, Sampling(0.9, max_new_tokens=48, stops=STOPS))
     questions = read_questions(arena_folder / "rl.jsonl")
-    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    encoder = FrameEncoder(player, ImageConfig.from_folder(taught_folder))
     return rollout(sampler, encoder, [questions[k] for k in (0, 1, 6, 7)], Limits(max_turns=3), 6)
 
 
@@ -260,11 +266,9 @@ def loss_and_gradients(model, batch, taught: bool):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_sharing_the_prefix_changes_neither_loss_nor_gradients(
-    groups, model, taught_folder, frozen
-):
+def test_sharing_the_prefix_changes_neither_loss_nor_gradients(groups, model, folder, frozen):
     """Through the prompt, its frames and (frozen or not) the vision tower."""
-    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder), frozen)
+    encoder = FrameEncoder(model, ImageConfig.from_folder(folder), frozen)
     alone, shared = (pack(groups, encoder, model.cfg, share_prefix=s) for s in (False, True))
     assert (
         alone.keys is None
@@ -290,12 +294,10 @@ def test_sharing_the_prefix_changes_neither_loss_nor_gradients(
         assert (its_grads[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7, name
 
 
-def test_a_frame_is_known_by_its_video_and_index_not_by_its_tokens(
-    groups, model, taught_folder, tmp_path
-):
+def test_a_frame_is_known_by_its_video_and_index_not_by_its_tokens(groups, model, folder, tmp_path):
     """The same ids over another video, and over other frames, share only what comes before the
     first frame that differs."""
-    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    encoder = FrameEncoder(model, ImageConfig.from_folder(folder))
     first = groups[0]
     other = next(e for e in groups if e.question.video != first.question.video)
     twins = [
@@ -326,8 +328,8 @@ def test_a_frame_is_known_by_its_video_and_index_not_by_its_tokens(
             torch.testing.assert_close(logp_M[batch.episode_M == k], want_M, atol=1e-4, rtol=1e-4)
 
 
-def test_episodes_that_are_equal_stand_in_the_batch_once(groups, model, taught_folder):
-    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+def test_episodes_that_are_equal_stand_in_the_batch_once(groups, model, folder):
+    encoder = FrameEncoder(model, ImageConfig.from_folder(folder))
     batch, one = (pack([groups[0]] * n, encoder, model.cfg) for n in (3, 1))
     assert batch.ids_T.tolist() == list(groups[0].ids) and batch.keys is None
     assert (
@@ -336,8 +338,8 @@ def test_episodes_that_are_equal_stand_in_the_batch_once(groups, model, taught_f
     )
 
 
-def test_what_is_shared_is_long_enough_to_pay(groups, model, taught_folder):
-    batch = pack(groups, FrameEncoder(model, ImageConfig.from_folder(taught_folder)), model.cfg)
+def test_what_is_shared_is_long_enough_to_pay(groups, model, folder):
+    batch = pack(groups, FrameEncoder(model, ImageConfig.from_folder(folder)), model.cfg)
     per_key = batch.keys.cu_seqlens.diff() - batch.cu_seqlens.diff()
     assert (per_key[per_key > 0] >= MIN_SHARED).all() and (
         per_key == 0
@@ -361,15 +363,15 @@ def to_card(x):
     return replace(x, **moved)
 
 
-def test_on_a_card_a_pass_waits_only_for_its_segments(model, groups, taught_folder):
+def test_on_a_card_a_pass_waits_only_for_its_segments(model, groups, folder):
     """A group in one pack, its prompt shared, with frames, to the log-probs: no tensor lies in the
     wrong place, and the host waits where the attention of a CPU asks for its bounds alone."""
-    encoder = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    encoder = FrameEncoder(model, ImageConfig.from_folder(folder))
     batch = pack(groups, encoder, model.cfg)
     assert batch.keys is not None and len(batch.features_ND)
     with torch.no_grad():
         wanted, _ = linear_logprobs(batch.hidden_MD(model), model.head_weight_VD, batch.targets_M)
-        twin = Qwen25VL(model.cfg)
+        twin = VLModel(model.cfg)
         twin.load_state_dict(model.state_dict())
         with FakeCard() as card:
             move(twin)

@@ -462,7 +462,7 @@ import sys, threading, time, torch
 from dataclasses import replace
 from pathlib import Path
 from nanosport.model.folder import load_config
-from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.model.decoder import VLModel
 from nanosport.train import checkpoint, optim
 import nanosport.model.folder as folder
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -470,7 +470,7 @@ cfg = replace(load_config(source), hidden_size=1024, num_attention_heads=8, num_
               intermediate_size=4096, mrope_section=(16, 24, 24))
 cfg = replace(cfg, vision=replace(cfg.vision, out_hidden_size=1024))
 folder.load_config = lambda _: cfg
-model = Qwen25VL(cfg).init_weights()
+model = VLModel(cfg).init_weights()
 optim.trainable(model, True, True)
 optimizer = optim.build(model, 0.0)
 optim.start_moments(optimizer)

@@ -160,7 +160,7 @@ def test_presets_are_the_papers_recipes(script, named):
     """Every preset is a config that a run accepts; RL goes on from where its SFT leaves the
     model."""
     configs = {name: script.Config(**fields) for name, fields in named.items()}
-    assert list(configs) == ["nano", "3b", "7b", "7b-scaled", "videobrain"]
+    assert list(configs) == ["nano", "3b", "7b", "7b-scaled", "8b", "videobrain"]
     assert configs["nano"] == script.Config()
     for name, cfg in configs.items():
         cfg.check()
@@ -180,8 +180,12 @@ def test_presets_are_the_papers_recipes(script, named):
         assert (brain.entropy_bonus, brain.steps * brain.num_prompts) == (1e-3, 6400)
         assert (brain.max_new_tokens, brain.episode_tokens) == (8192, 8192 + 16_384)
         assert brain.freeze_vision and brain.group_size == 8
+    backbones = {name: train.Config(**fields).model for name, fields in presets.SFT.items()}
+    assert backbones["8b"] == backbones["videobrain"] == "Qwen/Qwen3-VL-8B-Instruct"
     for size in ((360, 640), (720, 1280), (1080, 1920)):
         assert smart_resize(*size, ImageConfig(max_pixels=configs["7b"].max_pixels)) == (364, 644)
+        third = ImageConfig.from_folder("assets/qwen3-vl-8b", configs["8b"].max_pixels)
+        assert smart_resize(*size, third) == (352, 640)
 
 
 def test_a_preset_is_named_before_its_flags():

@@ -24,9 +24,9 @@ import train
 from nanosport.env.env import Limits
 from nanosport.env.rollout import replay
 from nanosport.image import ImageConfig
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_config, load_model, load_tokenizer, save_model
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import Episode, Question, read_records
 from nanosport.train import checkpoint, optim
 from nanosport.train.deal import data_order, deal, make_units
@@ -158,7 +158,7 @@ def test_the_7bs_layout_in_bfloat16(taught_folder, sft, grpo, tmp_path):
             json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
         )
     )
-    model, tied = Qwen25VL(load_config(source)), load_model(taught_folder)
+    model, tied = VLModel(load_config(source)), load_model(taught_folder)
     assert model.load_state_dict(tied.state_dict(), strict=False).missing_keys == ["lm_head.weight"]
     model.lm_head.weight.data.copy_(tied.head_weight_VD.data)
     save_model(model, untied, source)

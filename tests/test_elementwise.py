@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import elementwise
+from nanosport.model.decoder import Layer
 from nanosport.model.layers import MLP, RMSNorm, join
-from nanosport.model.qwen2_5_vl import Layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytest.importorskip("triton")
@@ -225,11 +225,12 @@ def test_a_cpu_computes_what_the_plain_operations_do_to_the_bit(case, dtype):
     assert all(torch.equal(mine[name], value) for name, value in want.items())
 
 
-def a_layer():
+def a_layer(qk_norm=False):
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 4}
-    layer = Layer(SimpleNamespace(**sizes, intermediate_size=37, rms_norm_eps=1e-6))
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+    sizes |= {"intermediate_size": 37, "qkv_bias": not qk_norm, "qk_norm": qk_norm}
+    layer = Layer(SimpleNamespace(**sizes, rms_norm_eps=1e-6))
+    for norm in (part for part in layer.modules() if isinstance(part, RMSNorm)):
         torch.nn.init.normal_(norm.weight, 1.0, 0.3)
     return layer
 
@@ -242,9 +243,10 @@ def attend_with(cos, sin):
     return attend
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_a_layer_of_kernels_is_the_layer(recomputed, fused, monkeypatch):
-    layer, x = a_layer(), torch.randn(9, 24)
+def test_a_layer_of_kernels_is_the_layer(recomputed, qk_norm, fused, monkeypatch):
+    layer, x = a_layer(qk_norm), torch.randn(9, 24)
     angles = torch.randn(9, 1, 2).repeat(1, 1, 2)
     attend = attend_with(angles.cos(), angles.sin())
     found = []
@@ -261,8 +263,9 @@ def test_a_layer_of_kernels_is_the_layer(recomputed, fused, monkeypatch):
         torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
 
 
-def test_joined_projections_of_a_sampler(fused):
-    layer, x = a_layer(), torch.randn(9, 24)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_joined_projections_of_a_sampler(qk_norm, fused):
+    layer, x = a_layer(qk_norm), torch.randn(9, 24)
     angles = torch.randn(9, 1, 2).repeat(1, 1, 2)
     attend = attend_with(angles.cos(), angles.sin())
     with torch.no_grad():

@@ -18,8 +18,8 @@ from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Piece, Sampling
 from nanosport.engine.step import Steps
 from nanosport.files import ASSETS
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_config, load_tokenizer
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.plan.synthetic import bare_actors, bare_training, take_step
 from nanosport.train import checkpoint, dist
 from tests.helpers.runs import ROOT
@@ -70,7 +70,7 @@ def test_each_attention_that_is_installed_is_right(name, heads):
 
 def trainer(device, work, dtype, recompute="none"):
     """A training of the nano model with weights that depend on their names."""
-    models = [Qwen25VL(load_config(FOLDER)) for _ in range(2)]
+    models = [VLModel(load_config(FOLDER)) for _ in range(2)]
     for model in models:
         fill({name: weight.cpu() for name, weight in model.named_parameters()})
     run = replace(work.run, recompute=recompute)
@@ -175,12 +175,12 @@ def test_a_graph_says_what_its_step_says(dtype, monkeypatch):
     """Twice over, since a sampler that slept captures anew; in float32 also what a CPU says."""
     tokenizer = load_tokenizer(FOLDER)
     torch.manual_seed(0)
-    model = Qwen25VL(load_config(FOLDER)).init_weights(0.1).requires_grad_(False)
-    twin = Qwen25VL(model.cfg)
+    model = VLModel(load_config(FOLDER)).init_weights(0.1).requires_grad_(False)
+    twin = VLModel(model.cfg)
     twin.load_state_dict(model.state_dict())
     twin = twin.to(CUDA, dtype).requires_grad_(False)
 
-    def say(where: Qwen25VL) -> list[tuple]:
+    def say(where: VLModel) -> list[tuple]:
         sampler = OwnSampler(where, tokenizer, Sampling(0.8, max_new_tokens=20))
         said = []
         for k in range(2):

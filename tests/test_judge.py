@@ -20,8 +20,8 @@ import rl
 from nanosport.env.endpoint import Endpoint
 from nanosport.env.judge import ANSWER_RUBRIC, Judge
 from nanosport.env.scoring import exact
+from nanosport.model.decoder import mrope_positions
 from nanosport.model.folder import load_model, load_tokenizer, save_model
-from nanosport.model.qwen2_5_vl import mrope_positions
 from nanosport.records import Question, read_questions
 from nanosport.train import checkpoint
 from nanosport.train.faults import Preemption

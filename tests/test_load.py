@@ -2,6 +2,7 @@
 line."""
 
 import ast
+import copy
 import hashlib
 import json
 import os
@@ -19,16 +20,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import (
+    ASSETS,
     aside,
     load_config,
     load_model,
     load_tokenizer,
-    published_name,
+    own_name,
+    read_config,
     resolve,
     save_model,
 )
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
+from tests.helpers.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(__file__).parents[2] / "shared" / "data" / "qwen"
@@ -46,22 +50,31 @@ SPECIAL = [
 TOOL = ["<tool_call>", "</tool_call>"]
 
 
-def tiny_config(tied=True) -> dict:
-    """In the published, flat layout."""
+def tiny_config(tied=True, family="qwen2_5_vl") -> dict:
+    """In the published layout: flat, or of Qwen3-VL nested."""
     vision = {
-        "model_type": "qwen2_5_vl", "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
-        "in_chans": 3, "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-        "window_size": 112, "fullatt_block_indexes": [1], "hidden_act": "silu",
+        "model_type": family, "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+        "out_hidden_size": 64, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
     }  # fmt: skip
-    return {
-        "model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"], "vocab_size": 300,
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    text = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "tie_word_embeddings": tied,
-        "torch_dtype": "float32", "bos_token_id": 0, "eos_token_id": 2, "vision_start_token_id": 3,
-        "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6, "max_position_embeddings": 4096,
-        "vision_config": vision,
+        "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 4096,
     }  # fmt: skip
+    ids = {"vision_start_token_id": 3, "vision_end_token_id": 4, "image_token_id": 5, "video_token_id": 6}  # fmt: skip
+    if family == "qwen3_vl":
+        rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}
+        more = {"model_type": "qwen3_vl_text", "head_dim": 16, "rope_scaling": rope}
+        text = {"text_config": text | more | {"dtype": "float32"}}
+        vision |= {"in_channels": 3, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+        vision |= {"hidden_act": "gelu_pytorch_tanh"}
+    else:
+        text |= {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+        text |= {"torch_dtype": "float32"}
+        vision |= {"in_chans": 3, "window_size": 112, "fullatt_block_indexes": [1]}
+        vision |= {"hidden_act": "silu"}
+    architecture = {"model_type": family, "architectures": [FAMILIES[family].model.__name__]}
+    return architecture | text | ids | {"tie_word_embeddings": tied, "vision_config": vision}
 
 
 def tiny_tokenizer(tokens=(*SPECIAL, "<|video_pad|>", *TOOL), vocab_start=0) -> Tokenizer:
@@ -81,10 +94,12 @@ def tiny_tokenizer(tokens=(*SPECIAL, "<|video_pad|>", *TOOL), vocab_start=0) -> 
     return tokenizer
 
 
-def write_source(folder: Path, tied=True, tokenizer: Tokenizer | None = None) -> Path:
+def write_source(
+    folder: Path, tied=True, tokenizer: Tokenizer | None = None, family="qwen2_5_vl"
+) -> Path:
     """A model folder but for the weights."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(tiny_config(tied)))
+    (folder / "config.json").write_text(json.dumps(tiny_config(tied, family)))
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [2, 0], "do_sample": True})
     )
@@ -99,9 +114,9 @@ def write_source(folder: Path, tied=True, tokenizer: Tokenizer | None = None) ->
     return folder
 
 
-def tiny_model(source: Path) -> Qwen25VL:
+def tiny_model(source: Path) -> VLModel:
     torch.manual_seed(0)
-    return Qwen25VL(load_config(source)).init_weights(0.3)
+    return VLModel(load_config(source)).init_weights(0.3)
 
 
 def logits(model, ids):
@@ -112,20 +127,21 @@ def logits(model, ids):
     return hidden_TD @ model.head_weight_VD.T
 
 
-def same_weights(a: Qwen25VL, b: Qwen25VL) -> bool:
+def same_weights(a: VLModel, b: VLModel) -> bool:
     return all(torch.equal(w, b.state_dict()[name]) for name, w in a.state_dict().items())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_bytes", [5e9, 60e3])
-def test_transformers_loads_what_we_save(tmp_path, tied, shard_bytes):
-    source = write_source(tmp_path / "source", tied, tiny_tokenizer())
+def test_transformers_loads_what_we_save(tmp_path, tied, shard_bytes, family):
+    source = write_source(tmp_path / "source", tied, tiny_tokenizer(), family)
     ours = tiny_model(source)
     save_model(ours, tmp_path / "saved", source, max_shard_bytes=shard_bytes)
     num_files = len(list((tmp_path / "saved").glob("*.safetensors")))
     assert (num_files == 1) == (shard_bytes == 5e9)
 
-    theirs, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    theirs, info = FAMILIES[family].model.from_pretrained(
         tmp_path / "saved", output_loading_info=True
     )
     assert not any(info.values()), info
@@ -139,11 +155,13 @@ def test_transformers_loads_what_we_save(tmp_path, tied, shard_bytes):
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
-def test_we_load_what_transformers_saves(tmp_path, tied, shard_size):
+def test_we_load_what_transformers_saves(tmp_path, tied, shard_size, family):
     torch.manual_seed(0)
-    theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**tiny_config(tied)))
+    its, raw = FAMILIES[family], tiny_config(tied, family)
+    theirs = its.model(its.config(**copy.deepcopy(raw)))
     theirs.save_pretrained(tmp_path / "saved", max_shard_size=shard_size)
     assert (len(list((tmp_path / "saved").glob("*.safetensors"))) == 1) == (shard_size == "5GB")
     ours = load_model(tmp_path / "saved")
@@ -152,7 +170,7 @@ def test_we_load_what_transformers_saves(tmp_path, tied, shard_size):
     torch.testing.assert_close(logits(ours, ids), expected, rtol=1e-4, atol=1e-5)
     # the nested layout of transformers 5 and the published flat one say the same
     assert "text_config" in json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert ours.cfg == ModelConfig.from_dict(tiny_config(tied))
+    assert ours.cfg == read_config(raw)
 
 
 def test_module_path_names_and_a_repeated_head_load_too(tmp_path):
@@ -191,16 +209,54 @@ def test_names_and_sizes_are_the_published_ones(size):
     folder = REAL / f"Qwen2.5-VL-{size}-Instruct"
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     with torch.device("meta"):
-        model = Qwen25VL(load_config(folder))
+        model = VLModel(load_config(folder))
     assert model.state_dict().keys() == index["weight_map"].keys()
     assert (
         sum(2 * w.numel() for w in model.state_dict().values()) == index["metadata"]["total_size"]
     )
     with torch.device("meta"):
         theirs = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_pretrained(folder))
-    shapes = {published_name(name): weight.shape for name, weight in theirs.named_parameters()}
+    shapes = {own_name(name): weight.shape for name, weight in theirs.named_parameters()}
     assert {name: weight.shape for name, weight in model.named_parameters()} == shapes
     assert load_config(folder).eos_token_ids == (151645, 151643)
+
+
+def test_names_and_shapes_of_8b_are_those_of_its_config():
+    """transformers' own names are those of the published index file: it has no map for them."""
+    folder = ASSETS / "qwen3-vl-8b"
+    with torch.device("meta"):
+        model = VLModel(load_config(folder))
+        its = FAMILIES["qwen3_vl"]
+        theirs = its.model(its.config.from_pretrained(folder))
+    shapes = {name: weight.shape for name, weight in theirs.named_parameters()}
+    published, named = model.cfg.published_name, dict(model.named_parameters())
+    assert {published(name): weight.shape for name, weight in named.items()} == shapes
+    assert {own_name(published(name)) for name in named} == named.keys()
+    assert sum(2 * weight.numel() for weight in named.values()) == 17_534_247_392
+
+
+@pytest.mark.parametrize(
+    "section, change, match",
+    [
+        ("text_config", {"attention_bias": True}, "attention_bias True: this code has only False"),
+        ("text_config", {"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn'"),
+        ("text_config", {"rope_scaling": {"mrope_interleaved": False}}, "mrope_interleaved False"),
+        ("text_config", {"rope_scaling": {"mrope_section": [1, 1, 6]}}, "in every third of 8"),
+        ("text_config", {"head_dim": 18}, "mrope_section .* must sum to 18/2"),
+        ("text_config", {"head_dim": None}, "'head_dim' is missing"),
+        ("vision_config", {"deepstack_visual_indexes": [2]}, "must rise, and be below 2"),
+        ("vision_config", {"deepstack_visual_indexes": [1, 0]}, "must rise, and be below 2"),
+        ("vision_config", {"num_position_embeddings": 15}, "15: must be a square"),
+        ("vision_config", {"hidden_act": "silu"}, "vision_config: hidden_act 'silu'"),
+        ("vision_config", {"out_hidden_size": 32}, "out_hidden_size: must be hidden_size"),
+    ],
+)
+def test_what_no_qwen3_vl_can_be_is_said(section, change, match):
+    raw = tiny_config(family="qwen3_vl")
+    changed = {name: value for name, value in (raw[section] | change).items() if value is not None}
+    read_config(raw)
+    with pytest.raises(ValueError, match=f"config.json: .*{match}"):
+        read_config(raw | {section: changed})
 
 
 def test_broken_folders_are_refused_by_name(tmp_path):
@@ -234,7 +290,10 @@ def test_broken_folders_are_refused_by_name(tmp_path):
         "cannot be read as a JSON object", lambda folder: (folder / "config.json").write_text("{")
     )
     for match, config in (
-        ("only 'qwen2_5_vl'", {"model_type": "llama"}),
+        (
+            "model_type 'llama': this code has only 'qwen2_5_vl' and 'qwen3_vl'",
+            {"model_type": "llama"},
+        ),
         ("vision_config: 'depth' is missing", {"model_type": "qwen2_5_vl"}),
     ):
         refuses(

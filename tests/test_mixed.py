@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_config, load_model
 from nanosport.model.layers import Embedding, Linear
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.plan.synthetic import Lengths, bare_training, make_episodes
 from nanosport.train import mixed, optim, recompute
 from tests.helpers.runs import ROOT, log
@@ -22,18 +22,18 @@ SEVEN = load_config(ROOT / "assets" / "qwen2.5-vl-7b")
 
 def model_and_copy(freeze_vision=True, freeze_projector=True):
     torch.manual_seed(0)
-    model = Qwen25VL(NANO).init_weights(0.05)
+    model = VLModel(NANO).init_weights(0.05)
     optim.trainable(model, freeze_vision, freeze_projector)
     return model, mixed.computing_copy(model, torch.bfloat16)
 
 
-def hidden(model: Qwen25VL, ids: torch.Tensor, recompute="none") -> torch.Tensor:
+def hidden(model: VLModel, ids: torch.Tensor, recompute="none") -> torch.Tensor:
     model.recompute = (recompute,) * model.cfg.num_hidden_layers
     positions_3T = torch.arange(len(ids)).expand(3, -1)
     return model.hidden(ids, positions_3T, torch.tensor([0, len(ids)]).int())
 
 
-def loss(model: Qwen25VL, ids: torch.Tensor, recompute="none") -> torch.Tensor:
+def loss(model: VLModel, ids: torch.Tensor, recompute="none") -> torch.Tensor:
     hidden_TD = hidden(model, ids, recompute).float()
     return (hidden_TD * torch.arange(hidden_TD.numel()).view_as(hidden_TD).sin()).mean()
 
@@ -47,7 +47,7 @@ def test_gradients_of_many_micro_batches_add_up_in_float32():
     """Four micro-batches: the sum of each one's products in float32, where bfloat16 sums lose three
     digits."""
     model, copy = model_and_copy()
-    exact = Qwen25VL(NANO).to(torch.float32)
+    exact = VLModel(NANO).to(torch.float32)
     exact.load_state_dict({k: w.to(torch.bfloat16).float() for k, w in model.state_dict().items()})
     single, name = {}, "model.layers.1.mlp.down_proj.weight"
     for ids in batches(4):
@@ -162,7 +162,7 @@ def test_a_layer_keeps_what_is_said(mode):
 
     for layers in (1, 2):
         cfg, kept = replace(NANO, num_hidden_layers=layers), {}
-        model = Qwen25VL(cfg).init_weights(0.05)
+        model = VLModel(cfg).init_weights(0.05)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = hidden(model, ids, mode)
         sums.append(sum(kept.values()))

@@ -1,27 +1,22 @@
-"""Our Qwen2.5-VL is the same function as transformers', and passes on the same
+"""Each family's model is the same function as transformers', and passes on the same
 gradients."""
+
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as oracle
 
 from kernels.attention import varlen_attention
 from kernels.elementwise import rotate
-from nanosport.model.folder import published_name
+from nanosport.model.decoder import VLModel, mrope_cos_sin, mrope_positions, mrope_tables
+from nanosport.model.folder import own_name, read_config
 from nanosport.model.layers import RMSNorm
-from nanosport.model.qwen2_5_vl import (
-    ModelConfig,
-    Qwen25VL,
-    mrope_cos_sin,
-    mrope_positions,
-    mrope_tables,
-)
+from tests.helpers import families
+from tests.helpers.families import END, FAMILIES, IMAGE, START
 
-IMAGE, VIDEO, START, END = 190, 191, 192, 193
-GRIDS = [(1, 4, 6), (1, 10, 18), (1, 2, 2), (1, 8, 8)]
+GRIDS = [(1, 4, 6), (1, 10, 18), (1, 2, 2), (1, 8, 8), (1, 2, 26), (1, 26, 2)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,38 +28,14 @@ def one_thread():
     torch.set_num_threads(num_threads)
 
 
-def tiny_pair(tied=False, patch_size=14, dtype=torch.float32):
-    """(transformers' model, ours with the same weights): large weights, so that every one shows in
-    the logits."""
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "eos_token_id": 5, "bos_token_id": 4,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-    }  # fmt: skip
-    vision = {
-        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-        "fullatt_block_indexes": [1], "patch_size": patch_size, "window_size": 112,
-    }  # fmt: skip
-    cfg = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_id=IMAGE, video_token_id=VIDEO,
-        vision_start_token_id=START, vision_end_token_id=END, attn_implementation="eager",
-    )  # fmt: skip
-    theirs = Qwen2_5_VLForConditionalGeneration(cfg)
-    with torch.no_grad():
-        for weight in theirs.parameters():
-            weight.normal_(1.0, 0.2) if weight.ndim == 1 else weight.normal_(
-                0.0, weight[0].numel() ** -0.5
-            )
-            weight.data = weight.to(
-                dtype
-            )  # not theirs.to(dtype), which would round the rotary frequencies too
-    ours = Qwen25VL(ModelConfig.from_dict(cfg.to_dict())).to(dtype)
-    state = {published_name(name): weight.clone() for name, weight in theirs.state_dict().items()}
-    if tied:
-        del state["lm_head.weight"]
-    ours.load_state_dict(state)
-    return theirs, ours
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny_pair(family):
+    return partial(families.tiny_pair, family)
 
 
 def sequence(grids, seed=0, text=5):
@@ -111,7 +82,7 @@ def relative_error(ours, theirs):
 
 
 @pytest.mark.parametrize(("tied", "patch_size"), [(False, 14), (True, 14), (True, 28)])
-def test_logits_and_every_gradient_equal_transformers(tied, patch_size):
+def test_logits_and_every_gradient_equal_transformers(tied, patch_size, tiny_pair):
     theirs, ours = tiny_pair(tied, patch_size)
     ids, patches_PC = sequence(GRIDS), patches(GRIDS, ours.cfg)
     expected = their_logits(theirs, ids, patches_PC, GRIDS)
@@ -121,38 +92,36 @@ def test_logits_and_every_gradient_equal_transformers(tied, patch_size):
     weight = torch.randn(expected.shape)
     (expected * weight).mean().backward()
     (logits * weight).mean().backward()
-    gradients = {published_name(name): p.grad for name, p in theirs.named_parameters()}
+    gradients = {own_name(name): p.grad for name, p in theirs.named_parameters()}
     assert gradients.keys() == dict(ours.named_parameters()).keys()
     for name, p in ours.named_parameters():
         assert gradients[name].abs().max() > 0, name
         assert relative_error(p.grad, gradients[name]) < 2e-5, name
 
 
-@pytest.mark.parametrize(
-    "broken", ["mrope_section", "window_size", "fullatt_block_indexes", "rope_theta"]
-)
-def test_a_wrong_model_would_be_noticed(broken):
+@pytest.mark.parametrize("broken", range(4))
+def test_a_wrong_model_would_be_noticed(broken, family, tiny_pair):
     theirs, ours = tiny_pair()
     ids, patches_PC = sequence(GRIDS), patches(GRIDS, ours.cfg)
     expected = their_logits(theirs, ids, patches_PC, GRIDS)
     cfg = theirs.config.to_dict()
-    if broken == "mrope_section":
-        cfg["text_config"]["rope_parameters"]["mrope_section"] = [3, 3, 2]
-    elif broken == "rope_theta":
-        cfg["text_config"]["rope_parameters"]["rope_theta"] = 1e4
-    else:
-        cfg["vision_config"][broken] = {"window_size": 56, "fullatt_block_indexes": [2]}[broken]
-    wrong = Qwen25VL(ModelConfig.from_dict(cfg))
+    text, vision = cfg["text_config"], cfg["vision_config"]
+    name, value = list(FAMILIES[family].broken.items())[broken]
+    (where,) = (part for part in (text["rope_parameters"], text, vision) if name in part)
+    where[name] = value
+    wrong = VLModel(read_config(cfg))
     wrong.load_state_dict(ours.state_dict())
     logits = our_hidden(wrong, ids, patches_PC, GRIDS) @ wrong.head_weight_VD.T
     assert relative_error(logits, expected) > 1e-3
 
 
-def test_bfloat16_rounds_where_transformers_rounds():
+def test_bfloat16_rounds_where_transformers_rounds(family, tiny_pair):
+    oracle = FAMILIES[family].modeling
+    norm = getattr(oracle, "Qwen3VLTextRMSNorm", None) or oracle.Qwen2_5_VLRMSNorm
     x = torch.randn(7, 4, 16, dtype=torch.bfloat16)
     our_norm, their_norm = (
         RMSNorm(16, 1e-6).bfloat16(),
-        oracle.Qwen2_5_VLRMSNorm(16, 1e-6).bfloat16(),
+        norm(16, 1e-6).bfloat16(),
     )
     with torch.no_grad():
         our_norm.weight.copy_(torch.randn(16))
@@ -169,7 +138,7 @@ def test_bfloat16_rounds_where_transformers_rounds():
     assert torch.equal(rotate(x, cos, sin), expected[0].transpose(0, 1))
 
 
-def test_bfloat16_error_is_no_larger_than_transformers():
+def test_bfloat16_error_is_no_larger_than_transformers(tiny_pair):
     exact, _ = tiny_pair()
     theirs, ours = tiny_pair(dtype=torch.bfloat16)
     ids, patches_PC = sequence(GRIDS), patches(GRIDS, ours.cfg)
@@ -180,7 +149,7 @@ def test_bfloat16_error_is_no_larger_than_transformers():
     assert (logits.float() - gold).square().mean() < 2 * their_error
 
 
-def test_packed_sequences_do_not_see_each_other():
+def test_packed_sequences_do_not_see_each_other(tiny_pair):
     _, ours = tiny_pair(tied=True)
     sequences = [
         (sequence(grids, seed=i), grids) for i, grids in enumerate((GRIDS[:2], [], GRIDS[2:]))
@@ -206,7 +175,7 @@ def test_packed_sequences_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("recompute", ["all", "mlp"])
-def test_recomputation_changes_no_gradient(recompute):
+def test_recomputation_changes_no_gradient(recompute, tiny_pair):
     gradients = []
     for mode in ("none", recompute):
         _, ours = tiny_pair(tied=True)
@@ -220,7 +189,7 @@ def test_recomputation_changes_no_gradient(recompute):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_sharding_from_outside_changes_no_gradient():
+def test_sharding_from_outside_changes_no_gradient(tiny_pair):
     """FSDP2 on the layers, and on the root by its two entrances; nothing in the model knows of
     it."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -247,7 +216,7 @@ def test_sharding_from_outside_changes_no_gradient():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_positions_equal_transformers_and_can_be_appended():
+def test_positions_equal_transformers_and_can_be_appended(tiny_pair):
     theirs, ours = tiny_pair()
     ids = sequence(GRIDS)
     ids_1T = torch.tensor(ids)[None]
@@ -265,18 +234,18 @@ def test_positions_equal_transformers_and_can_be_appended():
     assert end == next_start
 
 
-def test_positions_refuse_images_that_do_not_fit():
+def test_positions_refuse_images_that_do_not_fit(tiny_pair):
     cfg = tiny_pair()[1].cfg
     with pytest.raises(ValueError, match="image 1: 6 image tokens in a row, but its grid makes 4"):
         mrope_positions(sequence([(1, 4, 6)]), [(1, 4, 4)], cfg)
     with pytest.raises(ValueError, match="image 2 has no grid"):
         mrope_positions(sequence(GRIDS), GRIDS[:1], cfg)
-    with pytest.raises(ValueError, match="4 grids were given, but the tokens hold 3 images"):
+    with pytest.raises(ValueError, match="6 grids were given, but the tokens hold 3 images"):
         mrope_positions(sequence(GRIDS[:3]), GRIDS, cfg)
     assert mrope_positions([], [], cfg, start=7)[1] == 7
 
 
-def test_features_must_be_as_many_as_image_tokens():
+def test_features_must_be_as_many_as_image_tokens(tiny_pair):
     _, ours = tiny_pair()
     ids = sequence(GRIDS[:1])
     positions_3T, _ = mrope_positions(ids, GRIDS[:1], ours.cfg)
@@ -286,7 +255,7 @@ def test_features_must_be_as_many_as_image_tokens():
         ours.hidden(torch.tensor(ids), positions_3T, cu(len(ids)))
 
 
-def test_a_dummy_image_reaches_the_tower_with_zero_gradient():
+def test_a_dummy_image_reaches_the_tower_with_zero_gradient(tiny_pair):
     """What a rank without images does so that all ranks run the tower: it takes none of a dummy's
     features."""
     _, ours = tiny_pair()
@@ -296,7 +265,7 @@ def test_a_dummy_image_reaches_the_tower_with_zero_gradient():
     assert all((p.grad == 0).all() for p in ours.visual.parameters())
 
 
-def test_patches_must_fit_their_grids():
+def test_patches_must_fit_their_grids(tiny_pair):
     _, ours = tiny_pair()
     with pytest.raises(
         ValueError, match=r"patches of shape \(24, 1176\): 1 grids ask for \(36, 1176\)"
@@ -333,16 +302,17 @@ def test_varlen_attention_equals_softmax_segment_by_segment(causal):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_meta_model_and_initial_weights():
+def test_meta_model_and_initial_weights(tiny_pair):
     cfg = tiny_pair()[1].cfg
     with torch.device("meta"):
-        model = Qwen25VL(cfg)
+        model = VLModel(cfg)
     assert all(p.is_meta for p in model.parameters())
     assert not dict(model.named_buffers())  # nothing that to_empty would leave as garbage
     torch.manual_seed(0)
     model = model.to_empty(device="cpu").init_weights(std=0.02)
     state = model.state_dict()
     assert all((w == 0).all() for n, w in state.items() if n.endswith("bias"))
-    assert all((w == 1).all() for n, w in state.items() if "norm" in n or "ln_q" in n)
+    weights = {n: w for n, w in state.items() if not n.endswith("bias")}
+    assert all((w == 1).all() for n, w in weights.items() if "norm" in n or "ln_q" in n)
     assert abs(state["model.embed_tokens.weight"].std() - 0.02) < 0.002
     assert our_hidden(model, sequence(GRIDS), patches(GRIDS, cfg), GRIDS).isfinite().all()

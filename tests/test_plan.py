@@ -193,6 +193,28 @@ def test_the_fullest_micro_batch_is_full(together, nano):
     assert (size > 1) == (together > 1)
 
 
+def test_shapes_of_8b_are_the_published_ones():
+    """By the total_size in the index file of Qwen/Qwen3-VL-8B-Instruct."""
+    eight = stages(Config("8b"))["RL"]
+    assert 2 * sum(num_weights(eight.model).values()) == 17_534_247_392
+    assert eight.lengths.frame_tokens == 220 and eight.model.vision.feature_size == 4 * 4096
+
+
+def test_what_a_layer_of_8b_keeps_on_a_gpu_is_known_before_it_runs():
+    """Queries and keys before their norms too."""
+    sizes, eight = [], load_config(ROOT / "assets" / "qwen3-vl-8b")
+    for layers in (3, 4):
+        cfg = replace(eight, num_hidden_layers=layers)
+        episodes, run = memory.fullest(cfg, train.Config(recompute="none"), Lengths())
+        sizes.append(training_moments(cfg, run, episodes, 8)["loss"]["activations"])
+    assert sizes[1] - sizes[0] == recompute.Kept(cfg, run.micro_tokens).layer("none")
+
+
+def test_8b_fits_one_node_and_not_one_gpu():
+    assert not plan.fits(Config("8b", gpus=1))
+    assert plan.fits(Config("8b", recompute="all"))
+
+
 @pytest.mark.parametrize("name, weights", [("3b", 3_754_622_976), ("7b", 8_292_166_656)])
 def test_shapes_are_the_published_ones(name, weights):
     ours = load_config(ROOT / "assets" / f"qwen2.5-vl-{name}")

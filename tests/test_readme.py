@@ -133,11 +133,20 @@ def test_every_metric_is_explained_and_no_other():
     assert explained == figures | set(of_a_run.split())
 
 
-def test_the_table_is_made_of_the_committed_figures():
-    reports = [
-        json.loads(path.read_text()) for path in sorted(ROOT.glob("results/demo/seed*.json"))
-    ]
+DEMOS = sorted(path.name for path in ROOT.glob("results/demo*") if path.is_dir())
+
+
+@pytest.mark.parametrize("demo", DEMOS)
+def test_the_tables_are_made_of_the_committed_figures(demo):
+    paths = sorted((ROOT / "results" / demo).glob("seed*.json"))
+    reports = [json.loads(path.read_text()) for path in paths]
     assert len(reports) == 3 and seeds_table(reports) in README
+
+
+def test_reports_of_two_families_make_no_table():
+    report = {"family": "Qwen3-VL", "rows": {}}
+    with pytest.raises(ValueError, match="reports on Qwen2.5-VL and Qwen3-VL: give those of one"):
+        seeds_table([report, {"rows": {}}])
 
 
 def test_what_a_shipped_model_was_made_with_names_no_folder_of_ours(tmp_path):

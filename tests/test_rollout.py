@@ -22,9 +22,9 @@ from nanosport.env.rollout import Conversation, replay, rollout
 from nanosport.env.tools import STOPS, tool_call
 from nanosport.image import ImageConfig
 from nanosport.model import frames
+from nanosport.model.decoder import mrope_positions
 from nanosport.model.folder import load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import mrope_positions
 from nanosport.records import Episode, read_questions
 from nanosport.train.pack import pack
 from nanosport.video import VideoError

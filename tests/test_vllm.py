@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-from data_prep import arena
+from data_prep import arena, pretrain
 from kernels.policy_loss import linear_logprobs
 from nanosport.engine import own
 from nanosport.engine.players import Room, make_sampler
@@ -29,7 +29,8 @@ from nanosport.engine.vllm import VllmSampler
 from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
-from nanosport.model.folder import ASSETS
+from nanosport.model.decoder import VLModel
+from nanosport.model.folder import ASSETS, load_config, save_model
 from nanosport.records import read_questions
 from nanosport.train.pack import pack
 from nanosport.video import VideoError
@@ -237,6 +238,18 @@ def test_weights_go_over_nccl_as_vllm_has_it(ours, theirs, tmp_path, monkeypatch
         )
         other.load_weights(Weights(), 3)
         assert len(gone_through) == 6 and server.version == "2"
+
+
+def test_the_second_family_says_the_same(clips, tmp_path):
+    """Qwen3-VL's features are wider than its model: the slices of DeepStack come with them."""
+    source, folder = tmp_path / "source", tmp_path / "model"
+    source.mkdir()
+    pretrain.build_tokenizer(source)
+    pretrain.write_config(source, "qwen3_vl")
+    torch.manual_seed(0)
+    save_model(VLModel(load_config(source)).init_weights(0.1), folder, source)
+    clip = next((clips / "clips").glob("*.mp4"))
+    assert command("-m", "tests.helpers.vllm_family", folder, clip).splitlines()[-1] == "alike"
 
 
 # The commands, each in a process of its own.

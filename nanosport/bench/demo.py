@@ -23,6 +23,8 @@ COLUMNS = {dimension: dimension for dimension in DIMENSIONS} | {
     "tool_rate": "tool rate",
     "window_hit_rate": "window hit",
 }
+NAMES = {"qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+"""A family's name by config.json's model_type."""
 CURVES = {
     "reward": "#c0392b",
     "accuracy": "#2471a3",
@@ -96,12 +98,14 @@ def report_demo(folder: Path) -> None:
     runs = {stage: read(folder / stage / "run.json") for stage in ("sft", "rl")}
     seconds |= {stage: run["seconds"] for stage, run in runs.items()}
     seconds["total"] = round(sum(seconds.values()), 1)
-    report = {"rows": rows, "seconds": seconds, "seed": runs["rl"]["config"]["seed"]}
+    family = NAMES[read(folder / "rl/model/config.json")["model_type"]]
+    report = {"family": family, "seed": runs["rl"]["config"]["seed"]}
+    report |= {"rows": rows, "seconds": seconds}
     write_atomically(folder / "report.json", json.dumps(report | provenance(), indent=1) + "\n")
 
     # the page
     log = [row for _, row in read_lines(folder / "rl/log.jsonl", "a step's row")]
-    body = f"""<h1>DeepSport in small</h1>
+    body = f"""<h1>DeepSport in small, on {family}</h1>
 <p>Accuracy in percent on held-out clips of the arena.</p>{html_table(rows)}
 <h2>RL: mean of each step's episodes</h2>{curve(log)}
 <h2>One episode</h2><p>The outlined frames show the decisive event.</p>
@@ -113,7 +117,12 @@ def report_demo(folder: Path) -> None:
 
 
 def seeds_table(reports: list[dict]) -> str:
-    """The README's table: mean ± standard deviation over the reports, in Markdown."""
+    """The README's table, in Markdown: mean ± standard deviation over reports. Raises ValueError
+    where they are of several families."""
+    # reports from before there were two name none
+    families = sorted({report.get("family", NAMES["qwen2_5_vl"]) for report in reports})
+    if len(families) > 1:
+        raise ValueError(f"reports on {' and '.join(families)}: give those of one family")
     cells = {}
     for label in reports[0]["rows"]:
         by_column = [[report["rows"][label][key] for report in reports] for key in COLUMNS]

@@ -33,9 +33,9 @@ from nanosport.fields import COUNT
 from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.image import ImageConfig
 from nanosport.model.cost import CARDS, decode_seconds
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_config, load_model, load_tokenizer
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.records import Clip
 
 TOKENS = 32
@@ -46,10 +46,10 @@ FRAMES = 8
 """Frames of a prompt, and of a tool's answer."""
 
 
-def random_model(name: str, device: str, dtype: torch.dtype) -> Qwen25VL:
+def random_model(name: str, device: str, dtype: torch.dtype) -> VLModel:
     """A model of a shape in assets/, with random weights."""
     with torch.device("meta"):
-        model = Qwen25VL(load_config(ASSETS / name)).to(dtype)
+        model = VLModel(load_config(ASSETS / name)).to(dtype)
     return model.to_empty(device=device).init_weights().requires_grad_(False)
 
 
@@ -87,7 +87,7 @@ def step_ms(sampler: OwnSampler, num_rows: int, cached: int) -> float:
     return 1e3 * spent / (TOKENS - 4)
 
 
-def step_rows(model: Qwen25VL, repeats: int, gpu: bool, card: str) -> list[dict]:
+def step_rows(model: VLModel, repeats: int, gpu: bool, card: str) -> list[dict]:
     bandwidth = next((speeds[1] for name, speeds in CARDS.items() if name in card), None)
     cases = [(rows, cached) for cached in (2764, 5500) for rows in (1, 8, 32, 64)]
     sampler = OwnSampler(
@@ -134,7 +134,7 @@ def shown(encoder: FrameEncoder, clip: Clip, indices, text: list[int]) -> Piece:
     return Piece(frame * len(names) + text, [encoder.grid(clip)] * len(names), names, encoder)
 
 
-def play_episodes(model: Qwen25VL, image: ImageConfig, num_groups: int, size: tuple) -> dict:
+def play_episodes(model: VLModel, image: ImageConfig, num_groups: int, size: tuple) -> dict:
     """Groups of eight scripted episodes, of one to three turns, over clips of this size."""
     encoder, rng = FrameEncoder(model, image), np.random.default_rng(0)
     sampler = OwnSampler(model, load_tokenizer(ASSETS / "nano-sft"), Sampling(max_new_tokens=400))
@@ -184,7 +184,7 @@ class CutFrames:
     """What stands for a FrameEncoder here: frames that are cut already, encoded whenever they are
     asked for."""
 
-    def __init__(self, model: Qwen25VL, patches_FPC: torch.Tensor, grid: tuple[int, int, int]):
+    def __init__(self, model: VLModel, patches_FPC: torch.Tensor, grid: tuple[int, int, int]):
         self.model, self.patches_FPC, self.grid = model, patches_FPC, grid
 
     def expect(self, frames: range) -> None:

@@ -36,7 +36,7 @@ from kernels.policy_loss import Objective, TokenInputs, fused_linear_policy_loss
 from nanosport.cli import ending
 from nanosport.fields import COUNT
 from nanosport.files import provenance, write_atomically
-from nanosport.model.qwen2_5_vl import Layer
+from nanosport.model.decoder import Layer
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)

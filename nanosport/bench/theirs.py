@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 import rl
 import train
 from nanosport.model.cost import head_flops
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
 from nanosport.plan.synthetic import Lengths, SeenFrames, advantages_of, make_episodes
 from nanosport.records import Episode
 from nanosport.train.deal import make_units

@@ -24,7 +24,7 @@ from kernels import elementwise
 from kernels.elementwise import rotary, rotate
 from nanosport.cli import ending
 from nanosport.fields import COUNT
-from nanosport.model.qwen2_5_vl import Layer
+from nanosport.model.decoder import Layer
 
 WIDTH, HEADS, KV_HEADS, HEAD, INNER = 3584, 28, 4, 128, 18944
 PRODUCTS, BANDWIDTH = (

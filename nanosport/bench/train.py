@@ -36,8 +36,8 @@ from nanosport.cli import ending, leave_group
 from nanosport.fields import COUNT
 from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.model.cost import CARDS
+from nanosport.model.decoder import ModelConfig, VLModel, attention_of
 from nanosport.model.folder import load_config
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, attention_of
 from nanosport.plan.memory import GIB, RESERVED, step_peak
 from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, take_step
 from nanosport.train import dist
@@ -63,9 +63,9 @@ class Ours:
                 reference = dist.shard(self._model(dtype).requires_grad_(False), dtype, DEVICE)
             self.actors = bare_actors(self.training, reference)
 
-    def _model(self, dtype: torch.dtype) -> Qwen25VL:
+    def _model(self, dtype: torch.dtype) -> VLModel:
         with torch.device("meta"):
-            model = Qwen25VL(self.cfg).to(dtype)
+            model = VLModel(self.cfg).to(dtype)
         model.to_empty(device=DEVICE)
         fill(dict(model.named_parameters()))
         return model

@@ -25,9 +25,9 @@ from nanosport.engine.row import Row, hear
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.engine.step import Launched, Steps
 from nanosport.image import ImageConfig
-from nanosport.model.folder import load_model, load_tokenizer, settings_folder
+from nanosport.model.decoder import VLModel, join_projections, mrope_cos_sin, mrope_tables
+from nanosport.model.folder import load_model, load_tokenizer, own_name, settings_folder
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL, join_projections, mrope_cos_sin, mrope_tables
 
 PACK_TOKENS = 8192
 """A pack has at most so many new tokens."""
@@ -47,7 +47,7 @@ and logits need the rest."""
 class OwnSampler:
     """A Sampler (see sampler.py) over a model in this process."""
 
-    def __init__(self, model: Qwen25VL, tokenizer, sampling: Sampling):
+    def __init__(self, model: VLModel, tokenizer, sampling: Sampling):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.device = model.head_weight_VD.device
         self.on_gpu = self.device.type == "cuda"
@@ -121,7 +121,7 @@ class OwnSampler:
         self.version = version
         own = dict(self.model.named_parameters())
         for name, weight in weights:
-            own[name].data.copy_(weight)
+            own[own_name(name)].data.copy_(weight)
 
     # Reading.
 
@@ -206,10 +206,10 @@ class OwnSampler:
             kv = self.pages.read(layer, seen_places)
             return varlen_attention(q_THd, *kv, cu_seqlens, max(lengths), causal=True, keys=keys)
 
-        x_TD = model.embed(torch.tensor(ids).to(self.device), self._features(pack))
+        x_TD, deep = model.embed(torch.tensor(ids).to(self.device), self._features(pack))
         positions_3T = torch.from_numpy(positions).to(self.device)
         cos_sin = mrope_cos_sin(positions_3T, mrope_tables(cfg, self.device), x_TD.dtype)
-        model.run_layers(x_TD, cos_sin, attend)
+        model.run_layers(x_TD, cos_sin, attend, deep)
         for row, _, end in pack:
             row.length = end
         self.counts["tokens_read"] += len(ids)
@@ -304,7 +304,7 @@ def load_sampler(
     return encoder, OwnSampler(model, load_tokenizer(folder), sampling)
 
 
-def banned_ids(model: Qwen25VL, tokenizer) -> torch.Tensor:
+def banned_ids(model: VLModel, tokenizer) -> torch.Tensor:
     """Ids that must never be sampled.
 
     They are everything of vision, the start of a message, the tool's own tags, and the rows of the

@@ -15,7 +15,7 @@ import torch
 from kernels.attention import cached_attention
 from kernels.paged_attention import paged_attention
 from nanosport.engine.row import Row
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
 
 PAGE = 64
 """Tokens a page on a GPU."""

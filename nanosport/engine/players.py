@@ -13,9 +13,9 @@ from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.engine.servers import Servers, ServerSampler
 from nanosport.engine.vllm import VllmSampler, start_engine
 from nanosport.image import ImageConfig
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_model, load_tokenizer, settings_folder
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def server_urls(name: str) -> list[str]:
 def make_sampler(
     name: str,
     folder: Path,
-    model: Qwen25VL,
+    model: VLModel,
     sampling: Sampling,
     room: Room,
     servers: Servers | None = None,

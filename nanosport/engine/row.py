@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nanosport.engine.sampler import Generated, Piece
-from nanosport.model.qwen2_5_vl import ModelConfig, mrope_positions
+from nanosport.model.decoder import ModelConfig, mrope_positions
 
 
 class Row:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from nanosport.engine.vllm import engine_flags, import_vllm, renew_packed_head
 from nanosport.fields import Above, AtLeast, AtMost
-from nanosport.model.folder import check_whole_model, resolve
+from nanosport.model.folder import check_whole_model, load_config, resolve
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ def read_files(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def arguments(cfg: Config) -> list[str]:
     """What the server's command line says."""
     on_gpu = torch.cuda.is_available()
-    flags = engine_flags("bfloat16" if on_gpu else "float32", cfg.max_tokens, cfg.rows)
-    check_whole_model(folder := resolve(cfg.model), "vLLM")
+    folder, dtype = resolve(cfg.model), "bfloat16" if on_gpu else "float32"
+    check_whole_model(folder, "vLLM")
+    flags = engine_flags(load_config(folder), dtype, cfg.max_tokens, cfg.rows)
     flags |= {"model": str(folder), "host": cfg.host, "port": cfg.port}
     flags |= {"worker_extension_cls": f"{Updates.__module__}.{Updates.__qualname__}"}
     flags |= {"enable_scale_out": True, "disable_log_stats": True}  # the route of ids in, ids out

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from nanosport.engine import nccl
 from nanosport.engine.sampler import Generated, Piece, SamplerError, Sampling
 from nanosport.engine.vllm import Answer, Frame, Talk, features_of, import_vllm, items_of
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
 
 SHARD_BYTES = 4e9
 """Weights are written to files of about this size."""

@@ -17,7 +17,7 @@ from kernels.policy_loss import float_logits
 from nanosport.engine.pages import Pages
 from nanosport.engine.row import Row
 from nanosport.engine.sampler import Sampling
-from nanosport.model.qwen2_5_vl import Qwen25VL, mrope_cos_sin, mrope_tables
+from nanosport.model.decoder import VLModel, mrope_cos_sin, mrope_tables
 
 
 class Launched:
@@ -40,7 +40,7 @@ class Step:
     """The step of up to R rows."""
 
     def __init__(
-        self, model: Qwen25VL, sampling: Sampling, banned: torch.Tensor, pages: Pages, shape
+        self, model: VLModel, sampling: Sampling, banned: torch.Tensor, pages: Pages, shape
     ):
         """shape: (rows, pages that one of them can have)."""
         (num_rows, width), device = shape, model.head_weight_VD.device
@@ -104,7 +104,7 @@ class Steps:
     the graphs share their memory, and the stream they are captured on, whose workspaces are then
     made once."""
 
-    def __init__(self, model: Qwen25VL, sampling: Sampling, banned: torch.Tensor):
+    def __init__(self, model: VLModel, sampling: Sampling, banned: torch.Tensor):
         self.how, self.width = (model, sampling, banned), 64
         self.drop()
 

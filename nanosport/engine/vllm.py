@@ -1,9 +1,9 @@
 """vLLM as a sampler: an engine in this process, behind the same seam as our own.
 
 A conversation enters as ids, with one placeholder for each row of features of our own encoder; vLLM
-sees no picture, and its tower is not loaded. Ids that are expanded already, with pictures beside
-them, are what vLLM would take without an error and get wrong: here there is no way to say that.
-Turns are handed on as they end. New weights come in place, one after the other.
+sees no picture, and its tower is not loaded, or stands idle. Ids that are expanded already, with
+pictures beside them, are what vLLM would take without an error and get wrong: here there is no way
+to say that. Turns are handed on as they end. New weights come in place, one after the other.
 
 Tested with the release that requirements-vllm.txt pins: names of vLLM's that begin with _ move.
 Letters: N vision tokens, D hidden.
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from nanosport.engine.sampler import Generated, Piece, Sampling
-from nanosport.model.folder import check_whole_model
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
+from nanosport.model.folder import check_whole_model, load_config
 
 GPU_SHARE = 0.6
 """vLLM takes this share of the GPU memory that is left when it starts."""
@@ -140,21 +140,25 @@ def items_of(frames: Sequence[Frame], merge_size: int) -> dict:
     }
 
 
-def engine_flags(dtype: str, max_tokens: int, max_rows: int) -> dict:
+def engine_flags(cfg: ModelConfig, dtype: str, max_tokens: int, max_rows: int) -> dict:
     """What an engine must be told to be the trainer's sampler, in this process or in a server.
 
     max_tokens: of a whole conversation; max_rows: conversations at a time.
     """
+    # without room for a picture it loads no tower; but then it takes no features of DeepStack
+    pictures = int(cfg.vision.feature_size > cfg.hidden_size)
     flags = {
         "dtype": dtype,
         "max_model_len": max_tokens,
         "max_num_seqs": max_rows,
         "logprobs_mode": "processed_logprobs",  # under temperature and bans, as the trainer has it
         "enable_mm_embeds": True,
-        "limit_mm_per_prompt": {"image": 0, "video": 0},  # no picture: then no tower
+        "limit_mm_per_prompt": {"image": pictures, "video": 0},
         "generation_config": "vllm",  # not the folder's own temperature
         "enable_prefix_caching": True,
     }
+    if pictures:  # none comes, so none is tried at the start
+        flags |= {"skip_mm_profiling": True}
     if not torch.cuda.is_available():
         # "CPU Generator does not use offset": a seed, and a prompt read in several parts
         flags |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max_tokens}
@@ -190,7 +194,7 @@ def start_engine(folder: Path, dtype: str, max_tokens: int, max_rows: int):
     import_vllm()
     from vllm import LLM
 
-    flags = engine_flags(dtype, max_tokens, max_rows)
+    flags = engine_flags(load_config(folder), dtype, max_tokens, max_rows)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         share = GPU_SHARE * free / total

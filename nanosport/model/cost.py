@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from nanosport.model import lora
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
+from nanosport.model.decoder import ModelConfig, VLModel
 
 CARDS = {
     "H100": (989e12, 3.35e12, 450e9),
@@ -25,7 +25,7 @@ def num_weights(cfg: ModelConfig) -> dict[str, int]:
     """How many weights each part has: embedding, decoder layers, head (0 where it is the
     embedding), vision."""
     with torch.device("meta"):
-        model = Qwen25VL(cfg)
+        model = VLModel(cfg)
     counts = dict.fromkeys(("embedding", "layers", "head", "vision"), 0)
     for name, weight in model.named_parameters():
         part = {"visual": "vision", "lm_head": "head"}.get(name.split(".")[0], "layers")
@@ -37,14 +37,15 @@ def num_weights(cfg: ModelConfig) -> dict[str, int]:
 def num_adapted(cfg: ModelConfig, rank: int, targets: tuple[str, ...]) -> int:
     """How many weights the adapters of a --lora-rank have."""
     with torch.device("meta"):
-        layers = [layer for _, layer in lora.linears(Qwen25VL(cfg), targets)]
+        layers = [layer for _, layer in lora.linears(VLModel(cfg), targets)]
     return sum(rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
 def text_flops(cfg: ModelConfig, tokens: int, pairs: float) -> float:
     """Operations of the decoder's forward pass, without the head, over `tokens` tokens with `pairs`
     (query, key) pairs."""
-    attention = 4.0 * pairs * cfg.hidden_size * cfg.num_hidden_layers
+    width = cfg.num_attention_heads * cfg.head_dim
+    attention = 4.0 * pairs * width * cfg.num_hidden_layers
     return 2.0 * tokens * num_weights(cfg)["layers"] + attention
 
 
@@ -60,8 +61,8 @@ def head_flops(cfg: ModelConfig, rows: int) -> float:
 
 
 def vision_flops(cfg: ModelConfig, features: int) -> float:
-    """Operations of the tower's forward pass over frames that become `features` tokens, without its
-    attention's pairs (a few per cent)."""
+    """Operations of the tower's forward pass over frames that become `features` tokens, as if every
+    weight met every patch, and without its attention's pairs (a few per cent)."""
     return 2.0 * features * cfg.vision.merge_unit * num_weights(cfg)["vision"]
 
 

@@ -15,11 +15,11 @@ from reprlib import repr as short
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanosport.fields import check, read_json, section
+from nanosport.fields import check, only, read_json, section
 from nanosport.files import ASSETS
 from nanosport.image import image_settings
-from nanosport.model import lora, shards
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, as_ids
+from nanosport.model import lora, qwen2_5_vl, qwen3_vl, shards
+from nanosport.model.decoder import ModelConfig, VLModel, as_ids
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,12 +116,23 @@ def say_which(folder: Path) -> None:
         print(f"note: {folder}: {WHOLE} {why}", file=sys.stderr)
 
 
+FAMILIES = {"qwen2_5_vl": qwen2_5_vl.ModelConfig, "qwen3_vl": qwen3_vl.ModelConfig}
+"""By config.json's model_type."""
+
+
+def read_config(raw: dict, where="config.json") -> ModelConfig:
+    """A family's config from the object in config.json. Raises ValueError where no family here is
+    of its model_type, or a field is wrong."""
+    only(where, "model_type", model_type := raw.get("model_type"), *FAMILIES)
+    return FAMILIES[model_type].from_dict(raw, where)
+
+
 def load_config(folder: str | Path) -> ModelConfig:
     """config.json, and the end-of-sequence ids of generation_config.json, for chat models stop at
     several."""
     folder = settings_folder(folder)
     file, more = folder / "config.json", folder / "generation_config.json"
-    cfg = ModelConfig.from_dict(read_json(file), file)
+    cfg = read_config(read_json(file), file)
     if more.is_file():
         ids = as_ids(read_json(more).get("eos_token_id"))
         check(ModelConfig, "eos_token_ids", ids, more)
@@ -131,7 +142,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
 def load_model(
     folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32, tower=None
-) -> Qwen25VL:
+) -> VLModel:
     """The model of a folder, an adapter merged into its base. tower: the same one of another model,
     to share. Raises ValueError where the weights are not exactly the ones its config asks for."""
     *adapters, folder = chain(Path(folder))
@@ -144,10 +155,10 @@ def load_model(
     return model
 
 
-def load_whole(folder: Path, device, dtype: torch.dtype) -> Qwen25VL:
+def load_whole(folder: Path, device, dtype: torch.dtype) -> VLModel:
     """The model of a folder that holds all its weights."""
     with torch.device("meta"):
-        model = Qwen25VL(load_config(folder))
+        model = VLModel(load_config(folder))
     state, wanted = read_weights(weight_files(folder), device, dtype), model.state_dict()
     if model.cfg.tie_word_embeddings and "lm_head.weight" in state:  # some tools write it twice
         head = state.pop("lm_head.weight")
@@ -167,7 +178,7 @@ def load_whole(folder: Path, device, dtype: torch.dtype) -> Qwen25VL:
 
 
 def read_weights(files: Iterable[Path], device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The weights of files by their published names. Raises ValueError where a file is not whole,
+    """The weights of files by our names. Raises ValueError where a file is not whole,
     or a weight is there twice or not finite."""
     state = {}
     for path in files:
@@ -177,22 +188,21 @@ def read_weights(files: Iterable[Path], device, dtype: torch.dtype) -> dict[str,
                     # a copy: it must not stay mapped to a file that may be replaced; cast on the
                     # device, for a host takes long
                     weight = file.get_tensor(name).to(device, copy=True).to(dtype)
-                    if (published := published_name(name)) in state:
+                    if (own := own_name(name)) in state:
                         why = "is there twice, in another file or under an older name"
                         raise ValueError(f"{path}: {name} {why}")
                     # both are NaN where one value is; of all checks by far the cheapest
                     if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
                         why = "holds NaN or infinity: take the model from before its run broke"
                         raise ValueError(f"{path}: {name} is not finite: it {why}")
-                    state[published] = weight
+                    state[own] = weight
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     return state
 
 
-def published_name(name: str) -> str:
-    """The published name of a weight that a newer tool, or peft, has saved under its module
-    path."""
+def own_name(name: str) -> str:
+    """What we call a weight: as Qwen2.5-VL was published, whatever family or tool has saved it."""
     name = name.removeprefix(lora.PREFIX)
     return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
 
@@ -229,7 +239,7 @@ def version(folder: Path) -> str:
 
 
 def save_model(
-    model: Qwen25VL,
+    model: VLModel,
     folder: str | Path,
     source: str | Path,
     max_shard_bytes: float = 5e9,
@@ -260,7 +270,9 @@ def save_model(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new.mkdir()
-        write_weights(shapes, new, max_shard_bytes, dtype, load)
+        published = {model.cfg.published_name(name): name for name in shapes}
+        shapes = {name: shapes[own] for name, own in published.items()}
+        write_weights(shapes, new, max_shard_bytes, dtype, lambda name: load(published[name]))
         if adapter:
             (new / WHOLE).rename(new / lora.WEIGHTS)
             write_json(new / lora.CONFIG, adapter)

@@ -16,7 +16,7 @@ from itertools import groupby
 import torch
 
 from nanosport.image import ImageConfig, check_shape, cut, resize, smart_resize
-from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.model.decoder import VLModel
 from nanosport.records import Clip
 from nanosport.video import Video, VideoError
 
@@ -39,7 +39,7 @@ class FrameEncoder:
 
     def __init__(
         self,
-        model: Qwen25VL,
+        model: VLModel,
         image: ImageConfig,
         frozen: bool = True,
         cache_bytes: int = CACHE_BYTES,

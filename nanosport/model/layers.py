@@ -30,6 +30,13 @@ class RMSNorm(nn.Module):
         return add_norm(x, delta, self.weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    def residual(self, x, delta=None):
+        """(x + delta, its norm), as in RMSNorm."""
+        x = x if delta is None else x + delta
+        return x, self(x)
+
+
 class Linear(nn.Linear):
     """nn.Linear. Where its weight is a cast of one that learns (`weight.master`), the gradient is
     multiplied into that one's `.grad`, in float32: no pass adds it up afterwards."""
@@ -142,7 +149,8 @@ def apply(linears: Sequence[Linear], x, joined=None):
     if joined is None:
         return [linear(x) for linear in linears]
     if learns(linears[0]):
-        bias = torch.cat([linear.bias for linear in linears])
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        bias = torch.cat(biases) if biases else None
         product = learning_product(x, linears, joined[0], bias)
     else:
         product = F.linear(x, *joined)

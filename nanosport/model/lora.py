@@ -60,10 +60,10 @@ def merged(weight_OD: torch.Tensor, scale: float, a_RD, b_OR) -> torch.Tensor:
 
 def linears(model: nn.Module, targets: Sequence[str]) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of what `targets` name: products of the decoder's layers, and all of the
-    tower's merger."""
+    tower's mergers."""
     for name, module in model.named_modules():
         in_tower, last = name.startswith("visual."), name.rpartition(".")[2]
-        chosen = "merger" in targets and ".merger." in name if in_tower else last in targets
+        chosen = "merger" in targets and "merger" in name if in_tower else last in targets
         if chosen and isinstance(module, nn.Linear):
             yield name, module
 

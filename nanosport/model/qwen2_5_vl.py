@@ -1,317 +1,155 @@
-"""Qwen2.5-VL in plain PyTorch: the same function, and the same weight names, as the published
-checkpoints.
+"""Qwen2.5-VL: its config, and its vision tower.
 
-Tokens come packed end to end. `hidden` takes whole sequences (training, log-probs); generation
-runs the same layers with an attention of its own, over a cache (`run_layers`). Both return hidden
-states; whoever needs logits applies the head, to the rows that need it.
-
-Letters: T tokens, D hidden, H heads, K key/value heads, d head width, V vocabulary, N vision
-tokens.
+Most of the tower's blocks attend inside windows (112 pixels a side), a few inside the whole frame.
+So that a window is one contiguous segment, the squares of patches are sorted by window first and
+put back at the end. Letters as in vision.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Annotated
 
 import torch
 from torch import nn
 
-from kernels.attention import Keys, choose, varlen_attention
-from kernels.elementwise import rotary
-from nanosport.fields import Above, AtLeast, AtMost, build, only, section
-from nanosport.model.layers import (
-    MLP,
-    Embedding,
-    Linear,
-    RMSNorm,
-    apply,
-    call,
-    inverse_frequencies,
-    join,
-    run_layer,
+from nanosport.fields import AtLeast, only
+from nanosport.model import decoder, vision
+from nanosport.model.layers import MLP, Linear, RMSNorm, run_layer
+from nanosport.model.vision import (
+    EPS,
+    PatchEmbed,
+    VisionBlock,
+    attention_over,
+    checked_grids,
+    frame_lengths,
+    patch_places,
+    place_cos_sin,
 )
-from nanosport.model.vision import MAX_LAYERS, VisionConfig, VisionTower
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    vocab_size: Annotated[int, AtLeast(1)]
-    hidden_size: Annotated[int, AtLeast(1)]
-    intermediate_size: Annotated[int, AtLeast(1)]
-    num_hidden_layers: Annotated[int, AtLeast(1), AtMost(MAX_LAYERS)]
-    num_attention_heads: Annotated[int, AtLeast(1)]
-    num_key_value_heads: Annotated[int, AtLeast(1)]
-    rms_norm_eps: Annotated[float, Above(0)]
-    rope_theta: Annotated[float, Above(0)]
-    mrope_section: Annotated[tuple[int, int, int], AtLeast(0)]
-    """How many rotary frequencies follow the time, height and width position; together half the
-    head width."""
-    tie_word_embeddings: bool
-    image_token_id: Annotated[int, AtLeast(0)]
-    video_token_id: Annotated[int, AtLeast(0)]
-    vision_start_token_id: Annotated[int, AtLeast(0)]
-    vision_end_token_id: Annotated[int, AtLeast(0)]
-    eos_token_ids: Annotated[tuple[int, ...], AtLeast(0)]
-    vision: VisionConfig
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig(vision.VisionConfig):
+    window_size: Annotated[int, AtLeast(1)]
+    """Pixels a side."""
+    fullatt_block_indexes: Annotated[tuple[int, ...], AtLeast(0)]
+
+    def tower(self) -> "Tower":
+        return Tower(self)
+
+    def shallow(self) -> "VisionConfig":
+        return replace(self, depth=2, fullatt_block_indexes=(1,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(decoder.ModelConfig):
+    rope_default = 1e6, (16, 24, 24)
+    qkv_bias, qk_norm = True, False
 
     @classmethod
-    def from_dict(cls, raw: dict, where="config.json") -> "ModelConfig":
-        """From config.json, flat as published or nested (`text_config`, `rope_parameters`) as in
-        transformers 5. Raises ValueError for the first field that is wrong, after `where`."""
-        inner = section(raw, "text_config", where)
-        text = raw | {name: value for name, value in inner.items() if value is not None}
-        rope = section(text, "rope_scaling", where) | section(text, "rope_parameters", where)
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        only(where, "model_type", raw.get("model_type"), "qwen2_5_vl")
-        only(where, "rope type", rope_type, "default", "mrope")
+    def check_settings(cls, text: dict, rope: dict, where) -> None:
         only(where, "use_sliding_window", text.get("use_sliding_window") or False, False)
-        only(where, "hidden_act", text.get("hidden_act", "silu"), "silu")
-        # transformers ties where either level says so
-        tied = raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-        values = text | {
-            "rope_theta": rope.get("rope_theta", text.get("rope_theta", 1e6)),
-            "mrope_section": rope.get("mrope_section", (16, 24, 24)),
-            "tie_word_embeddings": tied or False,
-            "eos_token_ids": as_ids(text.get("eos_token_id")),
-            "vision": VisionConfig.from_dict(section(raw, "vision_config", where), where),
-        }
-        cfg = build(cls, values, where)
-        cfg.check_sizes(where)
-        return cfg
 
-    def check_sizes(self, where="config.json") -> None:
-        """Raise ValueError for sizes that do not fit together."""
-        heads, half, v = self.num_attention_heads, f"{self.head_dim}/2, half a head", self.vision
-        odd_section = 2 * sum(self.mrope_section) != self.head_dim
-        square, tower = v.patch_size * v.spatial_merge_size, "vision_config"
-        for wrong, rule in (
-            (self.hidden_size % heads, "num_attention_heads: must divide hidden_size"),
-            (
-                heads % self.num_key_value_heads,
-                f"num_key_value_heads: must divide the {heads} heads",
-            ),
-            (odd_section, f"mrope_section {self.mrope_section}: must sum to {half}"),
-            (v.hidden_size % (4 * v.num_heads), f"{tower}: num_heads: must divide hidden_size / 4"),
-            (
-                v.out_hidden_size - self.hidden_size,
-                f"{tower}: out_hidden_size: must be hidden_size",
-            ),
-            (v.window_size < square, f"{tower}: window_size: must be at least {square}"),
-        ):
-            if wrong:
-                raise ValueError(f"{where}: {rule}")
+    @classmethod
+    def vision_from(cls, raw: dict, where) -> VisionConfig:
+        where = f"{where}: vision_config"
+        only(where, "hidden_act", raw.get("hidden_act", "silu"), "silu")
+        return VisionConfig.from_dict(raw, where)
+
+    def size_rules(self) -> list[tuple]:
+        v, heads = self.vision, self.hidden_size % self.num_attention_heads
+        square = v.patch_size * v.spatial_merge_size
+        window = f"vision_config: window_size: must be at least {square}"
+        return [
+            (heads, "num_attention_heads: must divide hidden_size"),
+            *super().size_rules(),
+            (v.window_size < square, window),
+        ]
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-
-def as_ids(eos: int | Sequence[int] | None) -> tuple[int, ...]:
-    """End-of-sequence ids, of which a config may have none, one or a list."""
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    def rotary_axes(self) -> torch.Tensor:
+        """One run of frequencies for each position."""
+        return torch.arange(3).repeat_interleave(torch.tensor(self.mrope_section))
 
 
-def check_features(is_image: torch.Tensor, features_ND: torch.Tensor | None) -> None:
-    """Raise ValueError unless there are as many vision features as image tokens."""
-    num_tokens, num_features = int(is_image.sum()), 0 if features_ND is None else len(features_ND)
-    if num_tokens != num_features:
-        counts = f"{num_tokens} image tokens, but {num_features} vision features"
-        raise ValueError(f"{counts}: they must be as many")
-
-
-def mrope_positions(
-    ids: Sequence[int] | torch.Tensor,
-    grids: Sequence[tuple[int, int, int]],
-    cfg: ModelConfig,
-    start: int = 0,
-) -> tuple[torch.Tensor, int]:
-    """(positions_3T, next_start) of one sequence of text and images, or of the next part of one.
-
-    Text counts on by 1 on all three axes. An image's tokens share its time position and spread over
-    height and width; what follows starts after its longer side. next_start is the `start` of the
-    part appended next. Raises ValueError where the runs of image tokens and the grids do not match:
-    an image must come whole, and text must part two images.
-    """
-    ids, merge, grids = torch.as_tensor(ids).tolist(), cfg.vision.spatial_merge_size, list(grids)
-    parts, num_used = [torch.empty(3, 0, dtype=torch.long)], 0
-    for is_image, run in groupby(ids, key=lambda token: token == cfg.image_token_id):
-        length = len(list(run))
-        if not is_image:
-            parts.append(torch.arange(start, start + length).expand(3, -1))
-            start += length
-            continue
-        if num_used == len(grids):
-            raise ValueError(f"image {num_used + 1} has no grid: {len(grids)} were given")
-        t, h, w = (int(n) for n in grids[num_used])
-        h, w, num_used = h // merge, w // merge, num_used + 1
-        if length != t * h * w:
-            tokens = f"{length} image tokens in a row, but its grid makes {t * h * w}"
-            raise ValueError(f"image {num_used}: {tokens}")
-        places = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
-        parts.append(places.view(-1, 3).T + start)
-        start += max(h, w)
-    if num_used != len(grids):
-        raise ValueError(f"{len(grids)} grids were given, but the tokens hold {num_used} images")
-    return torch.cat(parts, dim=1), start
-
-
-def mrope_tables(cfg: ModelConfig, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(axis, frequency), d/2 each: which of the three positions turns a channel, and how fast."""
-    axes = torch.arange(3).repeat_interleave(torch.tensor(cfg.mrope_section))
-    return axes.to(device), inverse_frequencies(cfg.rope_theta, cfg.head_dim, device)
-
-
-def mrope_cos_sin(positions_3T, tables, dtype):
-    """cos and sin, (T, 1, d): each frequency follows one of the three positions."""
-    axes, inv_freq = tables
-    angles_Td = positions_3T.T[:, axes].float() * inv_freq
-    cos, sin = angles_Td.cos().to(dtype), angles_Td.sin().to(dtype)
-    return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((sin, sin), dim=-1)[:, None]
-
-
-def attention_of(cfg: ModelConfig, device: torch.device, dtype=torch.bfloat16) -> str:
-    """The name of the attention that training runs on a device."""
-    if device.type != "cuda" or dtype == torch.float32:
-        return "SDPA a segment"
-    heads = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-    return choose(heads, True, dtype, device.type)[0]
-
-
-class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+class PatchMerger(nn.Module):
+    def __init__(self, cfg: VisionConfig):
         super().__init__()
-        self.head_dim = cfg.head_dim
-        self.q_proj = Linear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim)
-        self.k_proj = Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
-        self.v_proj = Linear(cfg.hidden_size, cfg.num_key_value_heads * cfg.head_dim)
-        self.o_proj = Linear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, bias=False)
-        self.joined = None
+        self.ln_q = RMSNorm(cfg.hidden_size, eps=EPS)
+        wide = cfg.hidden_size * cfg.merge_unit
+        self.mlp = nn.Sequential(Linear(wide, wide), nn.GELU(), Linear(wide, cfg.out_hidden_size))
 
-    def forward(self, x):
-        """q (…, H, d), k and v (…, K, d), not yet rotated."""
-        parts = apply((self.q_proj, self.k_proj, self.v_proj), x, self.joined)
-        return [part.unflatten(-1, (-1, self.head_dim)) for part in parts]
+    def forward(self, x_NuD):
+        return self.mlp(self.ln_q(x_NuD).flatten(1))
 
 
-class Layer(nn.Module):
-    """x is (T, D), packed; `attend` rotates q and k and knows which tokens see which."""
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
-        self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, bias=False)
-
-    def forward(self, x, attend, compute=call):
-        """compute: how what lies before and after the attention is called; see run_layer."""
-        x, *queries_keys_values = compute(self.before, x)
-        return compute(self.after, x, attend(*queries_keys_values))
-
-    def before(self, x):
-        x, normed = self.input_layernorm.residual(x)
-        return x, *self.self_attn(normed)
-
-    def after(self, x, attended):
-        attended = self.self_attn.o_proj(attended.flatten(-2))
-        x, normed = self.post_attention_layernorm.residual(x, attended)
-        return x + self.mlp(normed)
+@lru_cache(maxsize=256)  # frames of one video share their grid
+def frame_layout(grid: tuple[int, int, int], cfg: VisionConfig):
+    """(order_N, window_lengths) of one image: the features sorted by window, and the number of
+    patches in each window."""
+    (t, h, w), merge = grid, cfg.spatial_merge_size
+    window = cfg.window_size // merge // cfg.patch_size
+    axes = torch.arange(t), torch.arange(h // merge), torch.arange(w // merge)
+    frame, row, col = torch.meshgrid(*axes, indexing="ij")
+    # h and w: more than enough windows a side
+    window_id_N = ((frame * h + row // window) * w + col // window).flatten()
+    order_N = window_id_N.argsort(stable=True)  # stable: row-major inside a window
+    window_lengths = window_id_N[order_N].unique_consecutive(return_counts=True)[1] * cfg.merge_unit
+    return order_N, window_lengths.tolist()
 
 
-class TextModel(nn.Module):
-    """Holds the names `model.*`; Qwen25VL runs it."""
+def layout(grids: Sequence[tuple[int, int, int]], cfg: VisionConfig):
+    """(order_N, window_lengths, places_P2) of images, one after the other."""
+    order, window_lengths, places, num_before = [], [], [], 0
+    for grid in grids:
+        order_N, lengths = frame_layout(grid, cfg)
+        order.append(order_N + num_before)
+        window_lengths += lengths
+        places.append(patch_places(grid, cfg.spatial_merge_size))
+        num_before += len(order_N)
+    return torch.cat(order), window_lengths, torch.cat(places)
 
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
-        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
+class Tower(nn.Module):
+    recompute = "none"
+    """What of each block the backward pass computes again, as run_layer takes it."""
 
-class Qwen25VL(nn.Module):
-    recompute: Sequence[str] = ()
-    """What of each layer the backward pass computes again, as run_layer takes it; (): nothing."""
-
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.cfg = cfg
-        self.visual = VisionTower(cfg.vision)
-        self.model = TextModel(cfg)
-        if not cfg.tie_word_embeddings:
-            self.lm_head = nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
+        self.patch_embed = PatchEmbed(cfg, bias=False)
+        self.blocks = nn.ModuleList(
+            VisionBlock(cfg, RMSNorm, MLP(cfg.hidden_size, cfg.intermediate_size, bias=True))
+            for _ in range(cfg.depth)
+        )
+        self.merger = PatchMerger(cfg)
 
-    @property
-    def head_weight_VD(self) -> torch.Tensor:
-        return (self.model.embed_tokens if self.cfg.tie_word_embeddings else self.lm_head).weight
-
-    def encode(self, patches_PC, grids) -> torch.Tensor:
-        """features_ND of images: `visual`, entered through the root, as FSDP2 asks
-        (register_fsdp_forward_method)."""
-        return self.visual(patches_PC, grids)
-
-    def embed(self, ids, features_ND=None):
-        """Token embeddings, with the features in the places of the image tokens, in order."""
-        x, is_image = self.model.embed_tokens(ids), ids == self.cfg.image_token_id
-        if ids.device.type == "cpu":  # a GPU would be waited for: there, `pack` has compared them
-            check_features(is_image, features_ND)
-        if features_ND is None:
-            return x
-        return x.masked_scatter(is_image[..., None], features_ND.to(x.dtype))
-
-    def hidden(
-        self, ids_T, positions_3T, cu_seqlens, features_ND=None, keys: Keys | None = None
+    def forward(
+        self, patches_PC: torch.Tensor, grids: Sequence[tuple[int, int, int]]
     ) -> torch.Tensor:
-        """hidden_TD of sequences packed end to end, after the final norm; differentiable.
+        """features_ND of all images, in their order.
 
-        cu_seqlens: int32 (number of sequences + 1), first 0, last T, on the CPU, so that no GPU is
-        waited for. features_ND: from `visual`, all images in order. keys: what each segment sees
-        where they share what they begin with.
+        patches_PC: P = Σ t·h·w flattened patches, square by square as the processor cuts them.
+        grids: one (t, h, w) an image, in patches. Raises ValueError where the two do not fit.
         """
-        x_TD = self.embed(ids_T, features_ND)
-        max_seqlen, cu_seqlens = int(cu_seqlens.diff().max()), cu_seqlens.to(x_TD.device)
+        cfg, device = self.cfg, patches_PC.device
+        grids = checked_grids(patches_PC, grids, cfg)
+        order_N, window_lengths, places_P2 = layout(grids, cfg)
+        order_N = order_N.to(device)
 
-        def attend(layer, q, k, v):
-            return varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal=True, keys=keys)
+        def by_window(x_PD):
+            return x_PD.unflatten(0, (-1, cfg.merge_unit))[order_N].flatten(0, 1)
 
-        cos_sin = mrope_cos_sin(positions_3T, mrope_tables(self.cfg, x_TD.device), x_TD.dtype)
-        return self.run_layers(x_TD, cos_sin, attend)
+        cos, sin = place_cos_sin(by_window(places_P2.to(device)), cfg)
 
-    forward = hidden  # what DDP and FSDP wrap
-
-    def run_layers(self, x_TD, cos_sin, attend) -> torch.Tensor:
-        """hidden_TD of embedded tokens, after the final norm. attend(layer, q, k, v): the attention
-        of rotated queries and keys; generation keeps them in its cache there."""
-        for index, layer in enumerate(self.model.layers):
-            recompute = self.recompute[index] if self.recompute else "none"
-
-            def rotated(q, k, v, index=index):
-                return attend(index, *rotary(q, k, *cos_sin), v)
-
-            x_TD = run_layer(layer, x_TD, rotated, recompute)
-        return self.model.norm(x_TD)
-
-    @torch.no_grad()
-    def init_weights(self, std: float = 0.02):
-        """Random weights for training from scratch: normal matrices, zero biases, unit norms."""
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
-                weight.zero_()
-            elif weight.ndim == 1:
-                weight.fill_(1.0)
-            else:
-                weight.normal_(0.0, std)
-        return self
-
-
-def join_projections(model: Qwen25VL) -> None:
-    """Make one product of each layer's q, k and v, and of its gate and up: for generation, whose
-    products are as quick as their weights are read."""
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        if attention.joined is not None:
-            return  # another sampler of the same model has done it
-        attention.joined = join((attention.q_proj, attention.k_proj, attention.v_proj))
-        mlp.joined = join((mlp.gate_proj, mlp.up_proj))
+        # full attention too stays inside a frame
+        in_window = attention_over(window_lengths, cos, sin)
+        in_frame = attention_over(frame_lengths(grids), cos, sin)
+        x_PD = by_window(self.patch_embed(patches_PC))
+        for index, block in enumerate(self.blocks):
+            attend = in_frame if index in cfg.fullatt_block_indexes else in_window
+            x_PD = run_layer(block, x_PD, attend, self.recompute)
+        return self.merger(x_PD.unflatten(0, (-1, cfg.merge_unit)))[order_N.argsort()]

@@ -14,6 +14,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from math import ceil
+from pathlib import Path
 from typing import Annotated, Literal
 
 import rl
@@ -22,8 +23,8 @@ from nanosport import cli
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.image import ImageConfig, smart_resize
 from nanosport.model import cost
+from nanosport.model.decoder import ModelConfig
 from nanosport.model.folder import ASSETS, load_config
-from nanosport.model.qwen2_5_vl import ModelConfig
 from nanosport.plan import memory
 from nanosport.plan.memory import GIB, Moments
 from nanosport.plan.synthetic import Lengths, make_episodes
@@ -38,7 +39,7 @@ PAPER_GPU_HOURS = 796  # on H20, both stages
 @dataclass(frozen=True)
 class Config:
     preset: str = "7b"
-    """nano, 3b, 7b, 7b-scaled or videobrain; the first word on the command line."""
+    """nano, 3b, 7b, 7b-scaled, 8b or videobrain; the first word on the command line."""
     gpus: Annotated[int, Above(0)] = 8
     """The GPUs of one node, among which the weights are sharded."""
     gpu: Literal["H100", "H200", "A100", "H20"] = "H100"
@@ -156,8 +157,7 @@ def stages(cfg: Config) -> dict[str, Stage]:
     if not cfg.calls < policy.max_turns - 1:
         most = policy.max_turns - 1
         raise ValueError(f"--calls {cfg.calls}: must be below {most}, the turns that may call")
-    shape = "nano-backbone" if cfg.preset == "nano" else f"qwen2.5-vl-{cfg.preset[:2]}"
-    folder = cfg.model or ASSETS / shape
+    folder = cfg.model or ASSETS / Path(sft.model).name.lower().removesuffix("-instruct")
     model, image = load_config(folder), ImageConfig.from_folder(folder, sft.max_pixels)
     height, width = smart_resize(360, 640, image)
     frame_tokens = height * width // (image.patch_size * image.merge_size) ** 2

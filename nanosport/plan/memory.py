@@ -21,9 +21,9 @@ from nanosport.engine.pages import PAGE, Pages
 from nanosport.engine.sampler import Sampling
 from nanosport.engine.step import Step
 from nanosport.model.cost import num_adapted, num_weights
+from nanosport.model.decoder import ModelConfig, VLModel
 from nanosport.model.frames import CACHE_BYTES, TOWER_PATCHES
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL
-from nanosport.model.vision import VisionConfig, VisionTower
+from nanosport.model.vision import VisionConfig
 from nanosport.plan.ledger import Ledger, counting
 from nanosport.plan.synthetic import (
     Lengths,
@@ -69,10 +69,10 @@ def at_depth(moments_of: Callable[[ModelConfig], Moments], cfg: ModelConfig, few
     }
 
 
-def shape_of(cfg: ModelConfig, dtype: torch.dtype) -> Qwen25VL:
+def shape_of(cfg: ModelConfig, dtype: torch.dtype) -> VLModel:
     """A model without storage, and without its tower, which is frozen and whole on every GPU."""
     with torch.device("meta"):
-        model = Qwen25VL(cfg).to(dtype)
+        model = VLModel(cfg).to(dtype)
     model.visual = torch.nn.Identity()
     return model
 
@@ -136,7 +136,7 @@ def step_peak(
     return towers + max(sum(parts.values()) for parts in moments.values())
 
 
-def follow(model: Qwen25VL, ledger: Ledger) -> None:
+def follow(model: VLModel, ledger: Ledger) -> None:
     """Tell the ledger where in its forward and backward pass the model is."""
 
     def after_embedding(module, args, x_TD):
@@ -194,9 +194,8 @@ def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.
 def encode_bytes(cfg: VisionConfig, lengths: Lengths) -> float:
     """What the tower holds at its peak, besides its weights, for all frames that it takes at
     once."""
-    cfg = replace(cfg, depth=2, fullatt_block_indexes=(1,))  # one block's room is the next one's
     with torch.device("meta"):
-        tower = VisionTower(cfg).to(torch.bfloat16)
+        tower = cfg.shallow().tower().to(torch.bfloat16)
     with counting(on_gpu=True) as ledger, torch.no_grad():
         ledger.enter("weights")
         tower.to_empty(device="cpu")
@@ -246,7 +245,7 @@ def stage_moments(
         counted = replace(counted, recompute="all")
     step = at_depth(lambda cfg: training_moments(cfg, counted, episodes, gpus), model, 3)
     weights, head = num_weights(model), 12 * model.vocab_size * model.hidden_size
-    image_bytes = 2 * model.hidden_size * sum(e.ids.count(model.image_token_id) for e in episodes)
+    image_bytes = 2 * model.vision.feature_size * num_features(model, episodes)
 
     always = {"CUDA, NCCL": RESERVED, "vision tower": 2 * weights["vision"]}
     always |= {part: step["update"][part] for part in ("weights", "Adam moments")}
@@ -256,7 +255,8 @@ def stage_moments(
     moments["encode"] = {"tower": encode_bytes(model.vision, lengths)}
     if isinstance(run, rl.Config):
         is_own = run.sampler == "own"  # what is not sharded plays itself
-        copy = {"rollout copy": 0 if is_own and gpus == 1 else 2 * (whole - weights["vision"])}
+        its_own = is_own and gpus == 1
+        copy = {"rollout copy": 0 if its_own else rollout_copy(model, run.sampler)}
         always |= copy if is_own else {}
         always["reference"] = step["update"].get("reference", 0.0)
         always["frames of the step"] = image_bytes * (micro_batches - 1)
@@ -274,6 +274,17 @@ def stage_moments(
         name: {p: size for p, size in parts.items() if name == "always" or p not in always}
         for name, parts in moments.items()
     }
+
+
+def num_features(model: ModelConfig, episodes: tuple[Episode, ...]) -> int:
+    return sum(episode.ids.count(model.image_token_id) for episode in episodes)
+
+
+def rollout_copy(model: ModelConfig, sampler: str) -> float:
+    """Bytes of a sampler's weights. vLLM takes DeepStack's features only beside a tower."""
+    weights, wide = num_weights(model), model.vision.feature_size > model.hidden_size
+    tower = 0 if sampler == "vllm" and wide else weights["vision"]
+    return 2 * (sum(weights.values()) - tower)
 
 
 def largest(moments: Moments) -> dict[str, float]:

@@ -12,8 +12,8 @@ import torch
 import rl
 import train
 from nanosport.engine.sampler import Piece
+from nanosport.model.decoder import ModelConfig
 from nanosport.model.frames import FrameName
-from nanosport.model.qwen2_5_vl import ModelConfig
 from nanosport.records import Episode, Question, Turn
 from nanosport.train.faults import Skips, Stages
 from nanosport.train.training import Training
@@ -95,7 +95,7 @@ class Texts:
 
     def piece(self, num_frames: int, num_text: int) -> Piece:
         """Frames and text as a sampler is given them."""
-        shape = num_frames * self.lengths.frame_tokens, self.cfg.hidden_size
+        shape = num_frames * self.lengths.frame_tokens, self.cfg.vision.feature_size
         encoder = SimpleNamespace(expect=lambda names: None)
         encoder.features = lambda names: torch.empty(shape, dtype=torch.bfloat16)
         ids = self.frames(num_frames) + self.text(num_text)
@@ -137,7 +137,7 @@ class SeenFrames:
     def __init__(self, cfg: ModelConfig, episode: Episode, device, dtype: torch.dtype):
         _, height, width = episode.grid
         frame_tokens = height * width // cfg.vision.merge_unit
-        self.width, self.device, self.dtype = cfg.hidden_size, device, dtype
+        self.width, self.device, self.dtype = cfg.vision.feature_size, device, dtype
         self.wave = torch.arange(frame_tokens * self.width, device=device).float()
 
     def features(self, names: Sequence[FrameName]) -> torch.Tensor:

@@ -29,15 +29,15 @@ from safetensors import safe_open
 from nanosport.cli import ending
 from nanosport.files import ASSETS, checksum, write_atomically
 from nanosport.model import lora, shards
+from nanosport.model.decoder import VLModel
 from nanosport.model.folder import load_model, save_model, sync
-from nanosport.model.qwen2_5_vl import Qwen25VL
 from nanosport.train import dist, optim
 
 # one process alone is said to be unusual, from the thread that writes
 warnings.filterwarnings("ignore", "torch.distributed is ")
 
 
-def tensors(model: Qwen25VL, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def tensors(model: VLModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every weight, but those that adapters stand beside, and the moments of what is trained, by
     name: zeros before the first update."""
     optim.start_moments(optimizer)
@@ -49,7 +49,7 @@ def tensors(model: Qwen25VL, optimizer: torch.optim.Optimizer) -> dict[str, torc
     return by_name
 
 
-def saved_weights(model: Qwen25VL) -> dict[str, tuple[str, torch.nn.Parameter]]:
+def saved_weights(model: VLModel) -> dict[str, tuple[str, torch.nn.Parameter]]:
     """{name in the model's folder: (name in the checkpoint, weight)}."""
     named = dict(model.named_parameters())
     return {saved: (name, named[name]) for saved, name in lora.saved_names(model).items()}
@@ -125,7 +125,7 @@ class Checkpoints:
         if torch.distributed.is_initialized():
             self.group = torch.distributed.new_group(backend="gloo", timeout=dist.TIMEOUT)
 
-    def save(self, model: Qwen25VL, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    def save(self, model: VLModel, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Save weights, moments and `state` for the step that it names. All ranks must call this.
 
         Raises ValueError where the save before this one could not be written, or there is a
@@ -325,7 +325,7 @@ def _set_aside(faults: dict[Path, str], taken: Path) -> None:
         print(f"{fault}; it is set aside as {aside.name}, and the run goes on from {taken.name}")
 
 
-def load(folder: Path, model: Qwen25VL, optimizer: torch.optim.Optimizer) -> None:
+def load(folder: Path, model: VLModel, optimizer: torch.optim.Optimizer) -> None:
     """Fill `model` and `optimizer` from a checkpoint, on however many ranks it was saved.
 
     Raises ValueError where it is damaged, or is another model's.

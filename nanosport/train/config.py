@@ -44,7 +44,7 @@ class TrainingConfig:
     freeze_vision: bool = True
     """Leave the vision tower as it is."""
     freeze_projector: bool = True
-    """Leave the projector after the tower as it is (`visual.merger`)."""
+    """Leave the projector after the tower as it is (`visual.merger`, and DeepStack's)."""
     lora_rank: Annotated[int, AtLeast(0)] = 0
     """Train adapters of this rank beside the model's weights, which then stay as they are
     (docs/lora.md). 0: train the weights themselves."""

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from nanosport.model.cost import causal_pairs, text_flops, vision_flops
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
 from nanosport.records import Episode
 from nanosport.train.pack import common_length
 

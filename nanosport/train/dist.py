@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from nanosport.model import lora
-from nanosport.model.qwen2_5_vl import Qwen25VL
+from nanosport.model.decoder import VLModel
 
 TIMEOUT = timedelta(hours=2)
 """A collective call may take so long; the watchdog (faults.py) ends what hangs sooner."""
@@ -144,7 +144,7 @@ def device_mesh(device: torch.device):
     return mesh
 
 
-def shard(model: Qwen25VL, dtype: torch.dtype, device: torch.device) -> Qwen25VL:
+def shard(model: VLModel, dtype: torch.dtype, device: torch.device) -> VLModel:
     """Lay `model` out over the ranks; in a world of one it stays as it is.
 
     What is trained must be chosen before. Sharded are the decoder's layers, head and embedding, and
@@ -197,11 +197,12 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 
 
 class TrainedWeights:
-    """(name, weight in one piece) of what is trained, one after the other. All ranks must go
-    through all of them, each time that one does. merged: adapters are added to the language model's
-    weights, of which then all come."""
+    """(published name, weight in one piece) of what is trained, one after the other. All ranks must
+    go through all of them, each time that one does. merged: adapters are added to the language
+    model's weights, of which then all come."""
 
-    def __init__(self, model: nn.Module, merged: bool = False):
+    def __init__(self, model: VLModel, merged: bool = False):
+        self.published = model.cfg.published_name
         found = lora.adapters(model) if merged else {}
         self.beside = {f"{name}.weight": adapter for name, adapter in found.items()}
         self.named = [(n, weight) for n, weight in model.named_parameters() if weight.requires_grad]
@@ -215,4 +216,4 @@ class TrainedWeights:
             weight, adapter = full(weight), self.beside.get(name)
             if adapter:
                 weight = lora.merged(weight, adapter.scale, full(adapter.A), full(adapter.B))
-            yield name, weight
+            yield self.published(name), weight

@@ -9,13 +9,13 @@ others are added when the backward pass has them.
 import torch
 from torch import nn
 
-from nanosport.model.qwen2_5_vl import Qwen25VL, join_projections
+from nanosport.model.decoder import VLModel, join_projections
 
 
-def computing_copy(model: Qwen25VL, dtype: torch.dtype) -> Qwen25VL:
+def computing_copy(model: VLModel, dtype: torch.dtype) -> VLModel:
     """A copy of `model` in `dtype`. What is frozen, both have in `dtype`, once."""
     with torch.device("meta"):
-        copy = Qwen25VL(model.cfg)
+        copy = VLModel(model.cfg)
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             weight.data = weight.data.to(dtype)
@@ -47,7 +47,7 @@ def hand_over(cast: nn.Parameter) -> None:
 
 
 @torch.no_grad()
-def renew(copy: Qwen25VL) -> None:
+def renew(copy: VLModel) -> None:
     """Cast anew the weights that have learnt; a model that is no copy stays as it is."""
     if casts := [weight for weight in copy.parameters() if hasattr(weight, "master")]:
         torch._foreach_copy_(casts, [cast.master for cast in casts])

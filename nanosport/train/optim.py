@@ -10,11 +10,12 @@ from nanosport.train import dist
 
 def trainable(model: torch.nn.Module, freeze_vision: bool, freeze_projector: bool) -> None:
     """Choose what is trained: adapters alone where there are some; else the language model, and the
-    vision tower and the projector after it (`merger`) unless they are frozen."""
+    vision tower and the projector after it (`merger`, and what of DeepStack is like it) unless they
+    are frozen."""
     adapted = bool(lora.adapters(model))
     for name, weight in model.named_parameters():
         frozen = name.startswith("visual.") and freeze_vision
-        if name.startswith("visual.merger."):
+        if name.startswith(("visual.merger.", "visual.deepstack_merger_list.")):
             frozen = freeze_projector
         weight.requires_grad_(".lora." in name if adapted else not frozen)
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from kernels.attention import Keys
+from nanosport.model.decoder import ModelConfig, VLModel, check_features, mrope_positions
 from nanosport.model.frames import FrameEncoder, FrameName
-from nanosport.model.qwen2_5_vl import ModelConfig, Qwen25VL, check_features, mrope_positions
 from nanosport.records import Episode
 
 MIN_SHARED = 32
@@ -47,7 +47,7 @@ class Batch:
     """Whether the row's turn follows frames of the tool: log-probs drift there first if positions
     or features are wrong."""
 
-    def hidden_MD(self, model: Qwen25VL) -> torch.Tensor:
+    def hidden_MD(self, model: VLModel) -> torch.Tensor:
         """The hidden states of the rows with loss; differentiable."""
         hidden_TD = model.hidden(
             self.ids_T, self.positions_3T, self.cu_seqlens, self.features_ND, self.keys

@@ -10,7 +10,8 @@ from pathlib import Path
 
 SPLITS, SCALED = Path("out/splits"), Path("out/splits_scaled")
 
-_FRAMES = {"max_pixels": 240_000}  # 640×360, 720p and 1080p all become 644×364: 299 tokens a frame
+# 640×360, 720p and 1080p all become 644×364, 299 tokens a frame; for Qwen3-VL 640×352, 220 tokens
+_FRAMES = {"max_pixels": 240_000}
 _LARGE_SFT = {
     **_FRAMES,
     "batch_size": 32,  # open
@@ -61,9 +62,9 @@ _VIDEOBRAIN = {  # arXiv 2602.04094, on its own 6,400 questions; what is "open" 
 }
 
 
-def _large(size: str) -> tuple[dict, dict]:
+def _large(size: str, family: str = "Qwen2.5-VL") -> tuple[dict, dict]:
     sft, rl = Path(f"out/sft_{size}"), Path(f"out/rl_{size}")
-    model = f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct"
+    model = f"Qwen/{family}-{size.upper()}-Instruct"
     return (
         {**_LARGE_SFT, "model": model, "data": SPLITS / "trajectories.jsonl", "out": sft},
         {**_LARGE_RL, "model": str(sft / "model"), "data": SPLITS / "rl.jsonl", "out": rl},
@@ -71,13 +72,15 @@ def _large(size: str) -> tuple[dict, dict]:
 
 
 (SFT_3B, RL_3B), (SFT_7B, RL_7B) = _large("3b"), _large("7b")
+SFT_8B, RL_8B = _large("8b", "Qwen3-VL")
 _VIDEOBRAIN_SFT = {"out": Path("out/sft_videobrain"), "steps": 50}  # one epoch of 1,600
 SFT = {
     "nano": {},
     "3b": SFT_3B,
     "7b": SFT_7B,
     "7b-scaled": {**SFT_7B, **_SCALED_SFT},
-    "videobrain": {**SFT_7B, **_VIDEOBRAIN_SFT},
+    "8b": SFT_8B,
+    "videobrain": {**SFT_8B, **_VIDEOBRAIN_SFT},
 }
 """Fields of train.py's Config by preset. 7b-scaled: a tenth of the data (data_prep.split --scale
 0.1 --out out/splits_scaled)."""
@@ -86,8 +89,9 @@ RL = {
     "3b": RL_3B,
     "7b": RL_7B,
     "7b-scaled": {**RL_7B, **_SCALED_RL, "model": str(_SCALED_SFT["out"] / "model")},
-    "videobrain": {**RL_7B, **_VIDEOBRAIN, "model": str(_VIDEOBRAIN_SFT["out"] / "model")},
+    "8b": RL_8B,
+    "videobrain": {**RL_8B, **_VIDEOBRAIN, "model": str(_VIDEOBRAIN_SFT["out"] / "model")},
 }
-"""Fields of rl.py's Config by preset. videobrain: the nearest published code's constants, on this
-project's backbone. 7b-scaled: sized by the planner for a day on one node of
-eight 80 GB GPUs."""
+"""Fields of rl.py's Config by preset. 8b: the paper's recipe on Qwen3-VL. videobrain: the nearest
+published code's constants, on its own backbone, Qwen3-VL-8B. 7b-scaled: sized by the planner for a
+day on one node of eight 80 GB GPUs."""

@@ -15,7 +15,7 @@ import torch
 
 from kernels.attention import torch_groups_heads
 from nanosport.model.cost import num_weights
-from nanosport.model.qwen2_5_vl import ModelConfig
+from nanosport.model.decoder import ModelConfig
 
 LESS = ("all", "mlp", "none")
 """Each computes less again than the one before, and keeps more."""
@@ -46,6 +46,9 @@ class Kept:
         if mode == "none":
             quotients = 8  # of two norms, in float32
             token += 3 * (cfg.hidden_size + cfg.intermediate_size) * size + quotients
+            if cfg.qk_norm:  # queries and keys before their norms, and their quotients
+                normed = cfg.num_attention_heads + cfg.num_key_value_heads
+                token += normed * (cfg.head_dim * size + 4)
         return token * self.num_tokens + (mode != "all") * keys
 
     def layers(self, modes: list[str]) -> int:

@@ -24,6 +24,7 @@ from nanosport.env.judge import Judge
 from nanosport.files import checksum
 from nanosport.image import ImageConfig
 from nanosport.model import lora
+from nanosport.model.decoder import VLModel, attention_of
 from nanosport.model.folder import (
     COPIED,
     aside,
@@ -36,7 +37,6 @@ from nanosport.model.folder import (
     weight_files,
 )
 from nanosport.model.frames import FrameEncoder
-from nanosport.model.qwen2_5_vl import Qwen25VL, attention_of
 from nanosport.records import Episode
 from nanosport.train import checkpoint, dist, mixed, optim, recompute
 from nanosport.train.checkpoint import Checkpoints
@@ -296,7 +296,7 @@ class Training:
         if self.tracker:
             show_episodes(self.tracker, step, kind, episodes, scores)
 
-    def whole_copy(self) -> Qwen25VL:
+    def whole_copy(self) -> VLModel:
         """Another whole model as the run began with, on this rank; a frozen tower is there once."""
         cfg, tower = self.cfg, self.computing.visual if self.cfg.frozen else None
         model = load_model(self.source, self.device, self.dtype, tower)

@@ -45,8 +45,10 @@ def compile_decode(arch: int, dtype: str, heads: int, width: int) -> tuple[int, 
 
 
 ROTARY = {"7B": (28, 4, 128), "3B": (16, 2, 128), "tower": (16, 16, 80), "nano": (4, 2, 32)}
+ROTARY |= {"Qwen3-VL-8B": (32, 8, 128), "Qwen3-VL tower": (16, 16, 72)}
 """Query heads, key heads and their width."""
-NORMS = {"7B": 3584, "3B": 2048, "tower": 1280, "nano": 128}
+NORMS = {"7B": 3584, "3B": 2048, "tower": 1280, "nano, and Qwen3-VL's heads": 128}
+NORMS |= {"Qwen3-VL-8B": 4096, "Qwen3-VL-32B": 5120}
 
 
 def elementwise_variants():
@@ -54,7 +56,7 @@ def elementwise_variants():
     inputs once."""
     k = elementwise_triton
     for model, (heads, keys, width) in ROTARY.items():
-        table = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"} if model == "tower" else {}
+        table = {"cos_ptr": "*fp32", "sin_ptr": "*fp32"} if "tower" in model else {}
         sizes = {"H": heads, "K": keys, "HALF": width // 2, "BACK": True}
         sizes |= rotary_tiles(heads, keys, width // 2)
         yield f"rotary {model}", k.rotary_kernel, table, sizes, ()
@@ -122,7 +124,7 @@ def main() -> None:
         )
         spills += stack > 0
     for arch, dtype, (heads, width) in itertools.product(
-        (80, 90), ("bf16", "fp32"), ((7, 128), (8, 128), (2, 32))
+        (80, 90), ("bf16", "fp32"), ((4, 128), (7, 128), (8, 128), (2, 32))
     ):
         registers, stack = compile_decode(arch, dtype, heads, width)
         shape = f"decode {heads} heads of {width}"
