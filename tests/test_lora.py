@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,12 @@ from nanosport.engine.sampler import Sampling
 from nanosport.engine.vllm import start_engine
 from nanosport.files import ASSETS
 from nanosport.model import lora
-from nanosport.model.folder import chain, load_model, published_name, resolve, version
-from nanosport.model.qwen2_5_vl import join_projections
+from nanosport.model.decoder import join_projections
+from nanosport.model.folder import chain, load_model, own_name, resolve, version
 from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, make_episodes, take_step
 from nanosport.train import checkpoint, dist
 from nanosport.train.training import Training
+from tests.helpers import families
 from tests.helpers.runs import assert_same, flags, killed, log, torchrun
 from tests.test_model import (
     GRIDS,
@@ -33,12 +35,16 @@ from tests.test_model import (
     relative_error,
     sequence,
     their_logits,
-    tiny_pair,
 )
 
 BASE = ASSETS / "nano-sft"
 ALL = (*lora.DECODER, "merger")
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=families.FAMILIES)
+def tiny_pair(request):
+    return partial(families.tiny_pair, request.param)
 
 
 def adapted(model, targets=ALL, rank=4, alpha=8):
@@ -59,7 +65,7 @@ def hidden(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("targets", [ALL, ("q_proj", "down_proj")])
-def test_outputs_and_every_gradient_equal_pefts(targets):
+def test_outputs_and_every_gradient_equal_pefts(targets, tiny_pair):
     theirs, ours = tiny_pair()
     adapted(ours, targets)
     for name, weight in ours.named_parameters():
@@ -90,7 +96,7 @@ def saved_state(model) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_switched_off_it_is_the_base_and_merged_it_is_the_same():
+def test_switched_off_it_is_the_base_and_merged_it_is_the_same(tiny_pair):
     _, model = tiny_pair()
     base = hidden(model)
     lora.attach(model, 4, 8, ALL, seed=0)
@@ -103,7 +109,7 @@ def test_switched_off_it_is_the_base_and_merged_it_is_the_same():
     assert torch.equal(hidden(model), with_adapter)
 
     _, merged = tiny_pair()
-    whole = dict(dist.TrainedWeights(model, merged=True))
+    whole = {own_name(n): w for n, w in dist.TrainedWeights(model, merged=True)}
     assert whole.keys() == {n for n, _ in merged.named_parameters() if not n.startswith("visual.")}
     merged.load_state_dict(whole, strict=False)
     decoder_only = {n: a for n, a in lora.adapters(model).items() if n.startswith("visual.")}
@@ -351,7 +357,7 @@ def test_a_killed_run_goes_on_bit_for_bit(script, sft, grpo, monkeypatch, tmp_pa
     assert names and all(".lora." in name for name in names), "the base is not saved again"
 
 
-def test_the_base_of_a_hub_id_is_named_with_its_commit():
+def test_the_base_of_a_hub_id_is_named_with_its_commit(tiny_pair):
     training = Training.__new__(Training)
     training.model = tiny_pair()[1]
     training.source = Path("/cache/models--owner--name/snapshots/0123abc")
@@ -413,8 +419,9 @@ def test_flags_that_do_not_go_together_are_refused(given, why):
     assert train.Config(lora_rank=4).frozen and train.Config(lora_targets=ALL).frozen
 
 
-def test_names_are_mapped_to_pefts_and_back():
+def test_names_are_mapped_to_pefts_and_back(tiny_pair):
     _, model = tiny_pair()
     for name, _ in lora.linears(model, ALL):
-        assert published_name(f"{lora.PREFIX}{lora.peft_name(name)}") == name
-    assert len(list(lora.linears(model, ALL))) == 7 * 3 + 2
+        assert own_name(f"{lora.PREFIX}{lora.peft_name(name)}") == name
+    num_mergers = model.cfg.vision.feature_size // model.cfg.hidden_size
+    assert len(list(lora.linears(model, ALL))) == 7 * 3 + 2 * num_mergers

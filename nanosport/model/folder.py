@@ -251,12 +251,11 @@ def save_model(
 ):
     """Write a model folder; config, tokenizer and preprocessor files are copied from `source`.
 
-    The folder appears whole or not at all; an older model there stays until the new one is whole.
-    dtype: what the weights are saved in (None: as they are). shapes, load: of each weight, and
-    what gives it in one piece, where the model holds a shard of it (FSDP); the model, which may be
-    computing, is then not touched. max_pixels: the bound of a frame in training, where it is not
-    the source's. adapter: adapter_config.json, where the weights are an adapter's. Raises
-    ValueError where the place cannot be written, or holds something else than a model.
+    It appears whole or not at all; an older model there stays until then. dtype: of the weights
+    (None: as they are). shapes, load: of each weight, and what gives it in one piece, where the
+    model holds a shard of it (FSDP) and may be computing. max_pixels: a frame's bound in training,
+    where it is not the source's. adapter: adapter_config.json, where the weights are an adapter's.
+    Raises ValueError where the place cannot be written, or holds something else than a model.
     """
     folder, source = Path(folder).absolute(), settings_folder(source)
     if shapes is None or load is None:
@@ -268,11 +267,10 @@ def save_model(
     check_replaceable(folder)
     new = folder.with_name(f".{folder.name}.{os.getpid()}")  # beside it, where a rename works
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new.mkdir()
-        published = {model.cfg.published_name(name): name for name in shapes}
-        shapes = {name: shapes[own] for name, own in published.items()}
-        write_weights(shapes, new, max_shard_bytes, dtype, lambda name: load(published[name]))
+        new.mkdir(parents=True)
+        own = {model.cfg.published_name(name): name for name in shapes}
+        shapes = {name: shapes[own[name]] for name in own}
+        write_weights(shapes, new, max_shard_bytes, dtype, lambda name: load(own[name]))
         if adapter:
             (new / WHOLE).rename(new / lora.WEIGHTS)
             write_json(new / lora.CONFIG, adapter)
