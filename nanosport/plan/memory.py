@@ -319,7 +319,7 @@ def saving_bytes(model: ModelConfig, run: train.Config | rl.Config, gpus: int) -
     a model with adapters, they alone are saved.
     """
     trained, weights = num_trained(model, run), num_weights(model)
-    whole, checkpoint = 2 * sum(weights.values()), 12 * trained + 4 * weights["vision"]
+    whole, checkpoint = 2 * sum(weights.values()), 12 * trained + 2 * weights["vision"]
     head = 8 * model.vocab_size * model.hidden_size  # in float32, in parts and put together
     if run.lora_rank:
         whole, checkpoint, head = 4 * trained, 12 * trained, 0
