@@ -2,7 +2,6 @@
 page."""
 
 import json
-import shutil
 import subprocess
 from collections import Counter
 from html import escape
@@ -19,11 +18,9 @@ from data_prep.teacher import answer_turn, tool_turn
 from nanosport import report
 from nanosport.bench import demo
 from nanosport.records import Episode, Question, Turn
+from tests.helpers.browser import CHROMIUM, in_a_browser
 
 NUM = 60
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 HOSTILE = "</pre></td></mark></style></title><script>alert(1)</script><img src=x onerror=alert(2)>\"'><svg onload=alert(3)>&lt;b&gt; {}"
 
 
@@ -321,7 +318,6 @@ def test_a_damaged_line_is_said(tmp_path):
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
 --disable-sync --enable-logging=stderr --v=0 --dump-dom""".split()
-in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 
 
 def browse(path: Path) -> tuple[str, list[str]]:
