@@ -88,8 +88,9 @@ class TrainingConfig:
             raise ValueError("--eval-every, --eval-data: give both, or neither")
         if self.patience and not self.eval_every:
             raise ValueError(f"--patience {self.patience}: needs --eval-every and --eval-data")
-        for name in ("log.jsonl", "run.json"):
-            cli.not_the_input(self.out / name, self.data)
+        read = [path for path in (self.data, self.eval_data) if path]
+        for name in ("log.jsonl", "run.json", "heldout.jsonl"):
+            cli.not_the_input(self.out / name, *read)
 
     @property
     def resumable(self) -> bool:
