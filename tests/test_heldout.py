@@ -160,6 +160,9 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(sft, held_out, tmp_path
     ):
         with pytest.raises(ValueError, match=said):
             replace(sft, out=tmp_path, **changed).check()
+    (tmp_path / "heldout.jsonl").write_text(held_out.read_text())
+    with pytest.raises(ValueError, match="heldout.jsonl: is the file that is read"):
+        replace(sft, out=tmp_path, eval_data=tmp_path / "heldout.jsonl").check()
     cfg = replace(sft, out=tmp_path / "run", eval_data=sft.data)
     with pytest.raises(ValueError, match="--eval-data .*: the video of .* is trained on"):
         train.main(cfg)

@@ -96,8 +96,9 @@ class TrainingConfig:
             raise ValueError("--eval-every, --eval-data: give both, or neither")
         if self.patience and not self.eval_every:
             raise ValueError(f"--patience {self.patience}: needs --eval-every and --eval-data")
-        for name in ("log.jsonl", "run.json"):
-            cli.not_the_input(self.out / name, self.data)
+        read = [path for path in (self.data, self.eval_data) if path]
+        for name in ("log.jsonl", "run.json", "heldout.jsonl"):
+            cli.not_the_input(self.out / name, *read)
         if self.lora_rank and not (self.freeze_vision and self.freeze_projector):
             rule = "adapters alone learn; leave --freeze-vision and --freeze-projector on"
             raise ValueError(f"--lora-rank {self.lora_rank}: {rule}, and see --lora-targets merger")
