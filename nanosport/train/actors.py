@@ -46,7 +46,7 @@ class RolloutConfig(TrainingConfig):
     max_turns: Annotated[int, AtLeast(1)] = 5
     frames_drawn: Annotated[tuple[int, ...], AtLeast(1)] = ()
     """The overview's number of frames is drawn from these for each prompt, by the seed (as in
-    ParaVT). None: always eight."""
+    ParaVT). Without any it is always eight."""
     allow_repeats: bool = False
     """A window that was asked for before is shown again, and is no format error: for ablations."""
     episode_tokens: Annotated[int, AtLeast(1)] = 16_384
