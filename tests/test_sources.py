@@ -738,6 +738,55 @@ def test_osl_events_have_true_windows(tmp_path):
     assert [q.answer for q in questions if q.kind == "number"] == ["10", "50"] and len(skips) == 1
 
 
+def test_osl_classes_that_nobody_could_see_are_skipped(tmp_path):
+    """As in SoccerNet's own foul files: not annotated, or a number in the place of a class."""
+    touch(tmp_path, "test/action_0/clip_0.mp4")
+    heads = {name: {"type": "single_label", "labels": labels} for name, labels in (
+        ("handball", ["Handball", "No handball", "Unknown"]), ("offence", ["0", "1", "2"]),
+        ("touch_ball", ["No", "Unknown", "Yes"]),
+    )}  # fmt: skip
+    values = {"handball": "No handball", "offence": "1", "touch_ball": "Unknown"}
+    view = {"id": "test_action_0_view00", "inputs": [{"path": "test/action_0/clip_0.mp4"}]}
+    labels = {head: {"label": label, "manual": True} for head, label in values.items()}
+    put(tmp_path, "mv_foul_test.json", {"labels": heads, "data": [view | {"labels": labels}]})
+    (question,), skips = run("osl", tmp_path)
+    assert set(question.options) == {"Handball", "No handball"} and question.sport == "soccer"
+    assert question.group == "mvfoul/test/action_0" and right(question) == "No handball"
+    assert [skip.why for skip in skips] == [
+        "offence '1': is a number, and no class that can be seen",
+        "touch_ball 'Unknown': is not annotated",
+    ]
+
+
+def test_osl_questions_of_a_moment_show_what_was_before_it(tmp_path):
+    touch(tmp_path, "clip.mp4")
+    offered = [{"id": "o1", "text": "The red one"}, {"id": "o2", "text": "The blue one"}]
+    row = {"id": "q1", "position_ms": 5000, "question": "Who served?", "options": offered,
+           "correct_option_id": "o2"}  # fmt: skip
+    rows = [row, row | {"correct_option_id": "o3"}, row | {"options": "o1"}]
+    sample = {"id": "a", "inputs": [{"type": "video", "path": "clip.mp4"}], "streaming_vqa": rows}
+    put(tmp_path, "a.json", {"version": "2.0", "data": [sample]})
+    (question,), skips = run("osl", tmp_path)
+    assert question.span_s == (0.0, 5.0) and right(question) == "The blue one" and len(skips) == 2
+
+
+def test_osl_events_of_a_whole_match_are_asked_about_in_parts(tmp_path):
+    """Nobody counts the 1,234th pass of a match."""
+    write(tmp_path / "224p.mp4", 700)  # 70 s
+    heads = {"ball": {"type": "single_label", "labels": ["PASS", "DRIVE", "SHOT"]}}
+    rows = [{"head": "ball", "label": label, "position_ms": str(at)} for label, at in (
+        ("PASS", 1000), ("DRIVE", 31_000), ("PASS", 32_000), ("SHOT", 69_000),
+    )]  # fmt: skip
+    sample = {"inputs": [{"type": "video", "path": "224p.mp4", "fps": 10.0}], "events": rows}
+    put(tmp_path, "annotations-test.json", {"labels": heads, "data": [sample]})
+    questions, skips = run("osl", tmp_path)
+    whens = [q for q in questions if q.kind == "number"]
+    assert not skips and [q.answer for q in whens] == ["10", "10", "20", "90"]
+    assert [q.span_s for q in whens] == [(0.0, 29.9), (30.0, 59.9), (30.0, 59.9), (60.0, 69.9)]
+    part = Video(str(tmp_path / "224p.mp4"), span_s=whens[1].span_s)
+    assert part.num_frames == 300 and whens[1].window == (5, 15)
+
+
 def test_events(tmp_path):
     events(tmp_path)
     questions, skips = run("events", tmp_path)
