@@ -301,8 +301,13 @@ def test_facts_boxing(tmp_path):
         "labels.csv line 5",
         "labels.csv line 6",
     ]
-    (tmp_path / "labels.csv").write_text("clip;label\n0.mp4;jab\n")
-    with pytest.raises(ValueError, match=r"labels.csv.*clip;label"):
+    for sign in ";\t":  # as spreadsheets write them too
+        (tmp_path / "labels.csv").write_text(
+            f"clip{sign}label\r\n0.mp4{sign}jab\r\n1.mp4{sign}left hook"
+        )
+        assert [right(q) for q in run("facts_boxing", tmp_path)[0]] == ["jab", "left hook"]
+    (tmp_path / "labels.csv").write_text("clip|label\n0.mp4|jab\n")
+    with pytest.raises(ValueError, match=r"labels.csv.*clip|label"):
         run("facts_boxing", tmp_path)
 
 

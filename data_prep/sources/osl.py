@@ -230,7 +230,7 @@ class Reader:
             raise ValueError(f"{head} {brief(said)}: is a number, and no class that can be seen")
         id = f"{self.place}/{number}/{head}"
         known = (text for text in self.heads.get(head, ()) if text.casefold() not in UNKNOWN)
-        others = (words(text) for text in known if text != said)
+        others = (words(text) for text in known if words(text) != words(said))
         options, letter = shuffle_options(self.seed, id, words(said), others)
         text = template(self.seed, id, CLASS).format(head.replace("_", " "))
         yield self._question(f"{number}/{head}", text, letter, common, options=options)
@@ -256,7 +256,9 @@ class Reader:
     def _asked_then(self, number: int, common: dict, k: int, row) -> Iterator[Question]:
         """A question that is asked at a time, about what was before."""
         question, right = field(row, "question"), field(row, "correct_option_id")
-        offered = {str(each.get("id")): option(each, "text") for each in field(row, "options", list)}
+        offered = {
+            str(each.get("id")): option(each, "text") for each in field(row, "options", list)
+        }
         place, span = f"{number}/then{k}", (0.0, _seconds(row))
         options, letter = choose(self.seed, f"{self.place}/{place}", offered, right)
         yield self._question(place, question, letter, common, options=options, span_s=span)
