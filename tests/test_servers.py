@@ -17,7 +17,7 @@ from nanosport.engine import servers
 from nanosport.engine.players import Room, load_sampler, make_sampler, server_urls
 from nanosport.engine.sampler import Piece, SamplerError, Sampling
 from nanosport.engine.servers import Servers
-from nanosport.engine.vllm import Answer, Talk
+from nanosport.engine.vllm import Answer, Talk, VllmSampler
 from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
@@ -257,6 +257,52 @@ def test_a_turn_has_one_token_more_after_a_stop_text():
     assert not cut.stopped and cut.num_end == 0
     full = talk.take(Answer([1] * 5, [0.0] * 5, "stop", "</answer>", 3), 5)
     assert full.stopped and full.num_end == 0
+
+
+class Engine:
+    """What a VllmSampler asks of its engine, written down."""
+
+    def __init__(self):
+        self.calls, self.llm_engine = [], self
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append(f"{method} {' '.join(name for name, _ in kwargs['weights_iterator'])}")
+
+    def apply_model(self, function):
+        self.calls.append(function.__name__)
+
+    def reset_encoder_cache(self):
+        self.calls.append("no features")
+
+    def reset_prefix_cache(self):
+        self.calls.append("no prefixes")
+        return True
+
+
+def test_on_a_gpu_the_engine_sleeps_while_the_policy_learns(model, tokenizer, monkeypatch):
+    """Level 2 drops weights and cache; it wakes by parts, so that both do not lie beside what
+    training holds; nothing that old weights have computed stays."""
+    engine = Engine()
+    sampler = VllmSampler(engine, tokenizer, model.cfg, torch.tensor([1]), Sampling())
+    renewed = ["reload_weights a b", "renew_packed_head"]
+    emptied = ["no features", "no prefixes"]
+    weights = [("a", torch.zeros(1)), ("b", torch.zeros(1))]
+    sampler.sleep()  # on a CPU it does not
+    sampler.load_weights(weights, 1)
+    assert engine.calls == [*renewed, *emptied] and sampler.version == 1
+    engine.calls.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sampler.sleep()
+    sampler.load_weights(weights, 2)
+    assert engine.calls == ["sleep 2", "wake weights", *renewed, "wake kv_cache", *emptied]
+    sampler.load_weights(weights, 3)  # awake already
+    assert engine.calls[-4:] == [*renewed, *emptied] and len(engine.calls) == 11
 
 
 def test_placeholders_are_as_many_as_features(model):
