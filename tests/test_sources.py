@@ -538,7 +538,7 @@ def test_soccerbenchs_form_with_objects(tmp_path):
     match = f"england_epl\\2014-2015\\{MATCH}"
     materials = [
         [{"path": clip, "context": match}], [{"path": clip, "context": None}], ["none"], [{"path": 3}], [{}], {},
-        [clip, clip], [{"path": "gone.mp4", "context": match}],
+        [clip, clip.replace("620", "621")], [{"path": "gone.mp4", "context": match}],
     ]  # fmt: skip
     put(
         tmp_path, "Database/Video/video_600.json", [row | {"materials": each} for each in materials]
@@ -551,6 +551,30 @@ def test_soccerbenchs_form_with_objects(tmp_path):
     )
     whys = [skip.why for skip in skips]
     assert len(whys) == 6 and sum("no video" in why for why in whys) == 2
+
+
+def test_soccerbench_as_others_pack_it(tmp_path):
+    """With the paths of the machine that it was packed on, and several views of one foul, which are
+    MVFoul's test split; a challenge without its answers, pictures, and replays to compare."""
+    clip = f"materials/q8/england_epl/2014-2015/{MATCH}/1_230.mp4"
+    views = [f"materials/q14/action_105/clip_{k}.mp4" for k in range(3)]
+    touch(tmp_path, clip, *views)
+    row = {"Q": "Which?", "openA": "Goal", "closeA": "O2", "O1": "Corner", "O2": "Goal"}
+    home = "/home/somebody/database/SoccerBench/"
+    put(tmp_path, "qa/q8.json", [
+        row | {"materials": [home + clip]}, row | {"materials": clip},
+        row | {"materials": [home + clip], "closeA": "O8"},
+        row | {"materials": [clip], "closeA": None}, row | {"materials": ["materials/q4/48/1.JPG"]},
+    ])  # fmt: skip
+    put(tmp_path, "qa/q9.json", [row | {"materials": [clip, clip.replace("230", "408")]}])
+    put(tmp_path, "qa/q14.json", [row | {"materials": [home + view for view in views]}])
+    questions, skips = run("soccerbench", tmp_path)
+    match = "soccer/england-epl-2014-2015/2015-02-21-18-00-chelsea-1-1-burnley"
+    assert {q.id.removeprefix("soccerbench/"): (q.video, q.group) for q in questions} == {
+        "q8/0": (clip, match), "q8/1": (clip, match), "q14/0": (views[1], "mvfoul/test/action_105")
+    }  # fmt: skip
+    wanted = ("'O8': must be one of", "closeA None", "a picture", "must name one video")
+    assert all(words in skip.why for words, skip in zip(wanted, skips, strict=True))
 
 
 def test_finediving_as_it_is(tmp_path):
