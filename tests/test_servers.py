@@ -386,6 +386,25 @@ def test_ahead_samples_the_next_step_while_this_one_learns(three, arena_folder, 
     assert len(bodies) == 4 * 8 * 4  # steps, episodes, requests: nothing is sampled in vain
 
 
+def test_the_committed_runs_learn_alike():
+    """Ten steps of the arena from the same SFT models, vLLM's draws beside our own: reward rises,
+    and the sampler's log-probs are the trainer's in every step."""
+    paths = sorted(Path("results/engine/vllm_rl").glob("*_seed*.jsonl"))
+    runs = {path.stem: [json.loads(line) for line in path.open()] for path in paths}
+    rises = {"own": [], "vllm": []}
+    for name, rows in runs.items():
+        assert [row["step"] for row in rows] == [*range(10)]
+        assert all(row["staleness"] == 0 and row["skipped"] == 0 for row in rows)
+        assert all(row[f"logprob_gap_{where}"] < 1e-6 for row in rows for where in GAPS)
+        rewards = [row["reward"] for row in rows]
+        rises[name.partition("_")[0]].append(np.mean(rewards[7:]) - np.mean(rewards[:3]))
+    assert len(rises["own"]) == len(rises["vllm"]) >= 2
+    assert min(rises["own"] + rises["vllm"]) > 0.1, rises
+
+
+GAPS = ("text", "after_image")
+
+
 # Tokens whose sampler was not quite the policy.
 
 

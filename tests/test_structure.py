@@ -106,7 +106,7 @@ def test_the_code_stays_small():
     core = num_lines("*.py", "kernels/**/*.py", "nanosport/**/*.py") - plan - bench
     assert num_lines("rl.py") <= 400 and num_lines("train.py") <= 130
     assert num_lines("nanosport/bench/train.py") <= 250
-    assert plan <= 935 and core <= 11_400 and num_lines(*everything) <= 19_760
+    assert plan <= 935 and core <= 11_410 and num_lines(*everything) <= 19_770
 
 
 COMMANDS = "arena check convert difficulty distill look split teacher"
