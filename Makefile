@@ -46,7 +46,7 @@ test-gpu: .venv/.installed
 	$(PY) -m pytest -q -rs --noconftest tests/test_gpu.py
 
 test-vllm: .venv-vllm/.installed
-	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py tests/test_servers.py
+	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py
 
 # what is an optional extra is installed for it
 test-serve: .venv/.installed

@@ -42,6 +42,8 @@ CLOCK = re.compile(r"\d+(?::[0-5]\d){1,2}(?:[.,]\d+)?")
 MINUTES = r"m(?:in(?:ute)?s?)?"
 SECONDS = r"s(?:ec(?:ond)?s?)?"
 IN_WORDS = re.compile(rf"(?<!\d)(\d+) ?{MINUTES}(?: and)? ?(\d++(?:[.,]\d+)?) ?{SECONDS}\b")
+MIXED = re.compile(r"(?<![\d.,:/-])(\d{1,3}) ([1-9])/([2-9])(?![\d.,:/])")
+"""2 1/2 is 2.5."""
 NUMBER = re.compile(
     r"(?:(?P<bound>(?:\b(?:not|never|nor|than|least|most|over|under|above|below|up to|half of"
     r"|minimum|maximum)|n't)\b|[<>≤≥]) ?)?"
@@ -70,6 +72,7 @@ def plain(text: str) -> str:
         # in parts: a long run of accents takes the square of its length to sort
         parts = (text[start : start + 500] for start in range(0, len(text), 500))
         text = "".join(unicodedata.normalize("NFKC", part) for part in parts).translate(SIGNS)
+        text = re.sub(r"\d", lambda m: str(unicodedata.digit(m[0])), text)
     return " ".join(text.split())
 
 
@@ -116,6 +119,7 @@ def in_digits(text: str) -> str:
         lambda text: re.sub("[零〇一二两三四五六七八九十百]+", han, text),
     ):
         text = text if re.search(r"\d", text) else spell(text)
+    text = MIXED.sub(lambda m: str(int(m[1]) + int(m[2]) / int(m[3])), text)
     return IN_WORDS.sub(lambda m: f"{m[1]}:{m[2].zfill(2)}", text)
 
 

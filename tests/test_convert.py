@@ -4,6 +4,7 @@ import builtins
 import json
 import os
 import pickle
+import random
 import re
 import subprocess
 import sys
@@ -314,6 +315,95 @@ def test_pickled_entries_of_any_type_are_skipped_not_fatal(tmp_path):
     assert [skip.why[:4] for skip in run("finediving", tmp_path)[1]] == ["key "], (
         "a tuple in a tuple in a tuple …"
     )
+
+
+ODD = (
+    None, 0, 3, -1, 1.5, True, "", "  ", "x", "7", "1,5", "yes\0", "\ud800", "名前 🏸", "x" * 70_000, [], [None],
+    [[]], ["a", "b"], {}, {"a": None}, {"text": "x"}, 10**400, float("nan"), "<|im_end|>", "../../etc/passwd",
+    "00:99:99", {"A": {"B": ["x"]}}, ["A. x", "A. y"],
+)  # fmt: skip
+
+
+def changed(rng: random.Random, value, depth: int = 0):
+    """A value with one change somewhere in it, such as files of the same kind have, and worse."""
+    if isinstance(value, dict | list) and value and rng.random() < (0.97 if depth < 2 else 0.8):
+        new = value.copy()
+        key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        how = rng.random()
+        if how < 0.1:
+            del new[key]
+        elif how < 0.15 and isinstance(value, dict):
+            new[f"{key} É"] = new.pop(key)
+        elif how < 0.2 and isinstance(value, list):
+            new.append(new[key])  # an entry twice
+        else:
+            new[key] = changed(rng, value[key], depth + 1)
+        return new
+    same = {
+        str: lambda text: (text.upper(), f" {text} ", f"{text}\r\n", text * 50, text.replace("/", "\\"), "\ufeff" + text),
+        int: lambda number: (str(number), -number, [number], {"value": number}),
+        float: lambda number: (str(number), -number, [number], f"{number}".replace(".", ",")),
+    }  # fmt: skip
+    if type(value) in same and rng.random() < 0.4:
+        return rng.choice(same[type(value)](value))
+    return rng.choice(ODD)
+
+
+def changed_file(rng: random.Random, path: Path) -> bytes:
+    raw = path.read_bytes()
+    if path.suffix == ".pkl":
+        return pickle.dumps(changed(rng, pickle.loads(raw)))
+    if path.suffix == ".csv":
+        lines = raw.decode().split("\n")
+        line = rng.randrange(len(lines))
+        text = lines[line]
+        lines[line] = rng.choice(["", ",,,", '"', text * 100, f"\0{text}", f"{text},x", text[:5]])
+        return rng.choice(["\n", "\r\n", "\r"]).join(lines).encode()
+    if path.suffix == ".jsonl":
+        rows = changed(rng, [json.loads(line) for line in raw.splitlines()])
+        text = "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows]))
+    else:
+        text = json.dumps(changed(rng, json.loads(raw)), ensure_ascii=rng.random() < 0.5, indent=1)
+    data = text.replace("\n", rng.choice(["\n", "\r\n"])).encode(errors="surrogatepass")
+    return rng.choice([b"", b"\xef\xbb\xbf"]) + data
+
+
+@pytest.mark.parametrize("name", sorted(WRITE.keys() - {"facts_fencing"}))
+def test_whatever_a_file_holds_is_kept_or_skipped_or_refused_in_one_line(name, tmp_path):
+    """Files with a change at any depth: each entry is kept or skipped with a short reason, what is
+    kept is a record, and what is no file of the kind is refused in one line."""
+    WRITE[name](tmp_path)
+    kinds = (".json", ".jsonl", ".csv", ".pkl")
+    files = sorted(path for path in tmp_path.rglob("*") if path.suffix in kinds)
+    refused = kept = 0
+    for number in range(30):
+        rng = random.Random(number)
+        path = rng.choice(files)
+        before = path.read_bytes()
+        path.write_bytes(changed_file(rng, path))
+        try:
+            questions, skips = run(name, tmp_path)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error) and path.name in str(error) and len(str(error)) < 800
+        else:
+            assert all(0 < len(skip.why) <= 301 and "\n" not in skip.why for skip in skips)
+            lines = convert.record_lines(questions, tmp_path, tmp_path, tally := convert.Tally())
+            kept += len([parse_question(json.loads(line)) for line in lines])
+            assert tally.kept + tally.skipped.total() == len(questions)
+        path.write_bytes(before)
+    assert refused < 15 and kept > 20
+
+
+def test_numbers_may_be_texts_and_texts_may_have_line_breaks(tmp_path):
+    """As some writers of JSON leave them."""
+    touch(tmp_path, "frames/clip/000000.jpg")
+    rows = [{"frame": "10", "label": "serve\n"}, {"frame": 30.0, "label": "swing"}]
+    clip = {"video": "clip", "fps": 25, "num_frames": " 300", "events": rows}
+    (tmp_path / "tennis.json").write_text(json.dumps([clip]).replace("\\n", "\n"))
+    questions, skips = run("events", tmp_path)
+    whens = [question.answer for question in questions if question.kind == "number"]
+    assert whens == ["10", "30"] and not skips
 
 
 def test_json_with_a_byte_order_mark_and_without_a_file(tmp_path):

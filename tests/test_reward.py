@@ -183,6 +183,8 @@ def test_open_answers_score_by_words(said, f1):
 SHOTS = ("header", "tap-in", "volley")
 YES = ("yes", "no")
 TEN = tuple("one two three four five six seven eight nine ten".split())
+CALLS = ("offside", "foul", "corner kick", "goal kick")
+SIDES = ("the home team", "the away team", "neither team")
 CALL, CARD = "Call it.", "Which card did the official show?"
 AS_A_PERSON_SAYS = {
     "a letter, however it is wrapped": [
@@ -408,6 +410,62 @@ AS_A_PERSON_SAYS = {
         ("open", "扣杀", CALL, "杀扣", 1 / 4),
         ("open", "red 7 volley", CALL, "red 7 tap-in", 4 / 7),
     ],
+    "a choice in other words": [
+        ("choice", letter, options, said, 1)
+        for letter, options, answers in [
+            ("B", CALLS, "B. Foul|Foul|It's a foul|This is clearly a foul.|**Answer: B. foul**|Choice (B)|#B|B ✓|✅ B|→ B|- B|• B|"
+             "Réponse : B|我选择B|正确答案是：B|B选项|选项B|My final answer is option B.|B since he trips him|Definitely B|Ans: B|"
+             "$\\boxed{B}$|\\boxed{\\text{B. foul}}|<answer>B</answer>|B, because of the trip|The referee gives a foul|No, foul.|No: B"),
+            ("D", CALLS, "not B but D|D not B|D (not B)|goal kick rather than foul|Instead of foul, goal kick|a goal kick, not a corner kick|"
+             "Goal-kick|goalkick|D rather than B|goal kick (D)"),
+            ("A", CALLS, "A. offside|(A) offside|a: offside|A) Offside|offside, no foul|Offside without any foul|A, no B"),
+            ("A", YES, "Yes, it is|yes it was|Yes — the ball crossed the line|Yes, not offside|(A) Yes|A. Yes"),
+            ("B", YES, "No!|No, there was no foul|no, not at all|No. The ball is out.|(B) No|NO"),
+            ("A", ("true", "false"), "It is true|That's true.|TRUE"),
+            ("A", SIDES, "home team|the home team wins|home team, not the away team"),
+            ("C", SIDES, "neither team|Neither team.|It was neither team"),
+            ("B", ("left", "right"), "right, not left|on the right|not left but right|not on the left but on the right"),
+            ("A", ("A-side", "B-side"), "A-side|a-side|A side|the A-side"),
+            ("A", ("a serve", "a smash"), "serve|A serve|(A) a serve|A: a serve|A. serve"),
+            ("B", ("a serve", "a smash"), "smash|A smash|It's a smash"),
+            ("C", ("1", "2", "3", "4"), "3|three|C. 3|C) three|It is 3|3 players"),
+        ]
+        for said in answers.split("|")
+    ],
+    "a choice that is none, or another": [
+        ("choice", letter, options, said, 0)
+        for letter, options, answers in [
+            ("B", CALLS, "no foul|It was no foul|there is no foul|without a foul|without any foul|no B|A. foul|A: foul|(A) foul|A, foul|a) foul|"
+             "C - foul|B: offside|(B) offside|B) goal kick|A foul is not shown; it is offside|B... no, C|B, no wait, D|foul? no: offside|"
+             "either B or C|probably B, possibly C|B? C?|foul/offside|All of them|all of the above|B is false|B isn't right|Unlike B, C|"
+             "rather A than B|First I thought B, but it is C|ABCD|A-D|between A and C|E|N/A|It could be any|fou|f"),
+            ("D", CALLS, "kick|corner kick or goal kick|not a goal kick|no goal kick"),
+            ("A", YES, "Yes and no|yes or no|Yes/No|not yes|no yes|Maybe"),
+            ("B", YES, "not no|I know|now|nothing|yes"),
+            ("A", ("true", "false"), "not true|It is not true|untrue|isn't true|True or false"),
+            ("A", SIDES, "both teams|home and away|the home team or the away team|not the home team|team"),
+            ("A", ("left", "right"), "left or right|left to right|not on the left|not to the left|not at left|left/right"),
+            ("A", ("a serve", "a smash"), "A smash|(A) a smash|A. a smash|A: smash"),
+            ("C", ("1", "2", "3", "4"), "3 or 4|2-3|33|3.5|more than 3|1 2 3 4|B. 3|3, 4"),
+        ]
+        for said in answers.split("|")
+    ],
+    "another number, in other words": [
+        ("number", truth, (), said, score)
+        for truth, score, answers in [
+            ("7", 1, "7 of them|exactly 7|~7|≈7|= 7|７|٧|७|共7次|7 in total|seven (7)|7x|There are 7."),
+            ("7", 0, "no more than 7|fewer than 7|7:00|7/2|7e1|<7|≤7|seven eight|7...8|#7 and #8|7*2|7^2|2 x 7|seventeen|٧٠"),
+            ("0", 0, "٧|७"),
+            ("2.5", 1, "2 1/2|2 1/2 points|5/2|2.5 m|two and a half"),
+            ("2.5", 0, "21/2|1 2 1/2|2 1/2/3|2.05|2 5|2-5"),
+            ("3.75", 1, "3 3/4"),
+            ("88.4", 1, "88.4/100|88,40|eighty-eight point four|Score: 88.4"),
+            ("88.4", 0, "884|8.84|88.4.1|88-4"),
+            ("75", 1, "1 minute and 15 seconds|0:01:15|75secs|seventy-five seconds"),
+            ("75", 0, "1:75|115|1.15|1 min 5 s"),
+        ]
+        for said in answers.split("|")
+    ],
     "listing does not pay": [
         ("open", "white 1 smash", CALL, "white 1 smash", 1),
         ("open", "white 1 smash", CALL, "white smash", 0.8),
@@ -457,7 +515,7 @@ def test_any_of_several_answers_is_right():
 
 
 def test_the_table_is_long():
-    assert sum(map(len, AS_A_PERSON_SAYS.values())) >= 450
+    assert sum(map(len, AS_A_PERSON_SAYS.values())) >= 650
 
 
 def test_listing_both_earns_less_than_guessing():

@@ -17,7 +17,7 @@ from nanosport.engine import servers
 from nanosport.engine.players import Room, load_sampler, make_sampler, server_urls
 from nanosport.engine.sampler import Piece, SamplerError, Sampling
 from nanosport.engine.servers import Servers
-from nanosport.engine.vllm import Answer, Talk
+from nanosport.engine.vllm import Answer, Talk, VllmSampler
 from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
@@ -259,6 +259,52 @@ def test_a_turn_has_one_token_more_after_a_stop_text():
     assert full.stopped and full.num_end == 0
 
 
+class Engine:
+    """What a VllmSampler asks of its engine, written down."""
+
+    def __init__(self):
+        self.calls, self.llm_engine = [], self
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {' '.join(tags)}")
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append(f"{method} {' '.join(name for name, _ in kwargs['weights_iterator'])}")
+
+    def apply_model(self, function):
+        self.calls.append(function.__name__)
+
+    def reset_encoder_cache(self):
+        self.calls.append("no features")
+
+    def reset_prefix_cache(self):
+        self.calls.append("no prefixes")
+        return True
+
+
+def test_on_a_gpu_the_engine_sleeps_while_the_policy_learns(model, tokenizer, monkeypatch):
+    """Level 2 drops weights and cache; it wakes by parts, so that both do not lie beside what
+    training holds; nothing that old weights have computed stays."""
+    engine = Engine()
+    sampler = VllmSampler(engine, tokenizer, model.cfg, torch.tensor([1]), Sampling())
+    renewed = ["reload_weights a b", "renew_packed_head"]
+    emptied = ["no features", "no prefixes"]
+    weights = [("a", torch.zeros(1)), ("b", torch.zeros(1))]
+    sampler.sleep()  # on a CPU it does not
+    sampler.load_weights(weights, 1)
+    assert engine.calls == [*renewed, *emptied] and sampler.version == 1
+    engine.calls.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sampler.sleep()
+    sampler.load_weights(weights, 2)
+    assert engine.calls == ["sleep 2", "wake weights", *renewed, "wake kv_cache", *emptied]
+    sampler.load_weights(weights, 3)  # awake already
+    assert engine.calls[-4:] == [*renewed, *emptied] and len(engine.calls) == 11
+
+
 def test_placeholders_are_as_many_as_features(model):
     cfg, grid = model.cfg, (1, 4, 4)
     ids, width = [900] + [cfg.image_token_id] * 4 + [901], 8
@@ -338,6 +384,25 @@ def test_ahead_samples_the_next_step_while_this_one_learns(three, arena_folder, 
     assert any(beside)
     bodies = [body for server in three for body in server.asked]
     assert len(bodies) == 4 * 8 * 4  # steps, episodes, requests: nothing is sampled in vain
+
+
+def test_the_committed_runs_learn_alike():
+    """Ten steps of the arena from the same SFT models, vLLM's draws beside our own: reward rises,
+    and the sampler's log-probs are the trainer's in every step."""
+    paths = sorted(Path("results/engine/vllm_rl").glob("*_seed*.jsonl"))
+    runs = {path.stem: [json.loads(line) for line in path.open()] for path in paths}
+    rises = {"own": [], "vllm": []}
+    for name, rows in runs.items():
+        assert [row["step"] for row in rows] == [*range(10)]
+        assert all(row["staleness"] == 0 and row["skipped"] == 0 for row in rows)
+        assert all(row[f"logprob_gap_{where}"] < 1e-6 for row in rows for where in GAPS)
+        rewards = [row["reward"] for row in rows]
+        rises[name.partition("_")[0]].append(np.mean(rewards[7:]) - np.mean(rewards[:3]))
+    assert len(rises["own"]) == len(rises["vllm"]) >= 2
+    assert min(rises["own"] + rises["vllm"]) > 0.1, rises
+
+
+GAPS = ("text", "after_image")
 
 
 # Tokens whose sampler was not quite the policy.

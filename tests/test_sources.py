@@ -301,8 +301,13 @@ def test_facts_boxing(tmp_path):
         "labels.csv line 5",
         "labels.csv line 6",
     ]
-    (tmp_path / "labels.csv").write_text("clip;label\n0.mp4;jab\n")
-    with pytest.raises(ValueError, match=r"labels.csv.*clip;label"):
+    for sign in ";\t":  # as spreadsheets write them too
+        (tmp_path / "labels.csv").write_text(
+            f"clip{sign}label\r\n0.mp4{sign}jab\r\n1.mp4{sign}left hook"
+        )
+        assert [right(q) for q in run("facts_boxing", tmp_path)[0]] == ["jab", "left hook"]
+    (tmp_path / "labels.csv").write_text("clip|label\n0.mp4|jab\n")
+    with pytest.raises(ValueError, match=r"labels.csv.*clip|label"):
         run("facts_boxing", tmp_path)
 
 
@@ -533,7 +538,7 @@ def test_soccerbenchs_form_with_objects(tmp_path):
     match = f"england_epl\\2014-2015\\{MATCH}"
     materials = [
         [{"path": clip, "context": match}], [{"path": clip, "context": None}], ["none"], [{"path": 3}], [{}], {},
-        [clip, clip], [{"path": "gone.mp4", "context": match}],
+        [clip, clip.replace("620", "621")], [{"path": "gone.mp4", "context": match}],
     ]  # fmt: skip
     put(
         tmp_path, "Database/Video/video_600.json", [row | {"materials": each} for each in materials]
@@ -546,6 +551,30 @@ def test_soccerbenchs_form_with_objects(tmp_path):
     )
     whys = [skip.why for skip in skips]
     assert len(whys) == 6 and sum("no video" in why for why in whys) == 2
+
+
+def test_soccerbench_as_others_pack_it(tmp_path):
+    """With the paths of the machine that it was packed on, and several views of one foul, which are
+    MVFoul's test split; a challenge without its answers, pictures, and replays to compare."""
+    clip = f"materials/q8/england_epl/2014-2015/{MATCH}/1_230.mp4"
+    views = [f"materials/q14/action_105/clip_{k}.mp4" for k in range(3)]
+    touch(tmp_path, clip, *views)
+    row = {"Q": "Which?", "openA": "Goal", "closeA": "O2", "O1": "Corner", "O2": "Goal"}
+    home = "/home/somebody/database/SoccerBench/"
+    put(tmp_path, "qa/q8.json", [
+        row | {"materials": [home + clip]}, row | {"materials": clip},
+        row | {"materials": [home + clip], "closeA": "O8"},
+        row | {"materials": [clip], "closeA": None}, row | {"materials": ["materials/q4/48/1.JPG"]},
+    ])  # fmt: skip
+    put(tmp_path, "qa/q9.json", [row | {"materials": [clip, clip.replace("230", "408")]}])
+    put(tmp_path, "qa/q14.json", [row | {"materials": [home + view for view in views]}])
+    questions, skips = run("soccerbench", tmp_path)
+    match = "soccer/england-epl-2014-2015/2015-02-21-18-00-chelsea-1-1-burnley"
+    assert {q.id.removeprefix("soccerbench/"): (q.video, q.group) for q in questions} == {
+        "q8/0": (clip, match), "q8/1": (clip, match), "q14/0": (views[1], "mvfoul/test/action_105")
+    }  # fmt: skip
+    wanted = ("'O8': must be one of", "closeA None", "a picture", "must name one video")
+    assert all(words in skip.why for words, skip in zip(wanted, skips, strict=True))
 
 
 def test_finediving_as_it_is(tmp_path):
@@ -736,6 +765,55 @@ def test_osl_events_have_true_windows(tmp_path):
         ("choice", (5, 15)), ("number", (5, 15)), ("choice", (45, 55)), ("number", (45, 55))
     ]  # fmt: skip
     assert [q.answer for q in questions if q.kind == "number"] == ["10", "50"] and len(skips) == 1
+
+
+def test_osl_classes_that_nobody_could_see_are_skipped(tmp_path):
+    """As in SoccerNet's own foul files: not annotated, or a number in the place of a class."""
+    touch(tmp_path, "test/action_0/clip_0.mp4")
+    heads = {name: {"type": "single_label", "labels": labels} for name, labels in (
+        ("handball", ["Handball", "No handball", "Unknown"]), ("offence", ["0", "1", "2"]),
+        ("touch_ball", ["No", "Unknown", "Yes"]),
+    )}  # fmt: skip
+    values = {"handball": "No handball", "offence": "1", "touch_ball": "Unknown"}
+    view = {"id": "test_action_0_view00", "inputs": [{"path": "test/action_0/clip_0.mp4"}]}
+    labels = {head: {"label": label, "manual": True} for head, label in values.items()}
+    put(tmp_path, "mv_foul_test.json", {"labels": heads, "data": [view | {"labels": labels}]})
+    (question,), skips = run("osl", tmp_path)
+    assert set(question.options) == {"Handball", "No handball"} and question.sport == "soccer"
+    assert question.group == "mvfoul/test/action_0" and right(question) == "No handball"
+    assert [skip.why for skip in skips] == [
+        "offence '1': is a number, and no class that can be seen",
+        "touch_ball 'Unknown': is not annotated",
+    ]
+
+
+def test_osl_questions_of_a_moment_show_what_was_before_it(tmp_path):
+    touch(tmp_path, "clip.mp4")
+    offered = [{"id": "o1", "text": "The red one"}, {"id": "o2", "text": "The blue one"}]
+    row = {"id": "q1", "position_ms": 5000, "question": "Who served?", "options": offered,
+           "correct_option_id": "o2"}  # fmt: skip
+    rows = [row, row | {"correct_option_id": "o3"}, row | {"options": "o1"}]
+    sample = {"id": "a", "inputs": [{"type": "video", "path": "clip.mp4"}], "streaming_vqa": rows}
+    put(tmp_path, "a.json", {"version": "2.0", "data": [sample]})
+    (question,), skips = run("osl", tmp_path)
+    assert question.span_s == (0.0, 5.0) and right(question) == "The blue one" and len(skips) == 2
+
+
+def test_osl_events_of_a_whole_match_are_asked_about_in_parts(tmp_path):
+    """Nobody counts the 1,234th pass of a match."""
+    write(tmp_path / "224p.mp4", 700)  # 70 s
+    heads = {"ball": {"type": "single_label", "labels": ["PASS", "DRIVE", "SHOT"]}}
+    rows = [{"head": "ball", "label": label, "position_ms": str(at)} for label, at in (
+        ("PASS", 1000), ("DRIVE", 31_000), ("PASS", 32_000), ("SHOT", 69_000),
+    )]  # fmt: skip
+    sample = {"inputs": [{"type": "video", "path": "224p.mp4", "fps": 10.0}], "events": rows}
+    put(tmp_path, "annotations-test.json", {"labels": heads, "data": [sample]})
+    questions, skips = run("osl", tmp_path)
+    whens = [q for q in questions if q.kind == "number"]
+    assert not skips and [q.answer for q in whens] == ["10", "10", "20", "90"]
+    assert [q.span_s for q in whens] == [(0.0, 29.9), (30.0, 59.9), (30.0, 59.9), (60.0, 69.9)]
+    part = Video(str(tmp_path / "224p.mp4"), span_s=whens[1].span_s)
+    assert part.num_frames == 300 and whens[1].window == (5, 15)
 
 
 def test_events(tmp_path):

@@ -19,19 +19,23 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
 
-from data_prep import arena, pretrain
+import eval
+import infer
+from data_prep import arena, distill, pretrain
 from kernels.policy_loss import linear_logprobs
-from nanosport.engine import own
+from nanosport.engine import own, players
 from nanosport.engine.players import Room, make_sampler
 from nanosport.engine.sampler import Piece, Sampling
 from nanosport.engine.servers import Servers
 from nanosport.engine.vllm import VllmSampler
+from nanosport.env.endpoint import EndpointError
 from nanosport.env.env import Limits
+from nanosport.env.judge import judge_of
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.model.decoder import VLModel
 from nanosport.model.folder import ASSETS, load_config, save_model
-from nanosport.records import read_questions
+from nanosport.records import Question, read_questions
 from nanosport.train.pack import pack
 from nanosport.video import VideoError
 from tests.helpers.runs import ROOT, assert_same, free_port, log
@@ -41,6 +45,7 @@ MODEL = ASSETS / "nano-deepsport"
 GREEDY, WARM = (Sampling(t, max_new_tokens=160, stops=STOPS) for t in (0.0, 0.8))
 LIMITS, ROOM = Limits(max_tokens=8192), Room(8192 + 160, 64)
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT["PYTHONFAULTHANDLER"] = "1"  # a crash in C code says where each thread stood
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +53,14 @@ def clips(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("clips")
     arena.main(arena.Config(out=folder, sft_clips=1, rl_clips=8, test_clips=1, workers=1))
     return folder
+
+
+@pytest.fixture(scope="module")
+def few(clips) -> Path:
+    """Four questions of one clip."""
+    path = clips / "few.jsonl"
+    path.write_text("".join((clips / "rl.jsonl").read_text().splitlines(True)[:4]))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +122,8 @@ def test_greedy_episodes_are_ours_token_for_token(ours, theirs, questions):
 def test_turns_are_cut_and_end_as_ours(length, ours, theirs, questions):
     """A turn may end with its last token, before it, or between a stop text and its end."""
     sampling = replace(GREEDY, max_new_tokens=length)
-    wanted, got = (play(sampler, ours, questions, sampling) for sampler in (ours[1], theirs))
+    mine = own.OwnSampler(ours[1].model, ours[1].tokenizer, sampling)
+    wanted, got = (play(sampler, ours, questions, sampling) for sampler in (mine, theirs))
     assert num_alike(got, wanted) == 32
 
 
@@ -302,40 +316,45 @@ def test_two_ranks_share_servers(clips, theirs, tmp_path):
     assert [row["staleness"] for row in log(tmp_path / "run")] == [0, 1, 1]
 
 
-def test_infer_eval_and_distillation_take_it_too(clips, tmp_path):
-    """Greedy answers are those of our own sampler."""
+def test_infer_eval_and_distillation_take_it_too(clips, few, theirs, tmp_path, monkeypatch, capsys):
+    """Greedy answers are those of our own sampler. The engine is the one that is there: a process
+    has no second."""
+    monkeypatch.setattr(players, "start_engine", lambda *_: theirs.llm)
     question = read_questions(clips / "test.jsonl")[0]
-    ask = ["infer.py", question.video, question.question, "--json", "--episode-tokens", 8192]
-    mine, its = (json.loads(command(*ask, "--sampler", name)) for name in ("own", "vllm"))
-    assert its["turns"] == mine["turns"]
-    data = ["--data", clips / "test.jsonl", "--limit", 3, "--episode-tokens", 8192]
-    greedy = ["--temperature", 0, "--top-p", 1, "--modes", "tool"]
+    ask = infer.Config(
+        Path(question.video), question.question, model=str(MODEL), json=True, episode_tokens=8192
+    )
+    report = eval.Config(
+        model=str(MODEL), data=clips / "test.jsonl", limit=3, episode_tokens=8192, temperature=0.0,
+        top_p=1.0, modes=("tool",),
+    )  # fmt: skip
+    turns, episodes = [], []
     for name in ("own", "vllm"):
-        out = ["--out", tmp_path / f"{name}.json", "--sampler", name]
-        command("eval.py", *data, *greedy, *out)
-    rows = [json.loads((tmp_path / f"{name}.json").read_text())["rows"] for name in ("own", "vllm")]
-    mine, its = (row["nano-deepsport"]["episodes"] for row in rows)
-    assert its == mine and len(its) == 3
-    few = tmp_path / "few.jsonl"
-    lines = (clips / "rl.jsonl").read_text().splitlines()[:2]
-    records = [json.loads(line) for line in lines]
-    for record in records:
-        record["video"] = str(clips / record["video"])
-    few.write_text("".join(json.dumps(record) + "\n" for record in records))
-    out = ["--out", tmp_path / "taught.jsonl", "--sampler", "vllm", "--max-new-tokens", 160]
-    command("-m", "data_prep.distill", few, "--teacher", MODEL, *out)
-    assert (tmp_path / "taught.jsonl").read_text()
+        capsys.readouterr()
+        infer.main(replace(ask, sampler=name))
+        turns.append(json.loads(capsys.readouterr().out)["turns"])
+        eval.main(replace(report, sampler=name, out=tmp_path / f"{name}.json"))
+        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        episodes.append(rows["nano-deepsport"]["episodes"])
+    assert turns[0] == turns[1] and episodes[0] == episodes[1] and len(episodes[0]) == 3
+    out = tmp_path / "taught.jsonl"
+    distill.main(distill.Config(few, str(MODEL), out, sampler="vllm", max_new_tokens=160))
+    assert out.read_text()
 
 
 # Servers: vLLM's own, on loopback.
 
 
 class Server:
-    def __init__(self, port: int, printed: Path):
-        self.port, self.url = port, f"http://127.0.0.1:{port}"
-        flags = ["--port", str(port), "--max-tokens", str(ROOM.tokens), "--rows", "64"]
-        line = [sys.executable, "-m", "nanosport.engine.serve", str(MODEL), *flags]
-        self.printed = open(printed, "w")
+    def __init__(self, printed: Path, *line):
+        """line: what Python is to run, before the port."""
+        self.port, self.line = free_port(), line
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.printed = open(printed, "a")
+        self.start()
+
+    def start(self) -> None:
+        line = [sys.executable, *map(str, self.line), "--port", str(self.port)]
         told = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True}
         self.process = subprocess.Popen(line, **told, stdout=self.printed, stderr=self.printed)
 
@@ -357,54 +376,130 @@ class Server:
         if self.process.poll() is None:
             self.signal(signal.SIGKILL)
         self.process.wait(30)
-        self.printed.close()
 
 
-def test_servers_play_as_ours_through_death_and_stall(ours, questions, tmp_path, capfd):
-    ports, running = (free_port(), free_port()), []
-    try:
-        for k, port in enumerate(ports):
-            running.append(Server(port, tmp_path / f"{k}.log"))
-        first, second = (server.wait() for server in running)
-        how = Servers(tmp_path / "weights", 30.0, "files", True)
-        urls = f"{first.url},{second.url}"
-        sampler = make_sampler(urls, MODEL, ours[1].model, GREEDY, ROOM, how)
-        weights = [p for p in ours[1].model.named_parameters() if not p[0].startswith("visual.")]
-        sampler.load_weights(weights, 1)
-        wanted = play(ours[1], ours, questions)
-        got = play(sampler, ours, questions)
-        assert num_alike(got, wanted) == 32 and gap(got, wanted) <= 1e-5
-        assert trainer_gap(ours, play(sampler, ours, questions, WARM)) <= 1e-4
-        assert sampler.counts["servers_lost"] == 0
+TEMPLATE = (  # Qwen2.5-VL's own, without its default for a first message that is missing
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is "
+    "string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}{% if "
+    "part['type'] == 'text' %}{{ part['text'] }}{% else %}<|vision_start|><|image_pad|>"
+    "<|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SERVE = "from vllm.entrypoints.launchers.api_server.entry import main; main()"
 
-        # killed in mid-step
-        killer = threading.Timer(0.5, first.signal, [signal.SIGKILL])
-        killer.start()
-        assert num_alike(play(sampler, ours, questions), wanted) == 32
-        killer.join()
-        sampler.sampling = WARM
-        assert num_alike(play(sampler, ours, questions), wanted) == 32
-        assert f"{first.url}: " in capfd.readouterr().err and sampler.counts["servers_lost"] == 1
 
-        # started anew: it has the weights of its folder, and says so
-        first.stop()
-        running.append(Server(ports[0], tmp_path / "anew.log"))
-        running[-1].wait()
-        sampler.servers[0].down = ""  # as a rank that does not know
-        assert num_alike(play(sampler, ours, questions), wanted) == 32
-        assert "has the weights of step default, not of 1" in capfd.readouterr().err
-        sampler.load_weights(weights, 2)
-        assert f"{first.url}: is back" in capfd.readouterr().err
+@pytest.fixture(scope="module", autouse=True)
+def running(tmp_path_factory):
+    """Two servers that sample and one that teaches; they come up while other tests run."""
+    folder = tmp_path_factory.mktemp("servers")
+    samples = "-m", "nanosport.engine.serve", MODEL, "--max-tokens", ROOM.tokens, "--rows", 64
+    teaches = [
+        *("-c", SERVE, "--model", MODEL, "--served-model-name", "teacher", "--dtype", "float32"),
+        *("--chat-template", TEMPLATE, "--generation-config", "vllm", "--enforce-eager"),
+        *("--limit-mm-per-prompt", '{"image": 40, "video": 0}', "--max-num-seqs", 8),
+        *("--max-model-len", 8192, "--max-num-batched-tokens", 8192),
+        *("--no-enable-chunked-prefill", "--kv-cache-memory-bytes", 1 << 29),
+    ]
+    servers = [Server(folder / f"{k}.log", *samples) for k in range(2)]
+    servers.append(Server(folder / "teacher.log", *teaches))
+    yield servers
+    for server in servers:
+        server.stop()
 
-        # stalled
-        for server in sampler.servers:
-            server.wait_s = 5.0
-        second.signal(signal.SIGSTOP)
-        got = play(sampler, ours, questions)
-        second.signal(signal.SIGCONT)
-        assert num_alike(got, wanted) == 32
-        assert {turn.version for episode in got for turn in episode.turns} == {2}
-        assert f"{second.url}: no answer for 5 s" in capfd.readouterr().err
-    finally:
-        for server in running:
-            server.stop()
+
+def test_servers_play_as_ours_through_death_and_stall(running, ours, questions, tmp_path, capfd):
+    first, second = (server.wait() for server in running[:2])
+    how = Servers(tmp_path / "weights", 120.0, "files", True)
+    urls = f"{first.url},{second.url}"
+    sampler = make_sampler(urls, MODEL, ours[1].model, GREEDY, ROOM, how)
+    weights = [p for p in ours[1].model.named_parameters() if not p[0].startswith("visual.")]
+    sampler.load_weights(weights, 1)
+    wanted = play(ours[1], ours, questions)
+    got = play(sampler, ours, questions)
+    assert num_alike(got, wanted) == 32 and gap(got, wanted) <= 1e-5
+    assert trainer_gap(ours, play(sampler, ours, questions, WARM)) <= 1e-4
+    assert sampler.counts["servers_lost"] == 0
+
+    # killed in mid-step
+    killer = threading.Timer(0.5, first.signal, [signal.SIGKILL])
+    killer.start()
+    assert num_alike(play(sampler, ours, questions), wanted) == 32
+    killer.join()
+    sampler.sampling = WARM
+    assert num_alike(play(sampler, ours, questions), wanted) == 32
+    assert f"{first.url}: " in capfd.readouterr().err and sampler.counts["servers_lost"] == 1
+
+    # started anew: it has the weights of its folder, and says so
+    first.stop()
+    first.start()
+    first.wait()
+    sampler.servers[0].down = ""  # as a rank that does not know
+    assert num_alike(play(sampler, ours, questions), wanted) == 32
+    assert "has the weights of step default, not of 1" in capfd.readouterr().err
+    sampler.load_weights(weights, 2)
+    assert f"{first.url}: is back" in capfd.readouterr().err
+
+    # stalled
+    for server in sampler.servers:
+        server.wait_s = 15.0
+    second.signal(signal.SIGSTOP)
+    got = play(sampler, ours, questions)
+    second.signal(signal.SIGCONT)
+    assert num_alike(got, wanted) == 32
+    assert {turn.version for episode in got for turn in episode.turns} == {2}
+    assert f"{second.url}: no answer for 15 s" in capfd.readouterr().err
+
+
+def num_answered(server: Server) -> int:
+    """The requests that a server has answered, and would be paid for."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as reply:
+        lines = reply.read().decode().splitlines()
+    counts = [line for line in lines if line.startswith("vllm:request_success_total")]
+    return int(sum(float(line.split()[-1]) for line in counts if 'reason="abort"' not in line))
+
+
+def test_a_served_teacher_sees_the_rollouts_tokens_and_nothing_is_paid_for_twice(
+    running, few, tmp_path
+):
+    """vLLM's own tokenisation of the teacher's messages is the rollout's, frames reach it, and a
+    distillation that is killed goes on behind what it has."""
+    teacher, out = running[2].wait(), tmp_path / "t.jsonl"
+    cfg = distill.Config(
+        few, "teacher", out, url=f"{teacher.url}/v1", samples=4, max_new_tokens=160, workers=1
+    )
+    flags = ["--url", cfg.url, "--teacher", "teacher", "--out", out, "--workers", 1]
+    flags += ["--max-new-tokens", 160]
+    line = [sys.executable, "-m", "data_prep.distill", few, *flags]
+    kept = lambda: set((tmp_path / "t.jsonl.answers").glob("*/*.json"))  # noqa: E731
+    with open(tmp_path / "killed.log", "w") as printed:
+        killed = subprocess.Popen([*map(str, line)], cwd=ROOT, env=ENVIRONMENT, stderr=printed)
+    while len(kept()) < 3:
+        assert killed.poll() is None, (tmp_path / "killed.log").read_text()
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    before = len(kept())
+    distill.main(cfg)
+    report = json.loads((tmp_path / "t.jsonl.json").read_text())
+    tally = report["endpoints"]["teacher"]
+    assert report["same_prompt"] is True
+    assert tally["cached"] == before and tally["calls"] == len(kept()) - before > 0
+    # one request may have been under way when it was killed
+    assert len(kept()) <= num_answered(teacher) <= len(kept()) + 1
+    # who sees nothing guesses: of three or four options, and of shirt numbers
+    assert report["solved"] >= 3 and report["episodes"]["passed"] > 6
+    paid = num_answered(teacher)
+    distill.main(cfg)
+    assert num_answered(teacher) == paid
+
+
+def test_a_served_model_that_cannot_judge_gives_no_grade(running, tmp_path):
+    """It rambles, in whatever words: the rule scores, and it is counted."""
+    teacher = running[2].wait()
+    judge = judge_of(f"{teacher.url}/v1", "teacher", tmp_path / "answers", max_ungraded=1.0)
+    asked = Question("q", "v", "soccer", "commentary", "Call it.", (), "red 7 volley")
+    assert judge.answers(["red 7 header", "red 7 volley"], [asked, asked]) == [None, 1.0]
+    assert judge.endpoint.tally["ungraded"] == 1 and judge.endpoint.tally["calls"] == 3
+    strict = judge_of(f"{teacher.url}/v1", "teacher", tmp_path / "answers")
+    with pytest.raises(EndpointError, match="3 of 3 answers got no grade"):
+        strict.answers(["blue", "white", "black"], [asked] * 3)

@@ -33,6 +33,8 @@ VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts
 IMAGES = (".jpg", ".jpeg", ".png")
 CHUNK = 2**20
 """Characters read at a time."""
+SHOWN = 300
+"""Signs of a message."""
 
 
 _REPR = reprlib.Repr()
@@ -52,6 +54,12 @@ class Skip:
     where: str
     """File and entry."""
     why: str
+
+    def __post_init__(self):
+        for name in ("where", "why"):
+            text = " ".join(getattr(self, name).split())
+            shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+            object.__setattr__(self, name, shown)
 
 
 class Folder:
@@ -166,7 +174,7 @@ def _reading(path: Path):
 def read_json(path: Path, *of: type) -> list | dict:
     """What a JSON file holds, of one of the types `of`. Raises ValueError where it is not."""
     with _reading(path):
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"), strict=False)
     return _expect(path, data, of)
 
 
@@ -181,7 +189,7 @@ def read_items(path: Path, *of: type) -> Iterator[tuple]:
     with _reading(path), path.open(encoding="utf-8-sig") as file:
         if path.suffix == ".jsonl":
             for number, line in enumerate(filter(str.strip, file)):
-                yield None, number, json.loads(line)
+                yield None, number, json.loads(line, strict=False)
             return
         text = _Text(file)
         data = {"[": [], "{": {}}.get(text.peek())
@@ -202,7 +210,8 @@ def read_entries(path: Path) -> Iterator:
 
 
 _ENDS = tuple(",]}: \t\n\r")
-_DECODE, _SPACE = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
+_DECODE = json.JSONDecoder(strict=False).raw_decode  # with line breaks inside a text
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 class _Text:
@@ -366,12 +375,17 @@ def each(where: str, entries: Iterable[tuple], make: Callable) -> Iterator[Quest
             yield Skip(f"{where} {key}".strip(), str(error))
 
 
+WHOLE = re.compile(r"\s*-?\d{1,12}(\.0)?\s*")
+
+
 def field(entry, name: str, of: type = str):
-    """A field of an entry: a text that is not blank, or a value of another type. Raises ValueError
-    where it is not one."""
+    """A field of an entry: a text that is not blank, or a value of another type; a whole number may
+    be written as a text. Raises ValueError where it is not one."""
     if not isinstance(entry, dict):
         raise ValueError(f"a {type(entry).__name__}: must be an object with the field {name}")
     value = entry.get(name)
+    if of is int and isinstance(value, str | float) and WHOLE.fullmatch(str(value)):
+        value = int(float(value))
     if not isinstance(value, of) or isinstance(value, bool) or (of is str and not value.strip()):
         raise ValueError(f"{name} {brief(value)}: must be a {'text' if of is str else of.__name__}")
     return value.strip() if of is str else value

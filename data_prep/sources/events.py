@@ -58,8 +58,8 @@ ASK = {
 
 def words(label: str) -> str:
     """A label in words: far_ad_serve_-_-_T_-_in is "far ad serve down the T in"."""
-    parts = (part for part in label.split("_") if part.strip("- "))
-    return " ".join(WORDS.get(part.lower(), part) for part in parts)
+    parts = (part.strip() for part in label.split("_") if part.strip("- "))
+    return " ".join(WORDS.get(part.lower(), part) for part in parts).strip()
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:

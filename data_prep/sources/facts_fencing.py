@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, each, shuffle_options, template
+from data_prep.sources import Folder, Skip, brief, each, shuffle_options, template
 from nanosport.records import Question
 
 SOURCE = "facts_fencing"
@@ -66,7 +66,9 @@ def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
     for path in tables:
         try:
             with (folder.root / path).open(newline="", encoding="utf-8-sig") as file:
-                rows = csv.DictReader(file)
+                sign = max(",;\t", key=file.readline().count)
+                file.seek(0)
+                rows = csv.DictReader(file, delimiter=sign)
                 columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
                 of = [
                     next((columns[name] for name in known if name in columns), None)
@@ -74,7 +76,7 @@ def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
                 ]
                 if None in of:
                     raise ValueError(
-                        f"its columns are {', '.join(columns)}; one of {FILE_COLUMNS} and one "
+                        f"its columns are {brief([*columns])}; one of {FILE_COLUMNS} and one "
                         f"of {CLASS_COLUMNS} are needed"
                     )
                 clips += [

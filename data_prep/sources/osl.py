@@ -4,13 +4,16 @@ SVFouls, gymnastics and so on. One question of each answered question, class, ev
 {"dataset_name", "labels": {head: {"type", "labels": [text]}}, "data": [{"id", "inputs": [{"type":
 "video", "path", "fps"}], "metadata", "labels": {head: {"label"}}, "answers": [{"question",
 "answers": [text | {"text"}]}], "events": [{"head", "label", "position_ms"}], "captions":
-[{"text"}], "dense_captions": [{"text", "position_ms"}]}]}. The older form has "questions": [{"id",
+[{"text"}], "dense_captions": [{"text", "position_ms"}], "streaming_vqa": [{"question", "options":
+[{"id", "text"}], "correct_option_id", "position_ms"}]}]}. The older form has "questions": [{"id",
 "question"}] at the root, and answers [{"question_id", "answer"}].
 
 Quirks: a question may have several answers, in one sample or in neighbouring ones (`action_0`,
 `action_0__2`): all are right. Of several views the second is shown where they are clips of MVFoul,
-whose first stands far off, else the first. Times may be texts. `group` is the match that the
-metadata name, the action of MVFoul, or the video.
+whose first stands far off, else the first. Times may be texts. A class may be Unknown, or a number
+that only the data set's own page explains. Events of whole matches are asked about in parts of half
+a minute, in which a person can count them. `group` is the match that the metadata name, the action
+of MVFoul, or the video.
 """
 
 import re
@@ -25,6 +28,7 @@ from data_prep.sources import (
     Folder,
     Skip,
     brief,
+    choose,
     each,
     field,
     foul_group,
@@ -43,6 +47,9 @@ SOURCE = "osl"
 LICENCE = "as the data set's own page says"
 AROUND_S = 5.0
 """A dense caption is about so long before and after its time."""
+PART_S, WHOLE_S = 30.0, 60.0
+"""A video of more than WHOLE_S seconds is cut into parts where its events are asked about."""
+UNKNOWN = ("", "unknown", "n/a")
 CLASS = ("Which of these is the {} here?", "What is the {} in this clip?")
 CAPTION = ("Describe what happens in this clip.", "Report what this clip shows.")
 RULES = r"foul|card|offen|sever|rule|penal|handball|referee|sanction|decision|\bvar\b"
@@ -144,6 +151,7 @@ class Reader:
                 "labels": partial(self._class, number),
                 "captions": partial(self._caption, number),
                 "dense_captions": partial(self._dense, number),
+                "streaming_vqa": partial(self._asked_then, number),
             }
             for name, make in forms.items():
                 rows = sample.get(name)
@@ -216,8 +224,13 @@ class Reader:
         said = said[0] if isinstance(said, list) and len(said) == 1 else said
         if not is_text(said) or not said.strip():
             raise ValueError(f"{head} {brief(value)}: must have one label")
+        if said.strip().casefold() in UNKNOWN:
+            raise ValueError(f"{head} {brief(said)}: is not annotated")
+        if said.strip().isdecimal():
+            raise ValueError(f"{head} {brief(said)}: is a number, and no class that can be seen")
         id = f"{self.place}/{number}/{head}"
-        others = (words(text) for text in self.heads.get(head, ()) if text != said)
+        known = (text for text in self.heads.get(head, ()) if text.casefold() not in UNKNOWN)
+        others = (words(text) for text in known if words(text) != words(said))
         options, letter = shuffle_options(self.seed, id, words(said), others)
         text = template(self.seed, id, CLASS).format(head.replace("_", " "))
         yield self._question(f"{number}/{head}", text, letter, common, options=options)
@@ -240,15 +253,33 @@ class Reader:
         span = (max(0.0, start_s), end_s)
         yield from self._caption(number, common, f"_dense{k}", row, span_s=span)
 
+    def _asked_then(self, number: int, common: dict, k: int, row) -> Iterator[Question]:
+        """A question that is asked at a time, about what was before."""
+        question, right = field(row, "question"), field(row, "correct_option_id")
+        offered = {
+            str(each.get("id")): option(each, "text") for each in field(row, "options", list)
+        }
+        place, span = f"{number}/then{k}", (0.0, _seconds(row))
+        options, letter = choose(self.seed, f"{self.place}/{place}", offered, right)
+        yield self._question(place, question, letter, common, options=options, span_s=span)
+
     def _events(self, number: int, common: dict, _, sample) -> Iterator[Question | Skip]:
         """What happens when."""
         rows = field(sample, "events", list)
         video = Video(str(self.folder.root / common["video"]))
-        events = []
+        times, fps = video.times_s, video.fps
+        size = len(times) if len(times) <= WHOLE_S * fps else round(PART_S * fps)
+        parts: dict[int, list] = {}
         for row in rows:
-            at = np.searchsorted(video.times_s, _seconds(row) - 1e-3)
-            frame = min(int(at), video.num_frames - 1)
-            events.append({"frame": frame, "label": row.get("label")})
+            at = np.searchsorted(times, _seconds(row) - 1e-3)
+            part, frame = divmod(min(int(at), len(times) - 1), size)
+            parts.setdefault(part, []).append({"frame": frame, "label": row.get("label")})
         labels = sorted({words(text) for texts in self.heads.values() for text in texts})
-        place = self.seed, f"{self.place}/{number}/event", f"{self.path} {number}"
-        yield from event_questions(events, video.num_frames, video.fps, labels, place, common)
+        for part, events in sorted(parts.items()):
+            first, after = part * size, min((part + 1) * size, len(times))
+            span, name = None, "event"
+            if size < len(times):
+                span, name = (float(times[first]), float(times[after - 1])), f"event{part}"
+            place = self.seed, f"{self.place}/{number}/{name}", f"{self.path} {number}"
+            more = common | {"span_s": span}
+            yield from event_questions(events, after - first, fps, labels, place, more)

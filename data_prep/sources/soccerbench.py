@@ -7,10 +7,12 @@ Where there are none of these, any JSON list of such entries is read, as SoccerR
 is the match, in the form that SoccerReplay-1988 and MVFoul have too, else the action of MVFoul, so
 that a split can keep them apart.
 
-Quirks: `materials` may be null or ["none"], and may name several videos (replays to compare, views
-of one foul), which one question cannot show: both are skipped. Labels have gaps. `closeA` is
-sometimes the option's sentence. One position holds most of the right answers, so options are
-shuffled.
+Quirks: `materials` may be null, ["none"] or a picture; may name replays to compare, which one
+question cannot show; and may begin with the folders of whoever has packed the files anew, which end
+before `materials/`. Of the views of one foul the second is shown, as with MVFoul: the first stands
+far off. `q14` names them without a split, and none above action_300: they are MVFoul's test split.
+Labels have gaps. `closeA` is sometimes the option's sentence, and is left out of a challenge. One
+position holds most of the right answers, so options are shuffled.
 """
 
 import re
@@ -19,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep.sources import (
+    IMAGES,
     Folder,
     Skip,
     brief,
@@ -34,6 +37,7 @@ from nanosport.records import Question
 
 SOURCE = "soccerbench"
 LICENCE = "CC BY-NC-SA 4.0; test only"
+VIEW = re.compile(r"/clip_\d+(\.\w+)?$")
 DIMENSION = {  # tasks in the order of the benchmark's own list, which has no q7
     "q8": "recognition",  # camera switching
     "q9": "recognition",  # replay grounding
@@ -60,13 +64,21 @@ def _material(entry) -> tuple[str, str]:
     materials = entry.get("materials") or ["none"]
     if materials == ["none"]:
         raise ValueError("materials: none, the question is about no video")
-    (path, *more), context = materials if isinstance(materials, list) else [None], None
-    if isinstance(path, dict):
-        path, context = path.get("path"), path.get("context")
-    if not isinstance(path, str) or more:
+    context = materials.get("context") if isinstance(materials, dict) else None
+    materials = materials if isinstance(materials, list) else [materials]
+    if len(materials) == 1 and isinstance(materials[0], dict):
+        context = materials[0].get("context")
+        materials = [materials[0].get("path")]
+    views = {VIEW.sub("", path) for path in materials if isinstance(path, str)}
+    if len(views) != 1 or not all(isinstance(path, str) for path in materials):
         raise ValueError(f"materials {brief(materials)}: must name one video, the question has one")
+    path = re.sub(r"^.*/(?=materials/)", "", materials[len(materials) > 1])
+    if path.lower().endswith(IMAGES):
+        raise ValueError(f"materials {brief(path)}: a picture, the question is about no video")
     context = context if isinstance(context, str) else ""
+    alone = re.search(r"q14/(action_\d+)/", path)
     group = match_group(path) or match_group(context) or foul_group(path)
+    group = f"mvfoul/test/{alone[1]}" if alone and not group else group
     if group is None:
         raise ValueError(
             f"materials {path!r}: names no match, so an overlap with training matches could not "

@@ -29,7 +29,8 @@ HEDGE = re.compile(r" (?:or|或)  pick|pick\w  (?:or|或) ")
 DENIED = re.compile(  # in words two spaces apart
     r" (?:not|cannot|nor|neither|never|than|except|excludes?|excluding|excluded|wrong|doubt"
     r"|unlikely|rule  out|ruled  out|instead  of|(?:all|any|anything|everything)  but|不  是)"
-    r"  (?:(?:be|think|it|is|option|true|correct|that|answer)  )*pick(\w) "
+    r"  (?:(?:be|think|it|is|option|true|correct|that|answer|on|in|at|to|by|with)  )*pick(\w) "
+    r"| (?:no|without)  (?:any  )?pick(\w) "
     r"| pick(\w)  (?:(?:(?:is|was|be|can  be|seems|looks)  )?"
     r"(?:wrong|incorrect|false|unlikely|excluded|impossible|ruled  out)"
     r"|(?:is|was|can)  not|cannot) "
@@ -88,11 +89,13 @@ def named(answer: str, options: Sequence[str]) -> set[str]:
     # words; the last two find several where options are alike
     if said in tuple(letters):
         return {said}
-    head = re.match(rf"([{letters}])\W+(?=\w)", said, re.IGNORECASE)
+    head = re.match(rf"([{letters}])(\W)\W*(?=\w)", said, re.IGNORECASE)
+    labelled = head and head[2] in ").:,"  # "A: foul" begins with a letter, "a foul" with a word
     for same in (same_text, same_words):
         if head and same(said[head.end() :], options[letters.index(head[1].upper())]):
             return {head[1].upper()}
-        if alike := {each for each, text in zip(letters, options) if same(said, text)}:
+        alike = {each for each, text in zip(letters, options) if same(said, text)}
+        if alike and not (labelled and same is same_words):
             return alike
 
     # inside a sentence: each mention becomes a word of its own, the longest texts first
@@ -104,7 +107,8 @@ def named(answer: str, options: Sequence[str]) -> set[str]:
     if HEDGE.search(words):
         return set()
     kept = DENIED.sub("  ", words)
-    return set(re.findall(r"pick(\w)", kept)) - {a or b for a, b in DENIED.findall(words)}
+    denied = {letter for found in DENIED.findall(words) for letter in found}
+    return set(re.findall(r"pick(\w)", kept)) - denied
 
 
 def same_text(one: str, other: str) -> bool:
@@ -123,7 +127,10 @@ def marked(text: str, letters: str) -> str:
         rf"[AI] (?!(?:is|was|and|or|nor|but|because|since|instead|rather|except|[{letters}])\b)\w"
     )
     lone = rf"(?:{WORD_BEFORE}|(?<=[Oo]ption))(?<!\w')(?!{word})([{letters}])(?!'?[^\W{CJK}])"
-    found = re.sub(lone, r" pick\1 ", plain(text).replace("_", " "), flags=re.IGNORECASE)
+    text = re.sub(
+        r"\b(no)\b(?=[,.:;!?])", r"\1 so", plain(text), flags=re.IGNORECASE
+    )  # denies none
+    found = re.sub(lone, r" pick\1 ", text.replace("_", " "), flags=re.IGNORECASE)
     words = (f"pick{w[4].upper()}" if re.fullmatch("pick[a-j]", w) else w for w in normalise(found))
     return f" {'  '.join(words)} "
 
