@@ -321,9 +321,8 @@ def test_infer_eval_and_distillation_take_it_too(clips, few, theirs, tmp_path, m
     has no second."""
     monkeypatch.setattr(players, "start_engine", lambda *_: theirs.llm)
     question = read_questions(clips / "test.jsonl")[0]
-    ask = infer.Config(
-        Path(question.video), question.question, model=str(MODEL), json=True, episode_tokens=8192
-    )
+    words = question.video, question.question
+    ask = infer.Config(words, model=str(MODEL), json=True, episode_tokens=8192)
     report = eval.Config(
         model=str(MODEL), data=clips / "test.jsonl", limit=3, episode_tokens=8192, temperature=0.0,
         top_p=1.0, modes=("tool",),
