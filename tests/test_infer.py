@@ -282,12 +282,18 @@ def test_an_address_is_refused_in_a_clear_word(tmp_path):
         Video(tmp_path / "16:9" / "clip.mp4")
 
 
+def hear_ctrl_c() -> None:
+    """What a shell starts in the background, and its children, would not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_ctrl_c_ends_it_in_one_line_in_the_middle_of_a_turn_and_at_the_prompt(tmp_path):
     """A person asks at a terminal: a question that will not do is said, the next one answered."""
     clip = write(tmp_path / "clip.mp4")
     ours, theirs = pty.openpty()
     command = [sys.executable, "infer.py", clip, "--max-new-tokens", "30"]
-    run = subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE}
+    run = subprocess.Popen(command, cwd=ROOT, preexec_fn=hear_ctrl_c, **streams)
     os.close(theirs)
     said = ""
 

@@ -398,6 +398,7 @@ def bench_layer(rows: list) -> None:
         hidden_size=WIDTH, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=size
     )
     config.intermediate_size, config.rms_norm_eps = INNER, 1e-6
+    config.qkv_bias, config.qk_norm = True, False
     layer = Layer(config).to(DEVICE, DTYPE)
     for tokens in TOKENS[-3:]:
         x_TD = torch.randn(tokens, WIDTH, device=DEVICE, dtype=DTYPE, requires_grad=True)

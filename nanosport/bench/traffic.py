@@ -174,6 +174,8 @@ def config() -> SimpleNamespace:
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD,
+        "qkv_bias": True,
+        "qk_norm": False,
     }
     return SimpleNamespace(**shape, intermediate_size=INNER, rms_norm_eps=1e-6)
 
