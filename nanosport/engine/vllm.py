@@ -241,6 +241,7 @@ class VllmSampler:
         return list(numbers)
 
     def turns(self) -> Iterator[tuple[int, Generated]]:
+        torch.get_num_threads()  # a new thread learns here how many it has; vLLM counts on it
         while self.asked:
             began = time.monotonic()
             outputs = [out for out in self.llm.llm_engine.step() if out.finished]
