@@ -181,7 +181,7 @@ def run_mode(
         size, by_seed = len(played.questions) // len(cfg.seeds), [[] for _ in cfg.seeds]
         for place, score in zip(places, scores):
             by_seed[place // size].append(score)
-        means = [round(100 * sum(those) / len(those), 2) for those in by_seed]
+        means = [round(100 * sum(t) / len(t), 2) if t else None for t in by_seed]
         more["by_seed"] = dict(zip(map(str, cfg.seeds), means))
     seconds = time.time() - began
     more |= {"seconds": round(seconds, 1), "seconds_per_question": round(seconds / len(scores), 3)}

@@ -12,11 +12,12 @@ from transformers import Qwen3VLForConditionalGeneration
 import rl
 import train
 from nanosport.image import ImageConfig
+from nanosport.model import lora
 from nanosport.model.decoder import mrope_positions
 from nanosport.model.folder import load_model
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import read_questions
-from nanosport.train import mixed
+from nanosport.train import dist, mixed
 from tests.helpers.runs import assert_same, flags, killed, log, torchrun
 
 
@@ -101,6 +102,17 @@ def test_transformers_loads_what_rl_leaves(runs, arena_folder):
         out = theirs.model.visual(patches_PC, torch.tensor(grids))
     wanted_ND = torch.cat([out.pooler_output, *out.deepstack_features], dim=-1)
     torch.testing.assert_close(features_ND, wanted_ND, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_announced_as_they_come(nano_qwen3_folder):
+    """A server that takes them from GPU to GPU makes room for what is announced."""
+    model = load_model(nano_qwen3_folder)
+    lora.attach(model, 2, 4, lora.DECODER, seed=0)
+    for merged in (False, True):
+        weights = dist.TrainedWeights(model, merged)
+        sent = [(name, weight.shape) for name, weight in weights]
+        assert sent == [(name, weight.shape) for name, weight in weights.named]
+        assert any(name.startswith("model.language_model.") for name, _ in sent)
 
 
 def test_a_copy_that_computes_hands_on_every_gradient(nano_qwen3_folder):

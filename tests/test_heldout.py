@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -95,6 +96,43 @@ def test_a_run_that_goes_on_measures_what_it_would_have_measured(sft, tmp_path, 
     assert [row["step"] for row in evaluations(cfg.out)] == [0, 2]
     train.main(replace(cfg, resume=True))
     assert evaluations(cfg.out) == evaluations(sft.out)
+
+
+def test_a_run_that_is_extended_keeps_its_last_evaluation(sft, tmp_path, monkeypatch):
+    """Which it does not make again: the best model must not give way to a worse one."""
+    accuracies = iter([10.0, 20.0, 90.0, 80.0, 85.0])
+    monkeypatch.setattr(
+        heldout.HeldOut, "_measure", lambda *_: {"accuracy": next(accuracies), "intervals": {}}
+    )
+    cfg = replace(sft, out=tmp_path / "run", eval_every=3)
+    train.main(cfg)
+    best = weights(cfg.out / "best")
+    train.main(replace(cfg, resume=True, steps=7))
+    rows = evaluations(cfg.out)
+    assert [row["step"] for row in rows] == [0, 3, 4, 6, 7]
+    assert [row["best"] for row in rows] == [True, True, True, False, False]
+    assert same(weights(cfg.out / "best"), best)
+
+
+def test_other_questions_say_nothing_about_which_model_is_better(sft, tmp_path, monkeypatch):
+    accuracies = iter([10.0, 90.0, 95.0, 20.0, 10.0])
+    monkeypatch.setattr(
+        heldout.HeldOut, "_measure", lambda *_: {"accuracy": next(accuracies), "intervals": {}}
+    )
+    cfg = replace(sft, out=tmp_path / "run")
+    train.main(cfg)
+    harder = tmp_path / "harder.jsonl"
+    row = json.loads(sft.eval_data.read_text().splitlines()[0])
+    row["video"] = str((sft.eval_data.parent / row["video"]).resolve())
+    harder.write_text(json.dumps(row) + "\n")
+    train.main(replace(cfg, resume=True, steps=6, eval_data=harder))
+    rows = evaluations(cfg.out)  # the fourth step is measured anew, on the other questions
+    assert [(row["step"], row["best"]) for row in rows] == [
+        (0, True),
+        (2, True),
+        (4, True),
+        (6, False),
+    ]
 
 
 def test_sigterm_in_an_evaluation_ends_the_run_where_it_can_go_on(sft, tmp_path, monkeypatch):
@@ -211,6 +249,10 @@ def test_an_episode_is_shown_with_its_frames_and_words(arena_folder):
     frames = track.strip(episode)
     assert frames.dtype == np.uint8 and frames.shape[1:] == (3 * track.WIDTH, 3)
     assert frames[: frames.shape[0] // 2, 2 * track.WIDTH :].max() == 0, "two frames, then three"
+    shown, gone = [], replace(episode, question=replace(question, video="/gone.mp4"))
+    tracker = SimpleNamespace(show=lambda *told: shown.append(told[1]))
+    track.show_episodes(tracker, 3, "rollout", [gone, episode], [0.0, 1.0])
+    assert shown == ["rollout/1"], "a lost video ends no run"
     said = track.transcript(episode, 0.25)
     assert question.question in said and "refused: a turn is" in said
     assert said.endswith("format_error, 0.25")

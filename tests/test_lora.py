@@ -393,8 +393,13 @@ def test_two_ranks_compute_what_one_does(sft, grpo, tmp_path):
     train.main(one)
     two, policy = tmp_path / "two", tmp_path / "policy"
     jobs = [["train", flags(one, out=two)], ["rl", flags(grpo, out=policy)]]
+    # a sharded tower, which all ranks must go through as often, whatever frames each has seen
+    merger = replace(grpo, out=tmp_path / "merger", lora_targets=ALL, micro_tokens=600)
+    rl.main(merger)
+    jobs.append(["rl", flags(merger, out=tmp_path / "mergers")])
     done = torchrun(jobs)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(log(tmp_path / "mergers"), log(merger.out))
     for ours, theirs in zip(log(two), log(one.out), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.01)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from nanosport.model.decoder import VLModel
+from nanosport.model.decoder import VLModel, join_projections
 from nanosport.model.folder import load_config, load_model
 from nanosport.model.layers import Embedding, Linear
 from nanosport.plan.synthetic import Lengths, bare_training, make_episodes
@@ -86,6 +86,21 @@ def test_a_large_product_never_has_a_gradient_of_its_own():
     assert len(products) == 7 * NANO.num_hidden_layers + 1
     assert seen and not {name for name in seen if name.removeprefix("model.") in products}
     assert all(model.get_parameter(f"model.{name}").grad is not None for name in products)
+
+
+def test_a_model_that_plays_itself_learns_all_of_its_products():
+    """In float32 no copy computes, and generation joins the model's own projections."""
+    gradients = []
+    for joined in (False, True):
+        torch.manual_seed(0)
+        model = VLModel(NANO).init_weights(0.05)
+        if joined:
+            join_projections(model)
+        loss(model, batches(1)[0]).backward()
+        learnt = {n: w.grad for n, w in model.named_parameters() if not n.startswith("visual.")}
+        gradients.append(learnt)
+    for name, grad in gradients[0].items():
+        assert torch.equal(gradients[1][name], grad) and grad.abs().max() > 0, name
 
 
 def test_the_copy_follows_what_learns_and_shares_what_is_frozen():

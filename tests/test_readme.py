@@ -123,7 +123,11 @@ def test_every_metric_is_explained_and_no_other():
     explained = set(re.findall(r"^\| `(\w+)`", of_rl, flags=re.M))
     assert explained == set(row)
     of_held_out, of_eval = rest.split("## `heldout.jsonl`")[1].split("## The report of `eval.py`")
-    assert set(re.findall(r"^\| `(\w+)`", of_held_out, flags=re.M)) == {"step", "best"}
+    assert set(re.findall(r"^\| `(\w+)`", of_held_out, flags=re.M)) == {
+        "step",
+        "best",
+        "eval_data_crc32",
+    }
     figures = set(evaluation.figures([episode] * 2, [1.0] * 2)) - set(DIMENSIONS)
     of_a_run = "ungraded judge_and_rule by_seed against lost seconds seconds_per_question"
     of_table = "\n".join(line for line in of_eval.splitlines() if line.startswith("|"))

@@ -284,7 +284,7 @@ def test_one_that_leaves_in_mid_answer_holds_up_nobody(start, clip, desk):
     "url",
     [
         "file:///etc/passwd", "../../etc/passwd", "upload:../../etc/passwd", "upload:/etc/passwd",
-        "https://example.com/v.mp4", "data:text/html;base64,AAAA", "data:video/mp4;base64,@", "", 7,
+        "https://example.com/v.mp4", "data:text/html;base64,AAAA", "data:video/mp4;base64,@", "data:video/mp4;base64,é", "", 7,
     ],
 )  # fmt: skip
 def test_no_address_reaches_a_file_of_the_machine(start, url):
@@ -324,7 +324,7 @@ def test_what_is_no_video_is_refused_without_a_path_of_ours(start):
 
 def test_only_this_machine_is_served_without_a_token_and_nobody_without_it_elsewhere(start, clip):
     running = start()
-    for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+    for headers in ({"Host": "evil.example"}, {"Host": "[::1"}, {"Origin": "https://evil.example"}):
         assert running.call("GET", "/v1/models", headers=headers)[0] == 403
     kind = {"Content-Type": "text/plain"}  # what a form of another site can send without asking
     assert running.call("POST", "/videos", b"x", kind)[0] == 415

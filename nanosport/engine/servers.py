@@ -115,7 +115,7 @@ class Server:
                 self.way = nccl.connect(self.url, self.post, workers, weights)
             self.way.source.weights = weights
             self.way.send_weights()
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
             self.way = None
             raise Lost(f"takes no weights: {error!r}") from error
 

@@ -34,6 +34,7 @@ from nanosport.model.layers import (
     call,
     inverse_frequencies,
     join,
+    learns,
     run_layer,
 )
 from nanosport.model.vision import MAX_LAYERS, VisionConfig
@@ -214,7 +215,10 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """q (…, H, d), k and v (…, K, d), not yet rotated."""
-        parts = apply((self.q_proj, self.k_proj, self.v_proj), x, self.joined)
+        joined = self.joined
+        if torch.is_grad_enabled() and self.q_proj.weight.requires_grad and not learns(self.q_proj):
+            joined = None  # its gradient would not reach the three
+        parts = apply((self.q_proj, self.k_proj, self.v_proj), x, joined)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import binascii
 import hmac
 import json
 import secrets
@@ -57,7 +56,11 @@ class Server:
             return
         for name in ("host", "origin"):
             at = request.headers.get(name, "localhost")
-            if urlsplit(at if "://" in at else f"//{at}").hostname not in LOCAL:
+            try:
+                host = urlsplit(at if "://" in at else f"//{at}").hostname
+            except ValueError:
+                host = None
+            if host not in LOCAL:
                 raise Refused(403, f"{name} {at!r:.100}: only for this machine; start with --token")
 
 
@@ -160,10 +163,10 @@ def said_of(error: Exception, name: str) -> str:
 async def read_request(server: Server, request: Request) -> tuple[dict, str, str]:
     """(the request's JSON object, the question, the address of its video). Raises Refused."""
     need_type(request, "application/json")
-    body = b""
+    body = bytearray()
     parts = aiter(request.stream())
     while part := await server.uploads.next_part(parts):
-        body += part
+        body.extend(part)
         if len(body) > MAX_REQUEST_MB * MB:
             raise Refused(413, f"a request may have {MAX_REQUEST_MB} MB: send the video first")
     try:
@@ -196,7 +199,7 @@ async def video_at(server: Server, url: str) -> tuple[str, bool]:
         raise Refused(400, "video_url must be upload:ID, or data:video/…;base64,…")
     try:
         raw = base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise Refused(400, f"video_url: {error}") from None
 
     async def whole() -> AsyncIterator[bytes]:

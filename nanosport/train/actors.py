@@ -140,7 +140,9 @@ class Actors:
         self.encoder = FrameEncoder(player, training.image)
         self.ref_encoder = self.encoder
         if self.reference is not None and not cfg.frozen:
-            self.ref_encoder = FrameEncoder(self.reference, training.image)
+            # where its tower is sharded, all ranks go through it each time
+            kept = not dist.sharded(self.reference.visual)
+            self.ref_encoder = FrameEncoder(self.reference, training.image, frozen=kept)
         sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
         given = {"max_turns": cfg.max_turns, "max_tokens": cfg.episode_tokens}
         rules = {**RULES.get(cfg.reward, {}), **({"near": -1} if cfg.allow_repeats else {})}

@@ -205,14 +205,19 @@ class TrainedWeights:
         self.published = model.cfg.published_name
         found = lora.adapters(model) if merged else {}
         self.beside = {f"{name}.weight": adapter for name, adapter in found.items()}
-        self.named = [(n, weight) for n, weight in model.named_parameters() if weight.requires_grad]
+        self.chosen = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
         if self.beside:
             named = model.named_parameters()
             others = ("visual.", ".lora.")
-            self.named = [(n, weight) for n, weight in named if not any(o in n for o in others)]
+            self.chosen = [(n, w) for n, w in named if not any(o in n for o in others)]
+
+    @property
+    def named(self) -> list[tuple[str, torch.Tensor]]:
+        """(published name, weight, of which a shard is here) of what will come."""
+        return [(self.published(name), weight) for name, weight in self.chosen]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in self.named:
+        for name, weight in self.chosen:
             weight, adapter = full(weight), self.beside.get(name)
             if adapter:
                 weight = lora.merged(weight, adapter.scale, full(adapter.A), full(adapter.B))

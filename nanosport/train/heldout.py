@@ -7,6 +7,7 @@ best one, of equals the first.
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,12 @@ from nanosport.env.judge import Judge
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
-from nanosport.files import write_atomically
+from nanosport.files import checksum, write_atomically
 from nanosport.model.folder import load_tokenizer
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode, read_lines, read_records
 from nanosport.train import dist
 from nanosport.train.inputs import Records
-from nanosport.train.metrics import take_work
 from nanosport.train.training import Training
 
 BATCH = 32
@@ -65,8 +65,10 @@ class HeldOut:
         self.path, self.best = cfg.out / "heldout.jsonl", cfg.out / "best"
         first = training.state["step"]
         before = read_lines(self.path, "an evaluation") if self.path.exists() else ()
-        self.history = [row for _, row in before if row["step"] < first]
+        again = first if first % cfg.eval_every == 0 or first == cfg.steps else first + 1
+        self.history = [row for _, row in before if row["step"] < again]
         """What a run that goes on measures again is left out."""
+        self.data_crc32 = checksum(cfg.eval_data)
 
     def ends(self, step: int) -> bool:
         """Measure the model that has done `step` steps, where it is time to. Returns whether the
@@ -76,17 +78,21 @@ class HeldOut:
             return False
         self.training.save(step)  # a preemption during the evaluation then costs nothing
         row = self._measure(step)
-        earlier = [one["accuracy"] for one in self.history]
-        is_best = not earlier or row["accuracy"] > max(earlier)
-        self.history.append({"step": step, "best": is_best, **row})
+        # other questions say nothing about which model is better
+        alike = [one for one in self.history if one.get("eval_data_crc32") == self.data_crc32]
+        is_best = not alike or row["accuracy"] > max(one["accuracy"] for one in alike)
+        row = {"step": step, "best": is_best, "eval_data_crc32": self.data_crc32, **row}
+        self.history.append(row)
         self.training.checkpoints.finish()
         dist.once(partial(self._write, step, is_best))
-        since = [one["best"] for one in reversed(self.history)].index(True)
+        since = [one["best"] for one in reversed([*alike, row])].index(True)
         return 0 < cfg.patience <= since
 
     def _measure(self, step: int) -> dict:
         """The figures of this step's model."""
         training, mine = self.training, dist.share(range(len(self.records)), self.training.rank)
+        counters = self.sampler.counts, self.encoder.counts
+        before = [Counter(counter) for counter in counters]
         if self.refresh is not None:
             self.refresh(step)
         episodes: list[Episode] = []
@@ -96,7 +102,9 @@ class HeldOut:
                 episodes += self.records.take(mine[start : start + BATCH], play)
             if training.preemption.asked:
                 break
-        take_work(self.sampler.counts, self.encoder.counts)  # they are not of the step
+        for counter, its in zip(counters, before):  # what is counted here is not the step's work
+            counter.clear()
+            counter.update(its)
         if self.refresh is not None:  # else the run's rollouts come next
             self.sampler.sleep()
         grades = [accuracy(episode.answer, episode.question) for episode in episodes]

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from nanosport.files import append, named, provenance, write_atomically
-from nanosport.model.folder import check_replaceable
+from nanosport.model.folder import aside, check_replaceable
 from nanosport.train.checkpoint import latest
 
 
@@ -90,7 +90,8 @@ class Run:
                     shutil.rmtree(old)
             self.log.unlink(missing_ok=True)
             self.held_out.unlink(missing_ok=True)
-            shutil.rmtree(self.best, ignore_errors=True)
+            for best in (self.best, aside(self.best), self.best.with_name(".best.new")):
+                shutil.rmtree(best, ignore_errors=True)
         for old in self.rollouts.glob("step_*.jsonl"):
             if old.name >= self.rollouts_of(step).name:
                 old.unlink()

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from nanosport.records import Episode
-from nanosport.video import Video
+from nanosport.video import Video, VideoError
 
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 SHOW_EVERY = 10
@@ -94,7 +94,11 @@ def show_episodes(
 ) -> None:
     """Show the first of some episodes: what was said, and the frames that were seen."""
     for k, (episode, score) in enumerate(zip(episodes[:SHOWN], scores)):
-        tracker.show(step, f"{kind}/{k}", strip(episode), transcript(episode, score))
+        try:
+            frames_HWC = strip(episode)
+        except VideoError:  # it has gone since, and training goes on without it
+            continue
+        tracker.show(step, f"{kind}/{k}", frames_HWC, transcript(episode, score))
 
 
 def transcript(episode: Episode, score: float) -> str:
