@@ -14,9 +14,13 @@ from safetensors.torch import load_file
 
 import rl
 import train
+from data_prep import draw
 from nanosport.cli import Preempted
 from nanosport.records import Episode, Turn, read_questions, record_row
+from nanosport.report import THUMBNAIL
+from nanosport.strip import strip
 from nanosport.train import heldout, track
+from nanosport.video import Video
 from tests.helpers.runs import ROOT, flags, killed, log, torchrun
 
 
@@ -225,7 +229,9 @@ def test_tensorboard_has_what_the_log_has(sft, tmp_path):
     assert written == pytest.approx([row["loss"] for row in log(tmp_path / "run")])
     assert [event.step for event in events.Scalars("held_out/accuracy")] == [0, 2]
     (image, *_) = events.Images("held_out/0")
-    assert image.encoded_image_string[:4] == b"\x89PNG" and image.width >= 8 * track.WIDTH
+    assert image.encoded_image_string[:4] == b"\x89PNG" and image.width >= 8 * min(
+        THUMBNAIL, draw.WIDTH
+    )
     text = events.Tensors("held_out/0/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "truth: " in text and "<think>" in text
 
@@ -246,13 +252,12 @@ def test_an_episode_is_shown_with_its_frames_and_words(arena_folder):
         Turn("<b>", "invalid", error="a turn is"),
     )
     episode = Episode(question, (), (), (), (0, 20, 3, 5, 9), turns, "format_error")
-    frames = track.strip(episode)
-    assert frames.dtype == np.uint8 and frames.shape[1:] == (3 * track.WIDTH, 3)
-    assert frames[: frames.shape[0] // 2, 2 * track.WIDTH :].max() == 0, "two frames, then three"
     shown, gone = [], replace(episode, question=replace(question, video="/gone.mp4"))
-    tracker = SimpleNamespace(show=lambda *told: shown.append(told[1]))
+    tracker = SimpleNamespace(show=lambda *told: shown.append(told[1:3]))
     track.show_episodes(tracker, 3, "rollout", [gone, episode], [0.0, 1.0])
-    assert shown == ["rollout/1"], "a lost video ends no run"
+    ((name, picture_HWC),) = shown  # a lost video ends no run
+    video = Video(question.video, span_s=question.span_s)
+    assert name == "rollout/1" and np.array_equal(picture_HWC, strip(episode, video))
     said = track.transcript(episode, 0.25)
     assert question.question in said and "refused: a turn is" in said
     assert said.endswith("format_error, 0.25")

@@ -23,7 +23,7 @@ from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.files import checksum, write_atomically
-from nanosport.model.folder import load_tokenizer
+from nanosport.model.folder import load_tokenizer, move_into_place
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode, read_lines, read_records
 from nanosport.train import dist
@@ -131,14 +131,10 @@ class HeldOut:
         write_atomically(self.path, text)
         row = self.history[-1]
         if is_best:
-            new, old = self.best.with_name(".best.new"), self.best.with_name(".best.old")
-            for folder in (new, old):
-                shutil.rmtree(folder, ignore_errors=True)
+            new = self.best.with_name(".best.new")
+            shutil.rmtree(new, ignore_errors=True)
             shutil.copytree(self.training.cfg.out / "model", new)
-            if self.best.exists():
-                self.best.rename(old)
-            new.rename(self.best)
-            shutil.rmtree(old, ignore_errors=True)
+            move_into_place(new, self.best)
         bounds = row["intervals"].get("accuracy")
         said = f"step {step}: held out: {row['accuracy']:.1f}"
         said += " [{:.1f}, {:.1f}]".format(*bounds) if bounds else ""

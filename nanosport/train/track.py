@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 
 from nanosport.records import Episode
+from nanosport.strip import strip
 from nanosport.video import Video, VideoError
 
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -22,8 +22,6 @@ SHOW_EVERY = 10
 """Rollouts are shown after so many steps."""
 SHOWN = 2
 """So many of them."""
-WIDTH = 160
-"""Of a frame that is shown, in pixels."""
 
 
 def check_installed(name: Tracker) -> None:
@@ -95,7 +93,8 @@ def show_episodes(
     """Show the first of some episodes: what was said, and the frames that were seen."""
     for k, (episode, score) in enumerate(zip(episodes[:SHOWN], scores)):
         try:
-            frames_HWC = strip(episode)
+            video = Video(episode.question.video, span_s=episode.question.span_s)
+            frames_HWC = strip(episode, video)
         except VideoError:  # it has gone since, and training goes on without it
             continue
         tracker.show(step, f"{kind}/{k}", frames_HWC, transcript(episode, score))
@@ -108,19 +107,3 @@ def transcript(episode: Episode, score: float) -> str:
     for turn in episode.turns:
         lines += [turn.text, *([f"refused: {turn.error}"] if turn.error else [])]
     return "\n".join([*lines, f"truth: {question.answer}", f"{episode.status}, {score:.3g}"])
-
-
-def strip(episode: Episode) -> np.ndarray:
-    """frames_HWC of an episode: a row for the overview, and one for each look."""
-    video = Video(episode.question.video, span_s=episode.question.span_s)
-    looks = [turn.frames for turn in episode.turns if turn.frames]
-    overview = episode.frames[: len(episode.frames) - sum(map(len, looks))]
-    rows = []
-    for indices in filter(None, (overview, *looks)):
-        frames_FCHW = video.frames(indices)
-        size = (max(1, frames_FCHW.shape[2] * WIDTH // frames_FCHW.shape[3]), WIDTH)
-        small_FCHW = torch.nn.functional.interpolate(frames_FCHW.float(), size, mode="area")
-        rows.append(torch.cat(list(small_FCHW.byte()), 2))
-    widest = max(row.shape[2] for row in rows)
-    padded = [torch.nn.functional.pad(row, (0, widest - row.shape[2])) for row in rows]
-    return torch.cat(padded, 1).permute(1, 2, 0).numpy()
