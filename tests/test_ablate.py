@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import threading
 import time
@@ -141,10 +143,40 @@ def test_the_table_and_the_curves_are_of_what_is_there(tmp_path):
     kept = json.loads((cfg.keep / "v2_seed1.json").read_text())
     assert "episodes" not in kept["rows"]["x"] and kept["command"] == "c"
     assert (cfg.keep / "v2_seed1.jsonl").exists() and (cfg.keep / "kl.svg").exists()
+    scores = (cfg.keep / "v2_seed1.scores.jsonl").read_text().splitlines()
+    assert json.loads(scores[8]) == {"id": "q8", "video": "v8", "accuracy": 0.91}
     row_of(tmp_path / "out/seed1/eval_v1.json", **dict.fromkeys(ablate.COLUMNS, 81.0))
+    shutil.copytree(tmp_path / "out/seed1/v2", tmp_path / "out/seed1/v1")
     wanted = "- `v2` against `v1` (seeds 1): overall +10.0 [+10.0, +10.0] points, p = 0.0"
-    assert wanted in ablate.sentences(ablate.reports(cfg)) and "against" not in said
+    assert wanted in ablate.sentences(ablate.results(cfg)) and "against" not in said
     assert "polyline" in (cfg.out / "accuracy.svg").read_text()
+
+
+def test_what_is_kept_is_not_made_again_where_its_commands_are_the_same(tmp_path, monkeypatch):
+    """So that rows made on several machines come together in one table."""
+    here = Config((0,), ("v1",), Path("out"), keep=tmp_path / "kept")
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    *stages, judge = stages_of(here, 0, "v1")
+    row_of(judge.made, **dict.fromkeys((*ablate.COLUMNS, "tool_rate"), 90.0))
+    stages[-1].made.mkdir()
+    line = json.dumps(dict.fromkeys(ablate.CURVES, 0.5)) + "\n"
+    (stages[-1].made / "log.jsonl").write_text(line)
+    commands = [shlex.join(stage.args) for stage in (*stages, judge)]
+    ablate.record(judge, judge.made.parent, {"commands": commands})
+    said = ablate.write(here)
+
+    # elsewhere nothing is there, and nothing is run
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "two")
+    monkeypatch.setattr(ablate, "ensure", lambda *_: pytest.fail("it is made again"))
+    ablate.main(here)
+    assert ablate.write(here) == said and "| v1 | 0 | 90.0 ± 0.0 |" in said
+    assert len(ablate.results(here)["v1"][0][0]["rows"]["x"]["episodes"]) == 9
+    other = json.loads((here.keep / "v1_seed0.json").read_text())
+    other["made"][-1]["commands"][0] += " --seed 3"
+    (here.keep / "v1_seed0.json").write_text(json.dumps(other))
+    assert not ablate.results(here)
 
 
 def test_a_demo_of_another_seed_is_refused(tmp_path):

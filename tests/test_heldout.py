@@ -2,6 +2,7 @@
 trackers get what the log gets."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +101,22 @@ def test_a_run_that_goes_on_measures_what_it_would_have_measured(sft, tmp_path, 
     assert [row["step"] for row in evaluations(cfg.out)] == [0, 2]
     train.main(replace(cfg, resume=True))
     assert evaluations(cfg.out) == evaluations(sft.out)
+
+
+def test_the_best_model_is_its_checkpoints_and_not_a_later_one(sft, tmp_path, monkeypatch):
+    """After a later checkpoint was lost, RUN/model is that one's still."""
+    accuracies = iter([10.0, 20.0, 90.0, 80.0])
+    monkeypatch.setattr(
+        heldout.HeldOut, "_measure", lambda *_: {"accuracy": next(accuracies), "intervals": {}}
+    )
+    cfg = replace(sft, out=tmp_path / "run", save_every=2, steps=2)
+    train.main(cfg)
+    wanted = weights(cfg.out / "best")
+    shutil.rmtree(cfg.out / "model")
+    shutil.copytree(ROOT / "assets/nano-sft", cfg.out / "model")
+    train.main(replace(cfg, resume=True, steps=4))
+    assert [row["best"] for row in evaluations(cfg.out)] == [True, True, False]
+    assert same(weights(cfg.out / "best"), wanted)
 
 
 def test_a_run_that_is_extended_keeps_its_last_evaluation(sft, tmp_path, monkeypatch):

@@ -82,7 +82,8 @@ class Config:
     """Folders of `make demo`, one a seed: arena, SFT model and row v1 are taken from there where
     they are whole and were made with the same flags."""
     keep: Path | None = None
-    """Put the table, the curves, the reports without episodes and RL's logs there too."""
+    """Put the table, the curves, the reports, each question's score and RL's logs there too. What
+    is there, made with the same commands, is not made again, on whatever machine."""
     smoke: bool = False
     """Run every stage with few steps."""
 
@@ -219,22 +220,58 @@ def run(args: list[str], log: Path) -> None:
         raise ValueError(f"python {shlex.join(args)}: ended with {code}: {last} (see {log})")
 
 
-def reports(cfg: Config) -> dict[str, dict[int, dict]]:
-    """The benchmark's report by row and seed, as far as they are there."""
-    found: dict[str, dict[int, dict]] = {}
+def kept(cfg: Config, seed: int, row: str) -> tuple[dict, list[dict]] | None:
+    """(report, RL's log) of a row's seed as --keep holds them, if it does and they were made with
+    these commands."""
+    stages = stages_of(cfg, seed, row)
+    path = cfg.keep and cfg.keep / f"{row}_seed{seed}.json"
+    if not path or not path.exists():
+        return None
+    report, scores = read(path), path.with_suffix(".scores.jsonl")
+    if report["made"][-1]["commands"] != [shlex.join(stage.args) for stage in stages]:
+        return None
+    next(iter(report["rows"].values()))["episodes"] = [one for _, one in read_lines(scores, "a")]
+    return report, [line for _, line in read_lines(path.with_suffix(".jsonl"), "a step")]
+
+
+def keep(cfg: Config, seed: int, row: str) -> None:
+    """Put a row's seed where `kept` finds it, if it was made here."""
+    *_, learn, judge = stages_of(cfg, seed, row)
+    if not cfg.keep or not judge.made.exists():
+        return
+    report, path = read(judge.made), cfg.keep / f"{row}_seed{seed}.json"
+    episodes = [one for figures in report["rows"].values() for one in figures.pop("episodes")]
+    scores = [{key: one[key] for key in ("id", "video", "accuracy")} for one in episodes]
+    made = [record_of(stage, judge.made.parent) for stage in (learn, judge)]
+    lines = "".join(json.dumps(one) + "\n" for one in scores)
+    write_atomically(path.with_suffix(".scores.jsonl"), lines)
+    write_atomically(path.with_suffix(".jsonl"), (learn.made / "log.jsonl").read_text())
+    write_atomically(path, json.dumps(report | {"made": made}, indent=1) + "\n")
+
+
+Found = dict[str, dict[int, tuple[dict, list[dict]]]]
+"""By row and seed, the benchmark's report and RL's log."""
+
+
+def results(cfg: Config) -> Found:
+    """What is there, made here or kept."""
+    found: Found = {}
     for row in ROWS:
         for seed in cfg.seeds:
-            stage = stages_of(cfg, seed, row)[-1]
-            if stage.made.exists():
-                found.setdefault(row, {})[seed] = read(stage.made)
+            *_, learn, judge = stages_of(cfg, seed, row)
+            if judge.made.exists():
+                log = [line for _, line in read_lines(learn.made / "log.jsonl", "a step")]
+                found.setdefault(row, {})[seed] = read(judge.made), log
+            elif one := kept(cfg, seed, row):
+                found.setdefault(row, {})[seed] = one
     return found
 
 
-def figures_table(found: dict[str, dict[int, dict]]) -> str:
+def figures_table(found: Found) -> str:
     """A row of mean ± standard deviation over the seeds that are there, in Markdown."""
     cells = {}
     for row, by_seed in found.items():
-        figures = [next(iter(report["rows"].values())) for report in by_seed.values()]
+        figures = [next(iter(report["rows"].values())) for report, _ in by_seed.values()]
         values = [[one.get(key) for one in figures] for key in COLUMNS]
         cells[row] = [" ".join(map(str, by_seed))] + [
             "–" if None in each else f"{np.mean(each):.1f} ± {np.std(each):.1f}" for each in values
@@ -242,7 +279,7 @@ def figures_table(found: dict[str, dict[int, dict]]) -> str:
     return markdown(["row", "seeds", *COLUMNS.values()], cells)
 
 
-def sentences(found: dict[str, dict[int, dict]]) -> str:
+def sentences(found: Found) -> str:
     """What each row changes against v1, over the seeds that both have: the paired difference, and
     the figures in which rewards differ most."""
     lines, plain = [], found.get("v1", {})
@@ -252,7 +289,7 @@ def sentences(found: dict[str, dict[int, dict]]) -> str:
             continue
         merged = []
         for reports in (by_seed, plain):
-            rows = {seed: next(iter(reports[seed]["rows"].values())) for seed in seeds}
+            rows = {seed: next(iter(reports[seed][0]["rows"].values())) for seed in seeds}
             episodes = [
                 one | {key: f"{seed}/{one[key]}" for key in ("id", "video") if key in one}
                 for seed, its in rows.items()
@@ -270,39 +307,29 @@ def sentences(found: dict[str, dict[int, dict]]) -> str:
     return "\n".join(lines)
 
 
-def curves(cfg: Config, found: dict[str, dict[int, dict]]) -> dict[str, str]:
+def curves(found: Found) -> dict[str, str]:
     """By a figure of RL's log, the lines of all rows as SVG: means over the seeds."""
-    logs: dict[str, dict[str, list]] = {name: {} for name in CURVES}
+    lines: dict[str, dict[str, list]] = {name: {} for name in CURVES}
     for row, by_seed in found.items():
-        of_seeds = [
-            [line for _, line in read_lines(stages_of(cfg, seed, row)[-2].made / "log.jsonl", "a")]
-            for seed in by_seed
-        ]
+        logs = [log for _, log in by_seed.values()]
         for name in CURVES:
-            steps = [[line.get(name) for line in lines] for lines in zip(*of_seeds)]
-            logs[name][row] = [(k, np.mean(v)) for k, v in enumerate(steps) if None not in v]
-    return {name: chart(lines, COLOURS) for name, lines in logs.items()}
+            steps = [[line.get(name) for line in at_step] for at_step in zip(*logs)]
+            lines[name][row] = [(k, np.mean(v)) for k, v in enumerate(steps) if None not in v]
+    return {name: chart(by_row, COLOURS) for name, by_row in lines.items()}
 
 
 def write(cfg: Config) -> str:
     """Write the table and the curves of what is there; returns the table."""
-    found = reports(cfg)
+    found = results(cfg)
     files = {"table.md": f"{figures_table(found)}\n\n{sentences(found)}\n"}
-    files |= {f"{name}.svg": svg for name, svg in curves(cfg, found).items()}
+    files |= {f"{name}.svg": svg for name, svg in curves(found).items()}
     for folder in filter(None, (cfg.out, cfg.keep)):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             write_atomically(folder / name, text)
-    for row, by_seed in found.items() if cfg.keep else ():
-        for seed, report in by_seed.items():
-            *_, learn, judge = stages_of(cfg, seed, row)
-            for figures in report["rows"].values():
-                figures.pop("episodes", None)
-            made = [record_of(stage, judge.made.parent) for stage in (learn, judge)]
-            text = json.dumps(report | {"made": made}, indent=1) + "\n"
-            write_atomically(cfg.keep / f"{learn.name}_seed{seed}.json", text)
-            log = (learn.made / "log.jsonl").read_text()
-            write_atomically(cfg.keep / f"{learn.name}_seed{seed}.jsonl", log)
+    for row, by_seed in found.items():
+        for seed in by_seed:
+            keep(cfg, seed, row)
     return files["table.md"]
 
 
@@ -318,13 +345,14 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--from-demo {demos[min(unknown)]}: its seed is not among --seeds")
     for row in cfg.rows:
         for seed in cfg.seeds:
-            stages = stages_of(cfg, seed, row)
+            stages, there = stages_of(cfg, seed, row), kept(cfg, seed, row)
             folder = cfg.out / f"seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
-            for k, stage in enumerate(stages, 1):
+            for k, stage in enumerate(stages if not there else (), 1):
                 commands = [shlex.join(earlier.args) for earlier in stages[:k]]
                 ensure(stage, commands, folder, demos.get(seed), seed)
-            figures = next(iter(read(stages[-1].made)["rows"].values()))
+            report = there[0] if there else read(stages[-1].made)
+            figures = next(iter(report["rows"].values()))
             said = f"overall {figures['accuracy']:.1f}, tool rate {figures['tool_rate']:.1f}"
             print(f"{time.strftime('%H:%M')} {row}, seed {seed}: {said}", flush=True)
             write(cfg)

@@ -146,13 +146,8 @@ class Checkpoints:
         ready = None
         if any(part.tensor.is_cuda for part in parts.values()):
             ready = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
-        saved = saved_weights(model)
-        shapes = {published: (w.shape, w.dtype) for published, (_, w) in saved.items()}
-        names = {published: name for published, (name, _) in saved.items()}
-        self.writing = threading.Thread(
-            target=self._write,
-            args=(parts, ready, unfinished, named, model, (shapes, names), state),
-        )
+        args = (parts, ready, unfinished, named, partial(self.write_model, model), state)
+        self.writing = threading.Thread(target=self._write, args=args)
         self.writing.start()
 
     def _wait_for_copies(self, *_) -> None:
@@ -170,11 +165,9 @@ class Checkpoints:
             raise self._not_saved(error) from error
 
     def _write(
-        self, parts: dict, ready, unfinished: Path, named: Path, model, saved: tuple, state: dict
+        self, parts: dict, ready, unfinished: Path, named: Path, write_model, state: dict
     ) -> None:
-        """Copy, write and name a checkpoint, in a thread of its own. `model` computes meanwhile:
-        only its config is read. saved: shape and dtype, and the checkpoint's name, of each weight
-        by its name in the model's folder."""
+        """Copy, write and name a checkpoint, in a thread of its own."""
         try:
             fault = None
             try:
@@ -196,9 +189,7 @@ class Checkpoints:
 
             # before the checkpoint has its name: a run that goes on from a named one may have no
             # step left to do that would write the model again
-            (shapes, names), whole = saved, WholeTensors(unfinished)
-            how = {"shapes": shapes, "load": lambda name: self._whole_weight(whole, names[name])}
-            save_model(model, self.run / "model", self.source, **how, **self.saved_as)
+            write_model(unfinished, self.run / "model")
             unfinished.rename(named)
             sync(self.folder)
             for old in checkpoints_of(self.run)[self.keep :]:
@@ -226,6 +217,14 @@ class Checkpoints:
         path = unfinished / f"shard-{self.rank + 1:05d}-of-{dist.world_size():05d}.safetensors"
         metadata = {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
         shards.write(path, shapes, held.pop, metadata)
+
+    def write_model(self, model: VLModel, checkpoint: Path, folder: Path) -> None:
+        """Write the folder of a checkpoint's model. `model` may be computing: its config is read,
+        and the shapes of its weights."""
+        saved, whole = saved_weights(model), WholeTensors(checkpoint)
+        shapes = {published: (w.shape, w.dtype) for published, (_, w) in saved.items()}
+        how = {"shapes": shapes, "load": lambda name: self._whole_weight(whole, saved[name][0])}
+        save_model(model, folder, self.source, **how, **self.saved_as)
 
     def _whole_weight(self, whole: "WholeTensors", name: str) -> torch.Tensor:
         """A weight of the checkpoint that is being written. Raises ValueError where it is not

@@ -6,7 +6,6 @@ best one, of equals the first.
 """
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +22,7 @@ from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.files import checksum, write_atomically
-from nanosport.model.folder import load_tokenizer, move_into_place
+from nanosport.model.folder import load_tokenizer
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode, read_lines, read_records
 from nanosport.train import dist
@@ -130,11 +129,9 @@ class HeldOut:
         text = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(self.path, text)
         row = self.history[-1]
-        if is_best:
-            new = self.best.with_name(".best.new")
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.copytree(self.training.cfg.out / "model", new)
-            move_into_place(new, self.best)
+        if is_best:  # of its checkpoint: RUN/model is a later step's after a kill
+            checkpoints, model = self.training.checkpoints, self.training.model
+            checkpoints.write_model(model, checkpoints.folder / f"step_{step:06d}", self.best)
         bounds = row["intervals"].get("accuracy")
         said = f"step {step}: held out: {row['accuracy']:.1f}"
         said += " [{:.1f}, {:.1f}]".format(*bounds) if bounds else ""
