@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 FOLDER = ASSETS / "nano-sft"
+FAMILIES = pytest.mark.parametrize("family", ["nano-sft", "nano-backbone-qwen3-vl"])
 HEADS = {"7B": (28, 4, 128), "3B": (16, 2, 128), "tower": (16, 16, 80)}
 
 
@@ -68,9 +69,9 @@ def test_each_attention_that_is_installed_is_right(name, heads):
     assert right
 
 
-def trainer(device, work, dtype, recompute="none"):
-    """A training of the nano model with weights that depend on their names."""
-    models = [VLModel(load_config(FOLDER)) for _ in range(2)]
+def trainer(device, work, dtype, recompute="none", family="nano-sft"):
+    """A training of a nano model with weights that depend on their names."""
+    models = [VLModel(load_config(ASSETS / family)) for _ in range(2)]
     for model in models:
         fill({name: weight.cpu() for name, weight in model.named_parameters()})
     run = replace(work.run, recompute=recompute)
@@ -82,8 +83,8 @@ def trainer(device, work, dtype, recompute="none"):
     return training, actors
 
 
-def gradients_of(device, work, dtype, recompute="none") -> tuple[float, dict]:
-    training, actors = trainer(device, work, dtype, recompute)
+def gradients_of(device, work, dtype, family, recompute="none") -> tuple[float, dict]:
+    training, actors = trainer(device, work, dtype, recompute, family)
     training.update = lambda *_: None
     training.stage.new_step(0)
     loss = take_step(training, actors, work.episodes)
@@ -94,12 +95,13 @@ def gradients_of(device, work, dtype, recompute="none") -> tuple[float, dict]:
 @pytest.mark.parametrize("recompute", ["none", "mlp", "all", "auto"])
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-3), (torch.bfloat16, 0.06)])
 @pytest.mark.parametrize("size", [1, 4], ids=["SFT", "policy"])
-def test_a_steps_gradients_are_the_cpus(size, dtype, most, recompute):
+@FAMILIES
+def test_a_steps_gradients_are_the_cpus(family, size, dtype, most, recompute):
     """In float32 but for the order of sums, in bfloat16 but for its rounding."""
     torch.set_float32_matmul_precision("highest")
-    work = Work.of(load_config(FOLDER), NANO, 8 // size, size, micro_tokens=600)
-    loss, wanted = gradients_of(CPU, work, torch.float32)
-    found, got = gradients_of(CUDA, work, dtype, recompute)
+    work = Work.of(load_config(ASSETS / family), NANO, 8 // size, size, micro_tokens=600)
+    loss, wanted = gradients_of(CPU, work, torch.float32, family)
+    found, got = gradients_of(CUDA, work, dtype, family, recompute)
     assert found == pytest.approx(loss, rel=most, abs=most)
     assert got.keys() == wanted.keys()
     largest = max(grad.norm() for grad in wanted.values())
@@ -171,11 +173,12 @@ def test_more_processes_than_gpus_end_in_one_clear_line(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_graph_says_what_its_step_says(dtype, monkeypatch):
+@FAMILIES
+def test_a_graph_says_what_its_step_says(family, dtype, monkeypatch):
     """Twice over, since a sampler that slept captures anew; in float32 also what a CPU says."""
-    tokenizer = load_tokenizer(FOLDER)
+    tokenizer = load_tokenizer(ASSETS / family)
     torch.manual_seed(0)
-    model = VLModel(load_config(FOLDER)).init_weights(0.1).requires_grad_(False)
+    model = VLModel(load_config(ASSETS / family)).init_weights(0.1).requires_grad_(False)
     twin = VLModel(model.cfg)
     twin.load_state_dict(model.state_dict())
     twin = twin.to(CUDA, dtype).requires_grad_(False)

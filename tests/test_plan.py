@@ -417,7 +417,7 @@ def test_what_fits_on_which_cards_is_what_the_page_says(cards, model, learns, fl
 
 
 def test_the_table_of_the_page_is_there():
-    assert len(rows_of_the_page()) == 6
+    assert len(rows_of_the_page()) == 8
 
 
 def test_adapters_are_planned():

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("policy", [False, True], ids=["SFT step", "policy update"])
-def test_ours_and_transformers_compute_one_loss(policy, nano_folder):
-    cfg = load_config(nano_folder)
+@pytest.mark.parametrize("folder", ["nano_folder", "nano_qwen3_folder"])
+def test_ours_and_transformers_compute_one_loss(folder, policy, request):
+    cfg = load_config(request.getfixturevalue(folder))
     members = 8 if policy else 1
     works = [
         Work.of(cfg, NANO, 8 // members, members, micro_tokens=600, share_prefix=share)

@@ -1,6 +1,7 @@
 """Times the project's own sampler: a decoding step, whole episodes by stage, and beside generate.
 
     python -m nanosport.bench.engine      # → results/engine/<card>.json; four minutes at most
+    python -m nanosport.bench.engine --shape qwen3-vl-8b      # another folder in assets/
 
 On a GPU the model has the 7B's shape and random weights in bfloat16. A step is timed over a turn of
 rows whose cache is as full as said, with its CUDA graph and without; the floor is what the card
@@ -253,16 +254,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--out", type=Path, default=Path("results/engine"))
     parser.add_argument("--repeats", type=COUNT, default=3, help="runs a time is the median of")
-    args = parser.parse_args()
     gpu = torch.cuda.is_available()
+    usual = "qwen2.5-vl-7b" if gpu else "nano-sft"
+    parser.add_argument("--shape", default=usual, help="a folder in assets/")
+    args = parser.parse_args()
     card = torch.cuda.get_device_name() if gpu else "cpu"
-    shape = ("qwen2.5-vl-7b", "cuda", torch.bfloat16) if gpu else ("nano-sft", "cpu", torch.float32)
-    model = random_model(*shape)
-    report = {**provenance(), "gpu": gpu, "shape": shape[0]}
+    where = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    model = random_model(args.shape, *where)
+    report = {**provenance(), "gpu": gpu, "shape": args.shape}
     report["steps"] = step_rows(model, args.repeats, gpu, card)
     try:
         size = (4, (1280, 720)) if gpu else (1, (320, 180))
-        image = ImageConfig.from_folder(ASSETS / shape[0], 640 * 360)
+        image = ImageConfig.from_folder(ASSETS / args.shape, 640 * 360)
         report["episodes"] = play_episodes(model, image, *size)
         print(report["episodes"])
     except ImportError as error:
@@ -271,7 +274,8 @@ def main() -> None:
         report["beside_generate"] = beside_generate(args.repeats)
         print(report["beside_generate"])
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{card.lower().replace(' ', '-')}.json"
+    name = card if args.shape == usual else f"{card}-{args.shape}"
+    path = args.out / f"{name.lower().replace(' ', '-')}.json"
     write_atomically(path, json.dumps(report, indent=1) + "\n")
     print(path)
 

@@ -40,7 +40,9 @@ from nanosport.model.decoder import Layer
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-SHAPES = {"3B": (2048, 151936), "7B": (3584, 152064)} if GPU else {"tiny": (32, 515)}
+SHAPES = {"tiny": (32, 515)}
+if GPU:
+    SHAPES = {"3B": (2048, 151936), "7B": (3584, 152064), "8B": (4096, 151936)}
 ROWS = (1024, 4096, 8192, 16384) if GPU else (64,)
 TOKENS = (4096, 16384, 65536, 131072) if GPU else (256,)
 HEADS = (28, 4, 128) if GPU else (4, 2, 32)  # the 7B decoder's

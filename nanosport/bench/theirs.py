@@ -55,6 +55,11 @@ class Work:
         return sum(unit.flops for unit in units) + head_flops(cfg, sum(self.lengths))
 
 
+def family_of(cfg: ModelConfig) -> str:
+    """A config's family, by transformers' name of it."""
+    return type(cfg).__module__.rpartition(".")[2]
+
+
 def fill(named_weights: dict[str, torch.Tensor]) -> None:
     """Random weights that depend on their name alone: the same here and in transformers."""
     for name, weight in named_weights.items():
@@ -85,18 +90,18 @@ class Theirs:
 
     def _model(self, dtype: torch.dtype) -> tuple:
         """(the decoder, its head)."""
-        from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
-        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+        from transformers import AutoConfig, AutoModel
 
         cfg, default = self.cfg, {"rope_type": "default", "type": "default"}
         rope = default | {"mrope_section": [*cfg.mrope_section], "rope_theta": cfg.rope_theta}
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
         same = (*sizes, "num_attention_heads", "num_key_value_heads", "rms_norm_eps")
         shape = {name: getattr(cfg, name) for name in same}
-        config = Qwen2_5_VLTextConfig(**shape, rope_parameters=rope, use_cache=False)
+        kind = f"{family_of(cfg)}_text"
+        config = AutoConfig.for_model(kind, **shape, rope_parameters=rope, use_cache=False)
         config._attn_implementation = "sdpa"
         with torch.device(DEVICE):
-            model = Qwen2_5_VLTextModel(config).to(dtype)
+            model = AutoModel.from_config(config).to(dtype)
             head_VD = model.embed_tokens.weight
             if not cfg.tie_word_embeddings:
                 head_VD = torch.nn.Parameter(torch.empty_like(head_VD))
@@ -114,10 +119,14 @@ class Theirs:
         mixed = self.dtype != torch.float32
         with torch.autocast(DEVICE.type, self.dtype, enabled=mixed):
             x_BTD = model.embed_tokens(ids_BT)
-            features_ND = torch.cat([p.features_ND for p in packs]).to(x_BTD.dtype)
-            is_image = (ids_BT == self.cfg.image_token_id)[..., None]
-            given = {"inputs_embeds": x_BTD.masked_scatter(is_image, features_ND)}
-            given |= {"attention_mask": mask_BT.long(), "position_ids": positions_BT3.movedim(2, 0)}
+            features = torch.cat([p.features_ND for p in packs]).to(x_BTD.dtype)
+            features_ND, *deep = features.split(self.cfg.hidden_size, dim=1)
+            is_image_BT = ids_BT == self.cfg.image_token_id
+            x_BTD = x_BTD.masked_scatter(is_image_BT[..., None], features_ND)
+            given = {"inputs_embeds": x_BTD, "attention_mask": mask_BT.long()}
+            given |= {"position_ids": positions_BT3.movedim(2, 0)}
+            if deep:
+                given |= {"visual_pos_masks": is_image_BT, "deepstack_visual_embeds": deep}
             out_BTD = model(**given).last_hidden_state
             logits_BTV = torch.nn.functional.linear(out_BTD[:, start:-1], head_VD)
         targets_BT = ids_BT[:, start + 1 :]
@@ -178,7 +187,8 @@ class WithLiger(Theirs):
     no plain one can follow in the same process."""
 
     def _model(self, dtype: torch.dtype) -> tuple:
-        from liger_kernel.transformers import apply_liger_kernel_to_qwen2_5_vl
+        import liger_kernel.transformers as liger
 
-        apply_liger_kernel_to_qwen2_5_vl(fused_linear_cross_entropy=False)
+        patch = getattr(liger, f"apply_liger_kernel_to_{family_of(self.cfg)}")
+        patch(fused_linear_cross_entropy=False)
         return super()._model(dtype)

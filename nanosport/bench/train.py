@@ -1,7 +1,7 @@
 """Times an SFT step and a policy update on random weights of true shapes on one GPU, beside plain
 transformers and, where it is installed, transformers with Liger's layers, in under 5 minutes.
 
-python -m nanosport.bench.train                # 3B whole, 7B with as many layers as fit
+python -m nanosport.bench.train                # 3B whole; 7B, 8B with as many layers as fit
 python -m nanosport.bench.train --shapes 3b    # → results/train/<card>.json and a table
 
 Ours are the stages of train.py and rl.py: packed, float32 weights, gradients and Adam moments,
@@ -43,6 +43,8 @@ from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, take_s
 from nanosport.train import dist
 
 GPU = DEVICE.type == "cuda"
+OF_CPU = {"nano": "nano-backbone", "nano-qwen3": "nano-backbone-qwen3-vl"}
+SHAPES = {"3b": "qwen2.5-vl-3b", "7b": "qwen2.5-vl-7b", "8b": "qwen3-vl-8b"} if GPU else OF_CPU
 NANO = Lengths(frame_tokens=9, label=2, prompt_text=11, turn_text=7, result_text=1)
 """The paper's lengths ÷ 28, as the nano model's width is the 7B's ÷ 28: attention, which grows with
 length ÷ width, then keeps about its share of the operations (13 % here, 8 % there; 77 % with a nano
@@ -201,10 +203,9 @@ def line(row: dict) -> str:
 
 def shape(name: str, micro_tokens: int | None) -> tuple[ModelConfig, str, list[tuple]]:
     """(the model, its label, the cases) of a shape."""
+    full, tokens = load_config(ASSETS / SHAPES[name]), micro_tokens or (8192 if GPU else 600)
     if not GPU:
-        cfg = load_config(ASSETS / "nano-backbone")
-        return cfg, name, cases(cfg, NANO, micro_tokens or 600)
-    full, tokens = load_config(ASSETS / f"qwen2.5-vl-{name}"), micro_tokens or 8192
+        return full, name, cases(full, NANO, tokens)
     room = torch.cuda.get_device_properties(0).total_memory / GIB
     cfg = fitted(full, room, Lengths(), 3 * tokens)
     layers, whole = cfg.num_hidden_layers, full.num_hidden_layers
@@ -216,8 +217,7 @@ def main() -> None:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--out", type=Path, default=Path("results/train"), help="the JSON's folder")
-    known = ["3b", "7b"] if GPU else ["nano"]
-    parser.add_argument("--shapes", nargs="+", default=known, choices=known)
+    parser.add_argument("--shapes", nargs="+", default=[*SHAPES], choices=[*SHAPES])
     parser.add_argument("--micro-tokens", type=COUNT, help="tokens of a pack; 8192, on a CPU 600")
     parser.add_argument("--repeats", type=COUNT, default=3, help="steps a time is the median of")
     args = parser.parse_args()
