@@ -1,6 +1,6 @@
 # make demo: the whole story in small, from the shipped backbone.   make demo SMOKE=1: every stage, few steps.
 # make demo FAMILY=qwen3_vl: on the second family's backbone, into out/demo_qwen3_vl.
-# make test: the tests.   make test-gpu: what only a GPU can run.   make test-vllm: the vLLM backend.   make test-serve: the local server.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
+# make test: the tests.   make test-gpu: what only a GPU can run.   make test-vllm: the vLLM backend.   make test-extras: the local server, trackers.   make lint: ruff.   Each sets up .venv first. SEED=1 make demo: another seed.
 PYTHON ?= python3
 SEED ?= 0
 FAMILY ?= qwen2_5_vl
@@ -19,7 +19,7 @@ SFT :=
 RL :=
 endif
 
-.PHONY: demo ablate test test-gpu test-vllm test-serve lint clean
+.PHONY: demo ablate test test-gpu test-vllm test-extras lint clean
 demo: .venv/.installed
 	rm -rf $(OUT)
 	$(PY) -m data_prep.arena --out $(OUT)/arena --seed $(SEED) $(ARENA)
@@ -49,9 +49,9 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest -q tests/test_vllm.py
 
 # what is an optional extra is installed for it
-test-serve: .venv/.installed
-	$(PY) -m pip install -q -r requirements-serve.txt
-	$(PY) -m pytest -q tests/test_serve.py
+test-extras: .venv/.installed
+	$(PY) -m pip install -q -r requirements-serve.txt -r requirements-track.txt
+	$(PY) -m pytest -q tests/test_serve.py tests/test_heldout.py -k "serve or tracker or tensorboard"
 
 lint: .venv/.installed
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
