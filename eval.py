@@ -31,13 +31,13 @@ from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.endpoint import EndpointError
 from nanosport.env.env import Limits
 from nanosport.env.figures import compared, figures, outcome, published, row_named, table
-from nanosport.env.judge import MAX_UNGRADED, Judge, agreement, judge_of
+from nanosport.env.judge import MAX_UNGRADED, Judge, agreement, graded, judge_of
 from nanosport.env.played import Played
 from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS, TOOL_NAME, Syntax
 from nanosport.fields import Above, AtLeast, AtMost, Share
-from nanosport.files import ASSETS, own_name, provenance, write_atomically
+from nanosport.files import ASSETS, is_own_file, provenance, write_atomically
 from nanosport.model.folder import hub_commit, resolve, version
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Episode, Question, read_records
@@ -161,22 +161,19 @@ def run_mode(
     places = [place for place in places if played.episodes[mode, place] is not None]
     episodes = [played.episodes[mode, place] for place in places]
 
-    by_rule = grades = [accuracy(e.answer, e.question) for e in episodes]
-    if judge is not None:
-        grades = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
-    scored, _ = dist.gather_items(list(zip(places, episodes, grades, by_rule)))
+    scored, _ = dist.gather_items(list(zip(places, episodes, *graded(episodes, judge))))
     lost, _ = dist.gather_items(lost)
     if not scored:
         raise ValueError(f"{cfg.data}: every video is lost; is the disk there?")
     scored.sort(key=lambda one: one[0])  # as one process has played them
-    places, episodes, grades, by_rule = map(list, zip(*scored))
-    scores = [rule if grade is None else grade for grade, rule in zip(grades, by_rule)]
+    places, episodes, scores, grades = map(list, zip(*scored))
 
     more: dict = {"lost": [*dict.fromkeys(lost)]} if lost else {}
     if judge is not None:
         more["ungraded"] = grades.count(None)
-        if graded := [pair for pair in zip(by_rule, grades) if pair[1] is not None]:
-            more["judge_and_rule"] = agreement(*zip(*graded))
+        by_rule = [accuracy(e.answer, e.question) for e in episodes]
+        if pairs := [pair for pair in zip(by_rule, grades) if pair[1] is not None]:
+            more["judge_and_rule"] = agreement(*zip(*pairs))
     if len(cfg.seeds) > 1:
         size, by_seed = len(played.questions) // len(cfg.seeds), [[] for _ in cfg.seeds]
         for place, score in zip(places, scores):
@@ -223,7 +220,7 @@ def open_played(cfg: Config, source: Path, questions: list[Question], rank: int)
     made_by |= {k: v for k, v in provenance().items() if k in ("commit", "torch", "device")}
     made_by |= {"weights": version(source), "questions": [*map(repr, questions)]}
     made_by["processes"] = cli.num_processes()
-    beside = cfg.out if cfg.out and own_name(cfg.out) else Path("out/eval.json")
+    beside = cfg.out if cfg.out and is_own_file(cfg.out) else Path("out/eval.json")
     asked = [q for _ in cfg.seeds for q in questions for _ in range(cfg.samples)]
     played = Played(beside, made_by, asked, rank)
     if played.episodes and rank == 0:
@@ -262,21 +259,16 @@ def show(cfg: Config, rows: dict[str, dict], examples: int = 3) -> None:
             print(f"{label}: {one['id']}: {one['error']}: {said}")
 
 
-def make_default_data() -> None:
-    """Render the arena, where it is missing."""
-    if not Config.data.exists():
-        arena.main(arena.Config())
-
-
 def main(cfg: Config) -> None:
     cli.check(cfg)
-    if not cfg.modes or not cfg.seeds:
-        raise ValueError("--modes, --seeds: name at least one of each")
+    for flag, values in (("--modes", cfg.modes), ("--seeds", cfg.seeds)):
+        if not values or len({*values}) < len(values):
+            raise ValueError(f"{flag}: name at least one, and each once")
     rank = dist.start()[0] if cli.num_processes() > 1 else 0
     limits = {"max_ungraded": cfg.max_ungraded, "wait_s": cfg.judge_wait_s}
     judge = judge_of(cfg.judge_url, cfg.judge, Path("out/answers"), **limits)
     if cfg.data == Config.data:
-        dist.once(make_default_data)
+        dist.once(lambda: cfg.data.exists() or arena.main(arena.Config()))
     rows = read_records(cfg.data)
     videos = {question.video for question, _ in rows}
     for flag, path in (("--out", cfg.out), ("--lines", cfg.lines)):
@@ -293,7 +285,7 @@ def main(cfg: Config) -> None:
 
     other, is_mode = ("", {}), cfg.against in cfg.modes
     if cfg.against and not is_mode:  # before anything is played in vain
-        other = row_named(cfg.against, [question.id for question in records.questions])
+        other = row_named(cfg.against, records.questions)
 
     name, rows = cfg.name or source.name, {}
     played = open_played(cfg, source, records.questions, rank)

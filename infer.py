@@ -254,24 +254,32 @@ class Player:
 
 def main(cfg: Config) -> None:
     cfg.check()
-    player, broken = Player(cfg), set()
-    for text in questions_of(cfg):
-        if cfg.questions and not cfg.json:
-            print(f"ask     {text}")
-        for path in (path for path in cfg.videos if path not in broken):
-            try:
-                player.ask(path, text)
-            except (VideoError, TooLong) as error:
-                if len(cfg.videos) == 1:
-                    raise
-                about = error if isinstance(error, VideoError) else f"{path}: {error}"
-                print(printable(f"error: {about}"), file=sys.stderr, flush=True)
-                broken.add(path)
-    if cfg.page is not None and player.episodes:
-        cfg.page.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cfg.page, episode_page(*player.episodes))
+    player, broken, num_unasked = Player(cfg), set(), 0
+    try:
+        for text in questions_of(cfg):
+            if cfg.questions and not cfg.json:
+                print(f"ask     {text}")
+            for path in (path for path in cfg.videos if path not in broken):
+                try:
+                    player.ask(path, text)
+                except TooLong as error:  # another question may fit
+                    if cfg.question and len(cfg.videos) == 1:
+                        raise
+                    print(printable(f"error: {path}: {error}"), file=sys.stderr, flush=True)
+                    num_unasked += 1
+                except VideoError as error:
+                    if len(cfg.videos) == 1:
+                        raise
+                    print(printable(f"error: {error}"), file=sys.stderr, flush=True)
+                    broken.add(path)
+    finally:
+        if cfg.page is not None and player.episodes:
+            cfg.page.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cfg.page, episode_page(*player.episodes))
     if broken:
         raise ValueError(f"{len(broken)} of {len(cfg.videos)} videos could not be used")
+    if num_unasked:
+        raise ValueError(f"{num_unasked} questions are too long, and were not asked")
 
 
 if __name__ == "__main__":

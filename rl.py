@@ -6,7 +6,7 @@
     python rl.py --resume
 
 A step: sample `group_size` episodes of each question → reward each → advantage inside the group →
-policy loss on the sampled tokens → update. Left out of GRPO on purpose: a value network, replay,
+policy loss on the sampled tokens → update. Absent on purpose: a value network, replay,
 length shaping.
 """
 
@@ -45,7 +45,7 @@ from nanosport.train.metrics import (
     rollout_stats,
 )
 from nanosport.train.pack import Batch
-from nanosport.train.rollouts import REFILLS, Rollouts, gathered, keep
+from nanosport.train.rollouts import Rollouts, gathered, keep
 from nanosport.train.training import Training
 from nanosport.train.variants import (
     BOUNDS,
@@ -86,7 +86,7 @@ class Config(RolloutConfig):
     max_ungraded: Annotated[Share, MAY_CHANGE] = MAX_UNGRADED
     """An answer without a grade is scored by rule and counted; above this share of them the run is
     saved, and ends."""
-    loss: Literal["grpo", "dapo", "dr_grpo", "cispo", "gspo"] = "grpo"
+    loss: Literal[tuple(VARIANTS)] = "grpo"
     """The variant: nanosport/train/variants.py has them in a table."""
     clip_low: Annotated[float | None, Above(0), AtMost(1)] = None
     """The ratio is clipped to 1 − clip_low … 1 + clip_high. None: as the variant has it."""
@@ -117,7 +117,7 @@ class Config(RolloutConfig):
         if self.loss == "gspo" and self.rollout_mask == "token":
             rule = "takes tokens, --loss gspo whole sequences: choose sequence or geometric"
             raise ValueError(f"--rollout-mask token: {rule}")
-        if self.judge_url and self.judge_wait_s >= self.stuck_after_s:
+        if self.judge_url and 0 < self.stuck_after_s <= self.judge_wait_s:
             raise ValueError(f"--judge-wait-s {self.judge_wait_s}: must be below --stuck-after-s")
         if self.updates > self.num_prompts:
             rule = f"must be at most --num-prompts {self.num_prompts}"
@@ -148,13 +148,15 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
     """
     size, num_prompts = training.cfg.group_size, training.cfg.num_prompts
     rollouts = gathered(training, actors, records, step)
-    num_flat = len(flat_groups(rollouts.rewards, size))
+    flat = flat_groups(rollouts.rewards, size)
+    num_flat = len(flat)
     for again in range(1, training.cfg.refill + 1):
-        if flat := flat_groups(rollouts.rewards, size):
+        if flat:
             more = gathered(training, actors, records, step, again, len(flat))
             rollouts = rollouts.refilled(flat, more, size)
-    left = len(flat_groups(rollouts.rewards, size))
-    refills = dict(zip(REFILLS, (num_flat / num_prompts, num_flat - left)))
+            flat = flat_groups(rollouts.rewards, size)
+    actors.sampler.sleep()
+    refills = {"flat_groups": num_flat / num_prompts, "refilled": num_flat - len(flat)}
     return replace(rollouts, work=rollouts.work | refills)
 
 
@@ -187,16 +189,17 @@ def prepare(
     """Pack the episodes of an update, and compute their old and reference log-probs."""
     cfg = training.cfg
     with training.stage("reference"):
-        all_numbers = range(len(rollouts.episodes))
-        part = [k for k in all_numbers if k // cfg.group_size % cfg.updates == update]
+        part = [
+            k for k in range(len(rollouts.episodes)) if k // cfg.group_size % cfg.updates == update
+        ]
         episodes = [rollouts.episodes[k] for k in part]
         homes = [rollouts.homes[k] for k in part]
         micro_batches, balance = training.deal(episodes, cfg.group_size, homes)
 
         # what each episode's tokens weigh, counted over all ranks
         lengths = [sum(episode.mask) for episode in episodes]
-        counts = (len(episodes), sum(lengths), cfg.max_new_tokens * cfg.max_turns)
-        scales = torch.tensor([token_scale(cfg.loss, length, *counts) for length in lengths])
+        totals = (len(episodes), sum(lengths), cfg.max_new_tokens * cfg.max_turns)
+        scales = torch.tensor([token_scale(cfg.loss, length, *totals) for length in lengths])
         micros = []
         for numbers, counts in micro_batches:
             batch = training.pack([episodes[k] for k in numbers], actors.encoder)
@@ -280,7 +283,6 @@ def main(cfg: Config) -> None:
     if cfg.data == Config.data:
         dist.once(lambda: cfg.data.exists() or arena.main(arena.Config()))
     rows = read_data(cfg)
-    training.state["starved"] = 0
     training.load()
     actors = Actors(training, judge)
     records = Records(cfg.data, rows, actors.encoder)

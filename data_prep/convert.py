@@ -29,7 +29,7 @@ from data_prep import sources
 from data_prep.sources import VIDEOS, Folder, Skip
 from nanosport import cli
 from nanosport.fields import AtLeast
-from nanosport.files import mend, named, own_name, writing
+from nanosport.files import is_own_file, mend, named, writing
 from nanosport.records import Question, parse_question, read_lines, record_row
 
 SHOWN = 20
@@ -164,7 +164,7 @@ def kept_lines(cfg: Config, root: Path, out: Path):
     """(the file to write to, the ids of the records that are there): what a run of the same source,
     root and seed on the same files has written before it was killed. It takes the name `out` when
     all is written; where an input is at fault nothing is left."""
-    if not own_name(out):
+    if not is_own_file(out):
         with writing(out) as file:
             yield file, []
         return

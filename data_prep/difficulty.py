@@ -50,7 +50,7 @@ def measure(
 ) -> list[str]:
     """Add the rates that are missing to `rates` and to the file `kept`, batch by batch; returns a
     line for each clip that cannot be used."""
-    from nanosport.engine.own import load_sampler  # not before it is needed: it loads the model
+    from nanosport.engine.players import load_sampler  # not before it is needed: it loads the model
 
     sampling = Sampling(cfg.temperature, max_new_tokens=cfg.max_new_tokens, stops=STOPS)
     encoder, sampler = load_sampler(folder, sampling)

@@ -36,10 +36,9 @@ from nanosport.engine.sampler import Sampling
 from nanosport.env import prompt
 from nanosport.env.endpoint import Endpoint, EndpointError, Refused
 from nanosport.env.env import Env, Limits
-from nanosport.env.judge import MAX_UNGRADED, Judge, NoGrade, judge_of
+from nanosport.env.judge import MAX_UNGRADED, Judge, NoGrade, graded, judge_of
 from nanosport.env.reward import format_valid
 from nanosport.env.rollout import rollout
-from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS, TOOL_NAME, Syntax, split_think
 from nanosport.fields import Above, AtLeast, AtMost, Share
 from nanosport.files import provenance, write_atomically
@@ -146,9 +145,7 @@ def opening(env: Env) -> list[dict]:
 def same_prompt(env: Env, endpoint: Endpoint) -> bool | None:
     """Whether the server makes the rollout's tokens of the teacher's first messages, a picture's
     placeholders counted as one; None where it does not show its tokens."""
-    blank = [1] * len(env.overview)
-    about = (env.video.num_frames, True, env.fps, env.times_s, env.limits.syntax)
-    text = prompt.opening(env.question, env.overview, blank, *about)
+    text = prompt.opening_of(env, 1)
     said = endpoint.tokens(messages=opening(env), add_generation_prompt=True)
     meant = endpoint.tokens(prompt=text, add_special_tokens=False)
     if said is None or meant is None:
@@ -281,9 +278,7 @@ def fault(episode: Episode, cfg: Config, judge: Judge | None) -> str | None:
         return "over-long reasoning"
     if not consistent(episode):
         return "reasoning against its windows"
-    asked = [episode.answer], [episode.question]
-    (score,) = judge.answers(*asked) if judge else [None]
-    score = accuracy(episode.answer, episode.question) if score is None else score
+    (score,), _ = graded([episode], judge)
     if score < cfg.min_accuracy:
         return "wrong answer"
     try:

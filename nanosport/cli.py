@@ -22,7 +22,7 @@ import torch
 
 import nanosport
 from nanosport.fields import NAMES, Bound, marks_of
-from nanosport.files import commit, named, own_name, plain
+from nanosport.files import commit, is_own_file, named, plain
 from nanosport.records import check_whole
 from nanosport.report import printable
 
@@ -82,7 +82,7 @@ def not_the_input(
 ) -> None:
     """Raise ValueError where a command would write over a file that it reads, or over one in a
     folder that it reads. beside: what else it writes, so that `out` must be a plain file."""
-    if beside and not own_name(out):
+    if beside and not is_own_file(out):
         rule = f"must be a plain file, for {beside.name} is written beside it"
         raise ValueError(f"{flag} {out}: {rule}")
     if beside:

@@ -33,7 +33,7 @@ def plain(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def own_name(path: Path) -> bool:
+def is_own_file(path: Path) -> bool:
     """Whether other files may lie beside a plain file: not where it only is what a shell has
     redirected /dev/stdout or /proc/self/fd/1 to."""
     folder = path.parent.resolve()

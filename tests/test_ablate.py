@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import shutil
 import signal
 import threading
 import time
@@ -17,7 +16,7 @@ import rl
 from nanosport.bench import ablate
 from nanosport.bench.ablate import ROWS, Config, Stage, demos_record, ensure, stages_of
 from nanosport.cli import Preempted
-from nanosport.engine.own import load_sampler
+from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
 from nanosport.env.rollout import rollout
@@ -31,6 +30,17 @@ def row_of(report: Path, **figures: float) -> None:
     score = figures["accuracy"] / 100
     episodes = [{"id": f"q{k}", "video": f"v{k}", "accuracy": score} for k in range(9)]
     report.write_text(json.dumps({"rows": {"x": figures | {"episodes": episodes}}, "command": "c"}))
+
+
+def made(cfg: Config, seed: int, row: str, **figures: float) -> None:
+    """A row's report as if its stages had run."""
+    stages = stages_of(cfg, seed, row)
+    row_of(stages[-1].made, **figures)
+    stages[-2].made.mkdir(exist_ok=True)
+    line = dict.fromkeys(ablate.CURVES, 0.5 + seed) | {"step": 0}
+    (stages[-2].made / "log.jsonl").write_text(json.dumps(line) + "\n")
+    about = {"commands": [shlex.join(stage.args) for stage in stages], "seconds": 1}
+    ablate.record(stages[-1], cfg.out / f"seed{seed}", about)
 
 
 def test_every_row_is_rl_with_one_thing_changed(tmp_path):
@@ -130,24 +140,19 @@ def test_what_the_demo_has_made_is_taken_where_its_flags_are_the_same(tmp_path):
 def test_the_table_and_the_curves_are_of_what_is_there(tmp_path):
     cfg = Config((0, 1), ("v2", "accuracy"), tmp_path / "out", keep=tmp_path / "kept")
     for seed in (0, 1):
-        folder = tmp_path / f"out/seed{seed}"
-        row_of(folder / "eval_v2.json", **dict.fromkeys(ablate.COLUMNS, 90.0 + seed))
-        for row in ("v2", "accuracy"):
-            (folder / row).mkdir()
-            line = dict.fromkeys(ablate.CURVES, 0.5 + seed) | {"step": 0}
-            (folder / row / "log.jsonl").write_text(json.dumps(line) + "\n")
-    row_of(tmp_path / "out/seed1/eval_accuracy.json", **dict.fromkeys(ablate.COLUMNS, 80.0))
+        made(cfg, seed, "v2", **dict.fromkeys(ablate.COLUMNS, 90.0 + seed))
+    made(cfg, 1, "accuracy", **dict.fromkeys(ablate.COLUMNS, 80.0))
+    made(replace(cfg, smoke=True), 0, "accuracy", **dict.fromkeys(ablate.COLUMNS, 10.0))
     said = ablate.write(cfg)
-    assert "| v2 | 0 1 | 90.5 ± 0.5 |" in said and "| accuracy | 1 | 80.0 ± 0.0 |" in said
+    assert "| v2 | 0 1 | 90.5 ± 0.7 |" in said and "| accuracy | 1 | 80.0 |" in said
     assert (cfg.keep / "table.md").read_text() == said and "v1" not in said
     kept = json.loads((cfg.keep / "v2_seed1.json").read_text())
     assert "episodes" not in kept["rows"]["x"] and kept["command"] == "c"
     assert (cfg.keep / "v2_seed1.jsonl").exists() and (cfg.keep / "kl.svg").exists()
     scores = (cfg.keep / "v2_seed1.scores.jsonl").read_text().splitlines()
     assert json.loads(scores[8]) == {"id": "q8", "video": "v8", "accuracy": 0.91}
-    row_of(tmp_path / "out/seed1/eval_v1.json", **dict.fromkeys(ablate.COLUMNS, 81.0))
-    shutil.copytree(tmp_path / "out/seed1/v2", tmp_path / "out/seed1/v1")
-    wanted = "- `v2` against `v1` (seeds 1): overall +10.0 [+10.0, +10.0] points, p = 0.0"
+    made(cfg, 1, "v1", **dict.fromkeys(ablate.COLUMNS, 81.0))
+    wanted = "- `v2` against `v1` (seeds 1): overall +10.0 points, p = 0.0"
     assert wanted in ablate.sentences(ablate.results(cfg)) and "against" not in said
     assert "polyline" in (cfg.out / "accuracy.svg").read_text()
 
@@ -157,13 +162,7 @@ def test_what_is_kept_is_not_made_again_where_its_commands_are_the_same(tmp_path
     here = Config((0,), ("v1",), Path("out"), keep=tmp_path / "kept")
     (tmp_path / "one").mkdir()
     monkeypatch.chdir(tmp_path / "one")
-    *stages, judge = stages_of(here, 0, "v1")
-    row_of(judge.made, **dict.fromkeys((*ablate.COLUMNS, "tool_rate"), 90.0))
-    stages[-1].made.mkdir()
-    line = json.dumps(dict.fromkeys(ablate.CURVES, 0.5)) + "\n"
-    (stages[-1].made / "log.jsonl").write_text(line)
-    commands = [shlex.join(stage.args) for stage in (*stages, judge)]
-    ablate.record(judge, judge.made.parent, {"commands": commands})
+    made(here, 0, "v1", **dict.fromkeys((*ablate.COLUMNS, "tool_rate"), 90.0))
     said = ablate.write(here)
 
     # elsewhere nothing is there, and nothing is run
@@ -171,7 +170,7 @@ def test_what_is_kept_is_not_made_again_where_its_commands_are_the_same(tmp_path
     monkeypatch.chdir(tmp_path / "two")
     monkeypatch.setattr(ablate, "ensure", lambda *_: pytest.fail("it is made again"))
     ablate.main(here)
-    assert ablate.write(here) == said and "| v1 | 0 | 90.0 ± 0.0 |" in said
+    assert ablate.write(here) == said and "| v1 | 0 | 90.0 |" in said
     assert len(ablate.results(here)["v1"][0][0]["rows"]["x"]["episodes"]) == 9
     other = json.loads((here.keep / "v1_seed0.json").read_text())
     other["made"][-1]["commands"][0] += " --seed 3"

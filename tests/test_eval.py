@@ -17,7 +17,7 @@ import pytest
 import eval as evaluation
 import infer
 from nanosport.cli import Preempted, Terminal
-from nanosport.engine.own import load_sampler
+from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.played import Played
 from nanosport.env.tools import STOPS

@@ -109,10 +109,10 @@ def test_weights_are_announced_as_they_come(nano_qwen3_folder):
     model = load_model(nano_qwen3_folder)
     lora.attach(model, 2, 4, lora.DECODER, seed=0)
     for merged in (False, True):
-        weights = dist.TrainedWeights(model, merged)
-        sent = [(name, weight.shape) for name, weight in weights]
-        assert sent == [(name, weight.shape) for name, weight in weights.named]
-        assert any(name.startswith("model.language_model.") for name, _ in sent)
+        weights = dist.TrainedWeights(model, torch.bfloat16, merged)
+        sent = [(name, weight.dtype, tuple(weight.shape)) for name, weight in weights]
+        assert sent == weights.announced and {dtype for _, dtype, _ in sent} == {torch.bfloat16}
+        assert any(name.startswith("model.language_model.") for name, *_ in sent)
 
 
 def test_a_copy_that_computes_hands_on_every_gradient(nano_qwen3_folder):

@@ -1,6 +1,7 @@
 """Intervals hold what they promise, and what is compared, counted and printed is right."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,42 @@ def test_the_paired_test_has_five_false_alarms_in_a_hundred():
     assert 0.04 <= np.mean(alarms) <= 0.06, np.mean(alarms)
     assert sign_flip(np.full(40, 1.0)) < 0.001 and sign_flip(np.zeros(40)) == 1.0
     assert sign_flip(np.tile([1.0, -1.0], 20)) == 1.0
+
+
+def test_nothing_is_said_of_answers_that_are_all_alike():
+    """What is drawn again from them is as alike, which is no certainty."""
+    values = np.stack([np.full(60, 1.0), np.arange(60) % 2], 1)
+    sure, open_ = intervals(values, np.arange(60) // 5)
+    assert np.isnan(sure).all() and open_[0] < 0.5 < open_[1]
+
+
+def test_the_parts_of_a_video_stand_or_fall_together():
+    made = [played(k, "red") for k in range(20)]
+    parts = [
+        replace(e, question=replace(e.question, video="match.mp4", span_s=(k, k + 1)))
+        for k, e in enumerate(made)
+    ]
+    scores = [float(k % 3 > 0) for k in range(20)]
+    assert "accuracy" in figures(made, scores)["intervals"]
+    assert "accuracy" not in figures(parts, scores)["intervals"]
+
+
+def test_questions_of_other_data_are_not_compared(tmp_path):
+    """Their ids may be the same, as those of the arena's seeds are."""
+    mine = Question("q0", "v", "s", "rules", "Who?", (), "red")
+    rows = [{"id": "q0", "video": "v", "truth": "red", "question": "Who?", "accuracy": 1.0}]
+
+    def against(**changed) -> str:
+        episodes = [rows[0] | changed]
+        (tmp_path / "r.json").write_text(json.dumps({"rows": {"a": {"episodes": episodes}}}))
+        return str(tmp_path / "r.json")
+
+    assert row_named(against(), [mine])[0] == "a"
+    for changed in ({"question": "When?"}, {"truth": "blue"}):
+        with pytest.raises(ValueError, match="none of its questions are asked here"):
+            row_named(against(**changed), [mine])
+    with pytest.raises(ValueError, match="must be tool, no-tool, or a report"):
+        row_named(against(accuracy=None), [mine])
 
 
 def test_nothing_is_said_of_fewer_than_five_videos():
@@ -99,7 +136,7 @@ def report(tmp_path: Path, scores: list[float], name: str = "r.json") -> Path:
 
 
 def test_two_rows_are_compared_question_by_question(tmp_path):
-    ids = [f"q{k}" for k in range(40)]
+    ids = [Question(f"q{k}", "v", "s", "rules", "?", (), "a") for k in range(40)]
     mine = row_named(str(report(tmp_path, [1.0] * 40)), ids)[1]
     label, other = row_named(f"{report(tmp_path, [0.0, 1.0] * 15, 's.json')}:a: b", ids)
     found = compared(mine, label, other)
@@ -110,7 +147,7 @@ def test_two_rows_are_compared_question_by_question(tmp_path):
         with pytest.raises(ValueError, match="--against .*: must be tool, no-tool, or a report"):
             row_named(name, ids)
     with pytest.raises(ValueError, match="none of its questions are asked here"):
-        row_named(f"{tmp_path}/r.json", ["other"])
+        row_named(f"{tmp_path}/r.json", [replace(ids[0], id="other")])
 
 
 def test_the_table_is_printed_as_markdown_and_as_latex():

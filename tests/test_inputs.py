@@ -13,7 +13,7 @@ import rl
 import train
 from data_prep import check, difficulty, look, split, teacher
 from nanosport.cli import Terminal
-from nanosport.engine.own import load_sampler
+from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
 from nanosport.env.rollout import Conversation, rollout

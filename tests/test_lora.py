@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import rl
 import train
 from kernels import policy_loss
-from nanosport.engine.own import load_sampler
+from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.engine.vllm import start_engine
 from nanosport.files import ASSETS
@@ -109,7 +109,7 @@ def test_switched_off_it_is_the_base_and_merged_it_is_the_same(tiny_pair):
     assert torch.equal(hidden(model), with_adapter)
 
     _, merged = tiny_pair()
-    whole = {own_name(n): w for n, w in dist.TrainedWeights(model, merged=True)}
+    whole = {own_name(n): w for n, w in dist.TrainedWeights(model, torch.float32, merged=True)}
     assert whole.keys() == {n for n, _ in merged.named_parameters() if not n.startswith("visual.")}
     merged.load_state_dict(whole, strict=False)
     decoder_only = {n: a for n, a in lora.adapters(model).items() if n.startswith("visual.")}

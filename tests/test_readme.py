@@ -25,7 +25,6 @@ from nanosport.report import __main__ as report
 from nanosport.serve import __main__ as serve
 from nanosport.train import checkpoint
 from nanosport.train.metrics import TokenMeans, log_row, rollout_stats, take_work
-from nanosport.train.rollouts import REFILLS
 from nanosport.train.training import Update
 
 ROOT = Path(__file__).parent.parent
@@ -116,7 +115,7 @@ def test_every_metric_is_explained_and_no_other():
     means.sums.append(torch.ones(len(means.NAMES)))
     stats = rollout_stats([episode], [Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)], 0)
     row = log_row(0, stats, means.over_ranks("cpu"), [Update(1.0, 1.0, 0.1, False)], 1.0)
-    row |= take_work(Counter(pages=3)) | dict.fromkeys(REFILLS, 0)
+    row |= take_work(Counter(pages=3)) | {"flat_groups": 0, "refilled": 0}
     assert row["pages"] == 3 and row["rows_put_back"] == 0
     page = PAGES["metrics.md"]
     of_rl, rest = page.split("## `log.jsonl` of `train.py`")

@@ -20,7 +20,7 @@ import pytest
 uvicorn = pytest.importorskip("uvicorn", reason="requirements-serve.txt is not installed")
 pytest.importorskip("starlette", reason="requirements-serve.txt is not installed")
 
-from nanosport.engine import own  # noqa: E402
+from nanosport.engine.players import load_sampler  # noqa: E402
 from nanosport.engine.sampler import Sampling  # noqa: E402
 from nanosport.env.env import Limits  # noqa: E402
 from nanosport.env.tools import STOPS  # noqa: E402
@@ -95,7 +95,7 @@ def eventually(holds, timeout_s: float = 30) -> None:
 @pytest.fixture(scope="module")
 def desk():
     sampling = Sampling(0.0, 1.0, 160, STOPS)
-    encoder, sampler = own.load_sampler(ASSETS / "nano-deepsport", sampling)
+    encoder, sampler = load_sampler(ASSETS / "nano-deepsport", sampling)
     desk = Desk(encoder, sampler, Limits(), rows=64, most=100)
     yield desk
     desk.close()

@@ -24,7 +24,7 @@ import infer
 from data_prep import arena, distill, pretrain
 from kernels.policy_loss import linear_logprobs
 from nanosport.engine import own, players
-from nanosport.engine.players import Room, make_sampler
+from nanosport.engine.players import Room, load_sampler, make_sampler
 from nanosport.engine.sampler import Piece, Sampling
 from nanosport.engine.servers import Servers
 from nanosport.engine.vllm import VllmSampler
@@ -66,7 +66,7 @@ def few(clips) -> Path:
 @pytest.fixture(scope="module")
 def ours():
     """The encoder, and our own sampler, whose model stands for the trainer's."""
-    return own.load_sampler(MODEL, GREEDY)
+    return load_sampler(MODEL, GREEDY)
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +219,11 @@ def test_weights_go_over_nccl_as_vllm_has_it(ours, theirs, tmp_path, monkeypatch
     monkeypatch.setattr(nccl_engine, "packed_nccl_broadcast_producer", broadcast)
 
     class Weights:
-        named = [("a", torch.zeros(2, 3)), ("b", torch.ones(4))]
+        announced = [("a", torch.float32, (2, 3)), ("b", torch.float32, (4,))]
 
         def __iter__(self):
             gone_through.append(1)
-            return iter(self.named)
+            return iter((name, torch.zeros(shape)) for name, _, shape in self.announced)
 
     with SamplingServer(theirs.tokenizer) as server:
         urls = [server.url, f"http://127.0.0.1:{free_port()}"]

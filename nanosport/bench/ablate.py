@@ -28,7 +28,7 @@ import rl
 import train
 from data_prep import arena
 from nanosport import cli
-from nanosport.bench.demo import chart, read
+from nanosport.bench.demo import chart, mean_and_spread, read
 from nanosport.cli import Preempted
 from nanosport.env.figures import compared
 from nanosport.fields import AtLeast
@@ -258,8 +258,10 @@ def results(cfg: Config) -> Found:
     found: Found = {}
     for row in ROWS:
         for seed in cfg.seeds:
-            *_, learn, judge = stages_of(cfg, seed, row)
-            if judge.made.exists():
+            *_, learn, judge = stages = stages_of(cfg, seed, row)
+            done = record_of(judge, judge.made.parent)
+            commands = [shlex.join(stage.args) for stage in stages]
+            if done.get("commands") == commands and "seconds" in done and judge.made.exists():
                 log = [line for _, line in read_lines(learn.made / "log.jsonl", "a step")]
                 found.setdefault(row, {})[seed] = read(judge.made), log
             elif one := kept(cfg, seed, row):
@@ -274,14 +276,15 @@ def figures_table(found: Found) -> str:
         figures = [next(iter(report["rows"].values())) for report, _ in by_seed.values()]
         values = [[one.get(key) for one in figures] for key in COLUMNS]
         cells[row] = [" ".join(map(str, by_seed))] + [
-            "–" if None in each else f"{np.mean(each):.1f} ± {np.std(each):.1f}" for each in values
+            "–" if None in each else mean_and_spread(each) for each in values
         ]
     return markdown(["row", "seeds", *COLUMNS.values()], cells)
 
 
 def sentences(found: Found) -> str:
     """What each row changes against v1, over the seeds that both have: the paired difference, and
-    the figures in which rewards differ most."""
+    the figures in which rewards differ most. p is of these models: how far training again would
+    differ, the spread over the seeds says."""
     lines, plain = [], found.get("v1", {})
     for row, by_seed in found.items():
         seeds = [seed for seed in by_seed if seed in plain and row != "v1"]
@@ -298,8 +301,8 @@ def sentences(found: Found) -> str:
             means = {key: np.mean([its[key] for its in rows.values()]) for key in MOVES}
             merged.append(means | {"episodes": episodes})
         than = compared(merged[0], "v1", merged[1])
-        bounds = "[{:+.1f}, {:+.1f}]".format(*than["interval"] or (-100, 100))
-        parts = [f"overall {than['difference']:+.1f} {bounds} points, p = {than['p']:.2g}"]
+        bounds = " [{:+.1f}, {:+.1f}]".format(*than["interval"]) if than["interval"] else ""
+        parts = [f"overall {than['difference']:+.1f}{bounds} points, p = {than['p']:.2g}"]
         parts += [f"{MOVES[k]} {merged[1][k]:.1f} → {merged[0][k]:.1f}" for k in MOVES]
         lines.append(
             f"- `{row}` against `v1` (seeds {' '.join(map(str, seeds))}): {'; '.join(parts)}."

@@ -126,11 +126,14 @@ def seeds_table(reports: list[dict]) -> str:
     cells = {}
     for label in reports[0]["rows"]:
         by_column = [[report["rows"][label][key] for report in reports] for key in COLUMNS]
-        cells[label] = [
-            "–" if None in values else f"{np.mean(values):.1f} ± {np.std(values):.1f}"
-            for values in by_column
-        ]
+        cells[label] = ["–" if None in values else mean_and_spread(values) for values in by_column]
     return markdown(["", *COLUMNS.values()], cells)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean ± standard deviation of a figure over seeds; of one alone nothing is known."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ from statistics import median
 import torch
 
 from nanosport.cli import ending
-from nanosport.engine import own
-from nanosport.engine.players import Room, make_sampler
+from nanosport.engine.players import Room, load_sampler, make_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
@@ -40,7 +39,7 @@ def main() -> None:
     args = parser.parse_args()
     questions, limits = read_questions(args.data)[: args.questions], Limits()
     sampling = Sampling(0.8, max_new_tokens=160, stops=STOPS)
-    encoder, ours = own.load_sampler(args.model, sampling)
+    encoder, ours = load_sampler(args.model, sampling)
     room = Room(limits.max_tokens + sampling.max_new_tokens, len(questions) * args.group_size)
     theirs = make_sampler("vllm", args.model, ours.model, sampling, room)
 

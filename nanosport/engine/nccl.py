@@ -37,7 +37,7 @@ class Client:
 
 def connect(url: str, post: Post, num_workers: int, weights: Iterable[tuple[str, torch.Tensor]]):
     """vLLM's trainer engine for one server. Its `send_weights` sends all of its `source.weights`,
-    which say beforehand what comes (`named`)."""
+    which say beforehand what comes (`announced`)."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -47,7 +47,7 @@ def connect(url: str, post: Post, num_workers: int, weights: Iterable[tuple[str,
             self.weights = weights
 
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(name, w.dtype, tuple(w.shape)) for name, w in self.weights.named]
+            return [ParamMeta(*about) for about in self.weights.announced]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             return iter(self.weights)

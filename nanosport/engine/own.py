@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from math import isfinite
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,10 +23,8 @@ from nanosport.engine.pages import PAGE, Pages, WidePages
 from nanosport.engine.row import Row, hear
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.engine.step import Launched, Steps
-from nanosport.image import ImageConfig
 from nanosport.model.decoder import VLModel, join_projections, mrope_cos_sin, mrope_tables
-from nanosport.model.folder import load_model, load_tokenizer, own_name, settings_folder
-from nanosport.model.frames import FrameEncoder
+from nanosport.model.folder import own_name
 
 PACK_TOKENS = 8192
 """A pack has at most so many new tokens."""
@@ -291,17 +288,6 @@ class OwnSampler:
         left = POOL_SHARE * torch.cuda.mem_get_info(self.device)[0]
         num_pages = min(int(left) // Pages.page_bytes(cfg, PAGE, dtype), POOL_TOKENS // PAGE)
         return Pages(cfg, num_pages, PAGE, self.device, dtype)
-
-
-def load_sampler(
-    folder: Path, sampling: Sampling, max_pixels: int | None = None
-) -> tuple[FrameEncoder, OwnSampler]:
-    """Load what plays episodes from a model folder: on a GPU, in bfloat16, if there is one.
-    max_pixels: a frame's bound, where it is not the folder's."""
-    on_gpu = torch.cuda.is_available()
-    model = load_model(folder, *(("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)))
-    encoder = FrameEncoder(model, ImageConfig.from_folder(settings_folder(folder), max_pixels))
-    return encoder, OwnSampler(model, load_tokenizer(folder), sampling)
 
 
 def banned_ids(model: VLModel, tokenizer) -> torch.Tensor:

@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from nanosport.engine import own
 from nanosport.engine.own import OwnSampler, banned_ids
 from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.engine.servers import Servers, ServerSampler
@@ -78,14 +77,15 @@ def load_sampler(
 ) -> tuple[FrameEncoder, Sampler]:
     """Load what plays episodes from a model folder: on a GPU, in bfloat16, if there is one.
     max_pixels: a frame's bound, where it is not the folder's. Raises ValueError where it cannot."""
-    if name == "own":
-        return own.load_sampler(folder, sampling, max_pixels)
-    if name != "vllm":
+    if name not in ("own", "vllm"):
         rule = "must be own or vllm here: servers play what rl.py trains"
         raise ValueError(f"--sampler {name}: {rule}")
-    model = load_model(folder)
-    model.model.layers = nn.ModuleList()  # vLLM has them; this one sees
-    if torch.cuda.is_available():
-        model = model.to("cuda", torch.bfloat16)
+    where = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    if name == "own":
+        model = load_model(folder, *where)
+    else:
+        model = load_model(folder)
+        model.model.layers = nn.ModuleList()  # vLLM has them; this one sees
+        model = model.to(*where)
     encoder = FrameEncoder(model, ImageConfig.from_folder(settings_folder(folder), max_pixels))
     return encoder, make_sampler(name, folder, model, sampling, room)

@@ -25,8 +25,8 @@ class Row:
         self.pieces: list[tuple[int, Piece]] = []
         """Those with frames, and where they begin."""
         self.draws: np.ndarray | None = None
-        """Of its turn: one for each token that it may have, and one to spare; None while it waits
-        to be answered."""
+        """The random numbers of its turn, one for each token that it may have and one to spare;
+        None while it waits to be answered."""
         self.sampled_logp: list[float] = []
         """Of the tokens that it has said in this turn."""
         self.closed = False

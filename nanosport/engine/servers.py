@@ -19,6 +19,7 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPException
@@ -116,13 +117,17 @@ class Server:
             self.way.source.weights = weights
             self.way.send_weights()
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            self.way = None
             raise Lost(f"takes no weights: {error!r}") from error
 
     def renew(self, bring: Callable[["Server"], None], version: int) -> None:
         """Have it take new weights, and forget what the old ones have computed."""
         self.post("/pause?mode=abort")  # what was asked for before it was given up
-        bring(self)
+        try:
+            bring(self)
+        except Lost:
+            with suppress(Lost):  # paused, it would keep other ranks waiting; its version is old
+                self.post("/resume")
+            raise
         self.post("/reset_encoder_cache")
         if not self.post("/reset_prefix_cache").get("success"):
             raise Lost("keeps what its old weights have computed")
@@ -245,6 +250,7 @@ class ServerSampler:
     def _give_up(self, server: Server, why: str) -> None:
         with self.lock:
             news, server.down = not server.down, why
+            server.way = None  # what comes back is another process
             self.counts["servers_lost"] += news
         if news:
             say(f"{server.url}: {why}: given up; others play its conversations")
@@ -310,8 +316,8 @@ class Once:
         self.weights, self.begun = weights, False
 
     @property
-    def named(self) -> list[tuple[str, torch.Tensor]]:
-        return self.weights.named
+    def announced(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        return self.weights.announced
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         self.begun = True

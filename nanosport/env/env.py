@@ -4,7 +4,8 @@
     while env.status is None:
         turn = env.step(text)        # a policy's text, a teacher's, or one from a file
 
-Whoever plays, plays here: rollouts, replayed trajectories, a teacher behind an endpoint, the pages.
+Rollouts, replayed trajectories, a teacher behind an endpoint and the pages all step through this
+class.
 """
 
 from collections.abc import Sequence
@@ -89,8 +90,15 @@ class Env:
         """Run the action of a turn."""
         asked = tuple(turn.window for turn in self.turns if turn.action == "tool")
         limits = self.limits
-        rules = {name: getattr(limits, name) for name in ("syntax", "min_window", "near")}
-        action = tools.parse(text, self.video.num_frames, asked, limits.use_tool, **rules)
+        action = tools.parse(
+            text,
+            self.video.num_frames,
+            asked,
+            limits.use_tool,
+            syntax=limits.syntax,
+            min_window=limits.min_window,
+            near=limits.near,
+        )
         is_last = len(self.turns) + 1 >= self.limits.max_turns
         frames: Sequence[int] = ()
         if action.kind == "answer":

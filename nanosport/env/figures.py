@@ -10,8 +10,8 @@ import numpy as np
 
 from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.scoring import temporal_iou
-from nanosport.env.statistics import MIN_VIDEOS, intervals, numbered, pass_at, sign_flip, sums
-from nanosport.records import DIMENSIONS, Episode
+from nanosport.env.statistics import intervals, numbered, pass_at, sign_flip, sums
+from nanosport.records import DIMENSIONS, Episode, Question
 
 TITLES = {"accuracy": "overall"} | {name: name for name in DIMENSIONS}
 TITLES |= {
@@ -138,7 +138,7 @@ def figures(episodes: Sequence[Episode], scores: Sequence[float]) -> dict:
     nothing to count; and of each the 95 % interval over videos, as [low, high]."""
     found = columns(episodes, scores)
     values_EF = np.array(list(found.values()), dtype=float).T
-    bounds = intervals(values_EF, numbered([str(episode.question.clip) for episode in episodes]))
+    bounds = intervals(values_EF, numbered([episode.question.video for episode in episodes]))
     row: dict = {"intervals": {}}
     for place, values, (low, high) in zip(found, values_EF.T, bounds):
         counted = values[~np.isnan(values)]
@@ -162,7 +162,8 @@ def outcome(episode: Episode, score: float) -> dict:
     broken = next((turn for turn in episode.turns if turn.error), None)
     return {
         "id": episode.question.id,
-        "video": str(episode.question.clip),
+        "question": episode.question.question,
+        "video": episode.question.video,
         "answer": episode.answer,
         "truth": episode.question.answer,
         "accuracy": round(score, 3),
@@ -172,16 +173,27 @@ def outcome(episode: Episode, score: float) -> dict:
     }
 
 
-def row_named(name: str, asked: Sequence[str]) -> tuple[str, dict]:
+def asked_alike(*sides: Sequence[dict]) -> list[list[tuple]]:
+    """What tells the questions of two sides apart: ids alone may be those of other data. Reports
+    from before they held the questions' texts go by the rest."""
+    names = ("id", "truth", "question")
+    names = [name for name in names if all(name in one for side in sides for one in side[:1])]
+    return [[tuple(one[name] for name in names) for one in side] for side in sides]
+
+
+def row_named(name: str, asked: Sequence[Question]) -> tuple[str, dict]:
     """(label, row) of REPORT, or REPORT:ROW. Raises ValueError where there is none, or none of its
-    questions are among those asked, by their ids."""
+    questions are among those asked."""
     files = (name[:k] for k, sign in enumerate(f"{name}:") if sign == ":")
     path = next((file for file in files if Path(file).is_file()), name)
     row = name[len(path) + 1 :]
     try:
         rows = json.loads(Path(path).read_text())["rows"]
         row = row or next(iter(rows))
-        if not {one["id"] for one in rows[row]["episodes"]}.intersection(asked):
+        theirs = [one for one in rows[row]["episodes"] if one["accuracy"] >= 0]
+        mine = [{"id": q.id, "truth": q.answer, "question": q.question} for q in asked]
+        keys, others = asked_alike(theirs, mine)
+        if not set(keys).intersection(others):
             raise LookupError("none of its questions are asked here")
         return row, rows[row]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -192,23 +204,24 @@ def row_named(name: str, asked: Sequence[str]) -> tuple[str, dict]:
 def compared(row: dict, label: str, other: dict) -> dict:
     """How much better a row is than another on the questions that both were asked: difference in
     points, its interval over videos, and p of the paired test by sign flips."""
-    means: list[dict[str, float]] = []
-    for episodes in (row["episodes"], other["episodes"]):
-        by_id: dict[str, list[float]] = {}
-        for one in episodes:
-            by_id.setdefault(one["id"], []).append(100.0 * one["accuracy"])
-        means.append({name: sum(values) / len(values) for name, values in by_id.items()})
+    means: list[dict[tuple, float]] = []
+    sides = row["episodes"], other["episodes"]
+    keys = asked_alike(*sides)
+    for episodes, names in zip(sides, keys):
+        by_name: dict[tuple, list[float]] = {}
+        for name, one in zip(names, episodes):
+            by_name.setdefault(name, []).append(100.0 * one["accuracy"])
+        means.append({name: sum(values) / len(values) for name, values in by_name.items()})
     shared = [name for name in means[0] if name in means[1]]
-    video_of = {one["id"]: one["video"] for one in row["episodes"]}
+    video_of = {name: one["video"] for name, one in zip(keys[0], sides[0])}
     videos = numbered([video_of[name] for name in shared])
     differences = np.array([[means[0][name] - means[1][name]] for name in shared])
     by_video, (bounds,) = sums(differences, videos)[0], intervals(differences, videos)
-    few = len(by_video) < MIN_VIDEOS
     return {
         "row": label,
         "questions": len(shared),
         "difference": round(float(differences.mean()), 2),
-        "interval": None if few else [round(float(bound), 2) for bound in bounds],
+        "interval": None if np.isnan(bounds[0]) else [round(float(bound), 2) for bound in bounds],
         "p": round(sign_flip(by_video[:, 0]), 4),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from nanosport.env.endpoint import Endpoint, EndpointError, Refused, Reply
 from nanosport.env.scoring import accuracy, exact
 from nanosport.reading import plain
-from nanosport.records import Question
+from nanosport.records import Episode, Question
 
 GRADES = 4
 ANSWER_RUBRIC = """\
@@ -122,6 +122,18 @@ class Judge:
         cut = "" if reply.finished else " (it was cut)"
         why = f"gave no grade in three tries, last {reply.text[-80:]!r}{cut}"
         raise NoGrade(f"{self.endpoint.model}: {why}; take a model that follows instructions")
+
+
+def graded(
+    episodes: Sequence[Episode], judge: Judge | None
+) -> tuple[list[float], list[float | None]]:
+    """The score of each answer, by the judge where there is one, and by rule where that gives no
+    grade; and the judge's grades."""
+    grades: list[float | None] = [None] * len(episodes)
+    if judge is not None:
+        grades = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
+    by_rule = [accuracy(episode.answer, episode.question) for episode in episodes]
+    return [rule if grade is None else grade for grade, rule in zip(grades, by_rule)], grades
 
 
 def grade_of(reply: Reply) -> int | None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from nanosport.files import append, mend
@@ -27,11 +27,10 @@ class Played:
         if self.path.exists():
             mend(self.path)
             for _, row in read_lines(self.path, "what was played"):
-                self.episodes[row["mode"], row["number"]] = self._episode(row)
+                if row["status"] is not None:  # a lost video may be there again
+                    self.episodes[row["mode"], row["number"]] = self._episode(row)
 
-    def _episode(self, row: dict) -> Episode | None:
-        if row["status"] is None:
-            return None
+    def _episode(self, row: dict) -> Episode:
         turns = tuple(
             Turn(**{k: tuple(v) if isinstance(v, list) else v for k, v in turn.items()})
             for turn in row["turns"]
@@ -47,6 +46,7 @@ class Played:
             if episode is not None:
                 kept |= {name: getattr(episode, name) for name in kept}
                 kept["turns"] = [asdict(turn) for turn in episode.turns]
+                episode = replace(episode, ids=(), mask=(), sampled_logp=())  # most of its memory
             lines.append(json.dumps({"mode": mode, "number": number, **kept}) + "\n")
             self.episodes[mode, number] = episode
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ beside a special token, so the pieces' ids are the ids of the whole text.
 import json
 from collections.abc import Sequence
 
+from nanosport.env.env import Env
 from nanosport.env.tools import SCHEMA, TOOL_NAME, V1_NAME, Syntax
 from nanosport.records import LETTERS, Question, check_text
 
@@ -94,6 +95,21 @@ def opening(
     user += question_text(question, num_frames, fps)
     start = f"<|im_start|>system\n{system(use_tool, syntax)}{END}\n<|im_start|>user\n"
     return f"{start}{user}{END}\n<|im_start|>assistant\n"
+
+
+def opening_of(env: Env, tokens_per_frame: int) -> str:
+    """The opening of an episode."""
+    sizes, limits = [tokens_per_frame] * len(env.overview), env.limits
+    return opening(
+        env.question,
+        env.overview,
+        sizes,
+        env.video.num_frames,
+        limits.use_tool,
+        env.fps,
+        env.times_s,
+        limits.syntax,
+    )
 
 
 def tool_result(content: str) -> str:

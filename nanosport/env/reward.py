@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from nanosport.env.judge import Judge
+from nanosport.env.judge import Judge, graded
 from nanosport.env.scoring import accuracy
 from nanosport.records import Episode
 
@@ -102,21 +102,22 @@ def gated_reward(
     valid = format_valid(episode)
     used, num_new, right = used_tool(episode), new_frames(episode), acc >= 0.5
     rate = episode.question.pass_rate
-    if version == "accuracy":
-        return Reward(acc, acc, 0.0, float(valid), float(used), float(num_new))
     if version == "videobrain":
         kind = "direct" if rate >= solved_rate else "active" if rate <= failed_rate else "adaptive"
         looked, without, wrong = VIDEOBRAIN[kind]
         tool = (looked if right else wrong) if num_new else 0.0 if used else without * right
-        total = VIDEOBRAIN_FORMAT + right + tool if valid else 0.0
-        return Reward(total, acc, tool, float(valid), float(used), float(num_new))
-    if version == "ungated":
+    elif version == "ungated":
         tool = TOOL_WEIGHT if num_new else 0.0
+    elif version == "accuracy":
+        tool = 0.0
     elif version == "v2" and rate >= solved_rate:
         tool = TOOL_WEIGHT * acc if right and not used else 0.0
     else:
         tool = (TOOL_WEIGHT * acc if right else CURIOSITY) if num_new else 0.0
-    total = acc + tool if valid else -FORMAT_PENALTY
+
+    total = acc + tool if valid or version == "accuracy" else -FORMAT_PENALTY
+    if version == "videobrain":
+        total = VIDEOBRAIN_FORMAT + right + tool if valid else 0.0
     return Reward(total, acc, tool, float(valid), float(used), float(num_new))
 
 
@@ -174,10 +175,7 @@ def _where(error: Exception, path: str) -> str:
 def rewards_of(episodes: Sequence[Episode], judge: Judge | None, reward: Callable) -> list[Reward]:
     """The reward of each episode, its answer scored by the judge where there is one, and by rule
     where that gives no grade."""
-    if judge is None:
-        return [reward(episode, None) for episode in episodes]
-    grades = judge.answers([e.answer for e in episodes], [e.question for e in episodes])
     return [
-        replace(reward(episode, grade), ungraded=float(grade is None))
-        for episode, grade in zip(episodes, grades, strict=True)
+        replace(reward(episode, score), ungraded=float(judge is not None and grade is None))
+        for episode, score, grade in zip(episodes, *graded(episodes, judge), strict=True)
     ]

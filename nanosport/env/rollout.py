@@ -33,17 +33,7 @@ class Conversation:
     def open(self) -> Piece:
         """Say everything before the first turn."""
         env, transcript = self.env, self.transcript
-        sizes = [transcript.tokens_per_frame] * len(env.overview)
-        text = prompt.opening(
-            env.question,
-            env.overview,
-            sizes,
-            env.video.num_frames,
-            env.limits.use_tool,
-            env.fps,
-            env.times_s,
-            env.limits.syntax,
-        )
+        text = prompt.opening_of(env, transcript.tokens_per_frame)
         return transcript.observe(text, env.overview)
 
     def take(self, said: Generated) -> Piece | None:

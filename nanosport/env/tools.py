@@ -17,6 +17,8 @@ Syntax = Literal["frame_extraction_tool", "choose_frames"]
 """How a call is written: as Qwen's function calls, or as DeepSport v1 and FrameThinker do."""
 STOPS = ("</tool_call>", "</answer>")
 """What a turn says last, before its end."""
+REPEATED = "were already returned"
+"""What the error of a repeated window says."""
 MIN_WINDOW = 9
 """A window of 8 frames or fewer is invalid (as in FrameThinker, the nearest ancestor)."""
 
@@ -84,15 +86,13 @@ def parse(
     if not allow_tool:
         return Action("invalid", think, error="no tool was offered")
     window, error = _window(turn["call"], num_frames, syntax, min_window)
-    again = [one for one in asked if window and max(map(_distance, one, window)) <= near]
+    again = [
+        one for one in asked if window and max(abs(a - b) for a, b in zip(one, window)) <= near
+    ]
     if error is None and again:
-        seen = f"frames {again[0][0]} to {again[0][1]} were already returned"
+        seen = f"frames {again[0][0]} to {again[0][1]} {REPEATED}"
         error = f"{seen}; ask for another interval or answer"
     return Action("bad_call" if error else "tool", think, window=window, error=error)
-
-
-def _distance(one: int, other: int) -> int:
-    return abs(one - other)
 
 
 def _window(

@@ -29,7 +29,7 @@ class Transcript:
         self.turn_tokens: list[tuple[int, int]] = []
         """First and one past the last id of each of the model's turns."""
         self.versions: list[int] = []
-        """Of the weights that have sampled each of them."""
+        """The version of the weights that have sampled each turn."""
 
     def observe(self, text: str, frames: Sequence[int] = ()) -> Piece:
         """Add what the environment says, with the frames that its placeholders stand for: mask 0.

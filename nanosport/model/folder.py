@@ -260,12 +260,12 @@ def save_model(
     folder, source = Path(folder).absolute(), settings_folder(source)
     if shapes is None or load is None:
         weights = model.state_dict()
-        shapes = {name: (weight.shape, weight.dtype) for name, weight in weights.items()}
-        load = weights.__getitem__
+        shapes, load = {n: (w.shape, w.dtype) for n, w in weights.items()}, weights.__getitem__
     if replace(load_config(source), eos_token_ids=()) != replace(model.cfg, eos_token_ids=()):
         raise ValueError(f"{source}: its config.json describes another model than that to be saved")
     check_replaceable(folder)
     new = folder.with_name(f".{folder.name}.{os.getpid()}")  # beside it, where a rename works
+    shutil.rmtree(new, ignore_errors=True)  # a killed run's, whose pid has come again
     try:
         new.mkdir(parents=True)
         own = {model.cfg.published_name(name): name for name in shapes}

@@ -119,7 +119,7 @@ def training_moments(
         take_step(training, actors, episodes)
         if actors:
             ledger.enter("a whole weight", "publish")
-            for _ in dist.TrainedWeights(training.model):
+            for _ in dist.TrainedWeights(training.model, training.dtype):
                 pass
     return ledger.peaks
 

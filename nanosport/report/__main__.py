@@ -12,7 +12,7 @@ import hashlib
 import html
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -35,6 +35,8 @@ KINDS = (
     "wrong on the right frames", "wrong with the tool", "format",
 )  # fmt: skip
 """How an episode can end. `wrong with the tool` is of a question whose event is not known."""
+EPISODE = ("status", "answer", "reward", "advantage")
+"""What the page shows of an episode as it was kept."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def kept_groups(run: Path, most: int) -> list[tuple[int, Question, list[dict]]]:
 
 
 def parse_group(row: dict) -> tuple[Question, list[dict]]:
+    for one in row["episodes"]:
+        [one[name] for name in (*EPISODE, "frames", "turns")]
     return parse_question(row["question"]), row["episodes"]
 
 
@@ -113,6 +117,14 @@ class Frames:
             return {"error": str(error)}
         return {"name": name, "num_frames": video.num_frames}
 
+    def keep(self, clips: Iterable[Clip]) -> None:
+        """Forget the clips that are not among these, and drop their pictures."""
+        self.clips = {clip: self.clips[clip] for clip in clips if clip in self.clips}
+        names = {name for name, _ in self.clips.values()}
+        for path in self.folder.glob("*.jpg"):
+            if path.name.partition("_")[0] not in names:
+                path.unlink(missing_ok=True)
+
     def _open(self, clip: Clip) -> tuple[str, Video]:
         """Another file under an old name has another name for its frames."""
         video, about = Video(clip.video, span_s=clip.span_s), Path(clip.video).stat()
@@ -129,7 +141,7 @@ def shown_groups(kept: Sequence[tuple], frames: Frames) -> Iterator[tuple[dict, 
             called = sum(len(turn["frames"]) for turn in row["turns"])
             names = ("text", "window", "frames", "error")
             episodes.append(
-                {name: row[name] for name in ("status", "answer", "reward", "advantage")}
+                {name: row[name] for name in EPISODE}
                 | {"kind": kind_of(row, question.window)}
                 | {"overview": row["frames"][: len(row["frames"]) - called]}
                 | {"turns": [{name: turn[name] for name in names} for turn in row["turns"]]}
@@ -187,9 +199,11 @@ def main(cfg: Config) -> None:
     while True:
         now = log.stat().st_mtime_ns if log.is_file() else None
         if now != before:
-            groups = list(shown_groups(kept_groups(cfg.run, cfg.episodes), frames))
+            kept = kept_groups(cfg.run, cfg.episodes)
+            groups = list(shown_groups(kept, frames))
             live_s = cfg.every_s if cfg.watch else None
             write_atomically(out / "index.html", page_of(cfg.run, groups, live_s))
+            frames.keep(question.clip for _, question, _ in kept)
             episodes = sum(len(group["episodes"]) for group, _ in groups)
             print(f"{episodes} episodes: {out / 'index.html'}", flush=True)
             before = now

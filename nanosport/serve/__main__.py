@@ -10,11 +10,12 @@ Questions that come together are played together. docs/serving.md has the interf
 from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports in one line)
 
 import secrets
+import signal
 import socket
 from dataclasses import dataclass
 from typing import Annotated
 
-from nanosport.engine import own
+from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Limits
 from nanosport.env.tools import STOPS, TOOL_NAME, Syntax
@@ -81,13 +82,14 @@ def main(cfg: Config) -> None:
         why = (error.strerror or str(error)).partition(" (")[0]
         raise ValueError(f"--host {cfg.host} --port {cfg.port}: {why}") from None
     sampling = Sampling(cfg.temperature, 1.0, cfg.max_new_tokens, STOPS)
-    encoder, sampler = own.load_sampler(resolve(cfg.model), sampling, cfg.max_pixels)
-    given = {"max_turns": cfg.max_turns, "max_tokens": cfg.episode_tokens}
-    limits = Limits(syntax=cfg.call_syntax, **given)
+    encoder, sampler = load_sampler(resolve(cfg.model), sampling, cfg.max_pixels)
+    limits = Limits(max_turns=cfg.max_turns, max_tokens=cfg.episode_tokens, syntax=cfg.call_syntax)
     desk = Desk(encoder, sampler, limits, cfg.rows, cfg.max_waiting)
     uploads = Uploads(cfg.max_videos, cfg.max_upload_mb, cfg.keep_s, cfg.pause_s)
     app = application(Server(desk, uploads, cfg.model, token, cfg.timeout_s))
     print(f"http://{cfg.host}:{cfg.port}   Ctrl-C ends it", flush=True)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a terminal that closes; not nohup's
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     how = {"log_level": "warning", "timeout_graceful_shutdown": 3, "timeout_keep_alive": 10}
     uvicorn.Server(uvicorn.Config(app, **how)).run(sockets=[listening])
 

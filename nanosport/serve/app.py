@@ -76,6 +76,8 @@ def application(server: Server) -> Starlette:
                 return failure(error.status, str(error))
             except ClientDisconnect:
                 return failure(499, "gone")
+            except OSError as error:  # a full disk
+                return failure(507, error.strerror or str(error))
 
         return Route(path, guarded, methods=[method])
 

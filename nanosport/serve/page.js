@@ -2,7 +2,7 @@
 // Every text enters the page as a text node: nothing that is sent or said is read as HTML.
 const $ = id => document.getElementById(id);
 const form = $("ask"), button = form.querySelector("button");
-let upload = null, preview = null;
+let upload = null, preview = null, newest = null;
 
 function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
@@ -32,13 +32,17 @@ function ready(isReady) {
 
 async function send(file) {
   if (!file) return;
+  newest = file;
   forget();
   ready(false);
   say(`sending ${file.name} …`);
   try {
     const body = {method: "POST", body: file, headers: {"Content-Type": "application/octet-stream"}};
-    upload = await (await checked(await call("videos", body))).json();
+    const sent = await (await checked(await call("videos", body))).json();
+    if (file !== newest) return forget(sent);
+    upload = sent;
   } catch (error) {
+    if (file !== newest) return;
     return say(`${file.name}: ${error.message}`, true);
   }
   say(`${file.name}: ${upload.num_frames} frames`);
@@ -47,9 +51,9 @@ async function send(file) {
   $("video").hidden = false;
   ready(true);
 }
-function forget() {
-  if (upload) call(`videos/${upload.id}`, {method: "DELETE", keepalive: true}).catch(() => {});
-  upload = null;
+function forget(sent = upload) {
+  if (sent) call(`videos/${sent.id}`, {method: "DELETE", keepalive: true}).catch(() => {});
+  if (sent === upload) upload = null;
 }
 
 async function ask(text) {
@@ -60,6 +64,7 @@ async function ask(text) {
   const control = new AbortController();
   stop.addEventListener("click", () => control.abort());
   const content = [{type: "video_url", video_url: {url: upload.url}}, {type: "text", text}];
+  const num_frames = upload.num_frames;
   const asked = {messages: [{role: "user", content}], stream: true, show_turns: true};
   try {
     const response = await checked(await call("v1/chat/completions", {method: "POST",
@@ -68,7 +73,7 @@ async function ask(text) {
     for await (const chunk of chunks(response.body)) {
       if (chunk.error) throw new Error(chunk.error.message);
       said.append(chunk.choices[0].delta.content ?? "");
-      show(chunk.nanosport ?? {}, lines, last);
+      show(chunk.nanosport ?? {}, num_frames, lines, last);
     }
   } catch (error) {
     last.className = "wrong";
@@ -85,8 +90,8 @@ async function* chunks(body) {
     for (const line of lines) if (line !== "data: [DONE]") yield JSON.parse(line.slice(6));
   }
 }
-function show(beside, lines, last) {
-  const count = upload?.num_frames ?? 1, percent = v => `${100 * Math.min(Math.max(v, 0), count) / count}%`;
+function show(beside, count, lines, last) {
+  const percent = v => `${100 * Math.min(Math.max(v, 0), count) / count}%`;
   const line = (name, ...marks) => lines.append(
     make("div", {class: "line"}, make("span", {}, name), make("div", {class: "track"}, ...marks)));
   const mark = (kind, start, end) => {
@@ -113,10 +118,10 @@ for (const [name, isOver] of [["dragover", true], ["dragleave", false], ["drop",
     if (name === "drop") send(event.dataTransfer.files[0]);
   });
 $("file").addEventListener("change", () => send($("file").files[0]));
-$("token").addEventListener("change", () => send($("file").files[0]));
+$("token").addEventListener("change", () => send(newest));
 $("secret").addEventListener("submit", event => event.preventDefault());
 form.addEventListener("submit", event => {
   event.preventDefault();
   if (upload && $("question").value.trim()) ask($("question").value.trim());
 });
-window.addEventListener("pagehide", forget);
+window.addEventListener("pagehide", () => forget());

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
+import torch
+
 from nanosport.engine.players import Room, make_sampler, server_urls
 from nanosport.engine.sampler import Sampling
 from nanosport.engine.servers import Servers
@@ -164,10 +166,11 @@ class Actors:
         if self.coming:
             with self.training.stage("rollout"):
                 wait([self.coming[1]])
+                dist.barrier()  # rank 0 pauses servers that may still play another's episodes
         with self.training.stage("weights to the sampler"):
-            model = self.training.model
+            model, dtype = self.training.model, self.training.dtype
             merged = self.training.cfg.sampler != "own"  # our own adds adapters itself
-            theirs = () if self.sampler_is_model else dist.TrainedWeights(model, merged)
+            theirs = () if self.sampler_is_model else dist.TrainedWeights(model, dtype, merged)
             self.sampler.load_weights(theirs, version)
             dist.barrier()  # servers have them when rank 0 says so
             if not self.training.cfg.frozen:
@@ -186,8 +189,6 @@ class Actors:
         work = take_work(self.sampler.counts, self.encoder.counts)
         if cfg.ahead and step + 1 < cfg.steps:
             self._begin(records, step + 1)
-        else:
-            self.sampler.sleep()
         return episodes, work
 
     def _begin(self, records: Records, step: int) -> None:
@@ -196,6 +197,8 @@ class Actors:
 
         def run() -> None:
             try:
+                if self.training.device.type == "cuda":  # a thread begins with GPU 0
+                    torch.cuda.set_device(self.training.device)
                 future.set_result(self.play(records, step))
             except Exception as error:
                 future.set_exception(error)

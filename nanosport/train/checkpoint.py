@@ -157,7 +157,8 @@ class Checkpoints:
         """Make room for a new checkpoint; what a killed run has left is removed."""
         if named.exists():
             raise ValueError(f"{named}: is there already, and not of this run; remove it")
-        for left in (*self.folder.glob(".step_*"), *self.run.glob(".model.[0-9]*")):
+        models = (left for name in ("model", "best") for left in self.run.glob(f".{name}.[0-9]*"))
+        for left in (*self.folder.glob(".step_*"), *models):
             shutil.rmtree(left, ignore_errors=True)
         try:
             unfinished.mkdir(parents=True)

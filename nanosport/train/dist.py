@@ -199,10 +199,10 @@ def local(weight: torch.Tensor) -> torch.Tensor:
 class TrainedWeights:
     """(published name, weight in one piece) of what is trained, one after the other. All ranks must
     go through all of them, each time that one does. merged: adapters are added to the language
-    model's weights, of which then all come."""
+    model's weights, of which then all come. dtype: what they come in, and travel in."""
 
-    def __init__(self, model: VLModel, merged: bool = False):
-        self.published = model.cfg.published_name
+    def __init__(self, model: VLModel, dtype: torch.dtype, merged: bool = False):
+        self.published, self.dtype = model.cfg.published_name, dtype
         found = lora.adapters(model) if merged else {}
         self.beside = {f"{name}.weight": adapter for name, adapter in found.items()}
         self.chosen = [(n, w) for n, w in model.named_parameters() if w.requires_grad]
@@ -212,13 +212,13 @@ class TrainedWeights:
             self.chosen = [(n, w) for n, w in named if not any(o in n for o in others)]
 
     @property
-    def named(self) -> list[tuple[str, torch.Tensor]]:
-        """(published name, weight, of which a shard is here) of what will come."""
-        return [(self.published(name), weight) for name, weight in self.chosen]
+    def announced(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(published name, dtype, shape) of what will come."""
+        return [(self.published(name), self.dtype, tuple(w.shape)) for name, w in self.chosen]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in self.chosen:
-            weight, adapter = full(weight), self.beside.get(name)
+            weight, adapter = full(weight.to(self.dtype)), self.beside.get(name)
             if adapter:
                 weight = lora.merged(weight, adapter.scale, full(adapter.A), full(adapter.B))
             yield self.published(name), weight

@@ -17,9 +17,8 @@ from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.env import Limits
 from nanosport.env.figures import figures
-from nanosport.env.judge import Judge
+from nanosport.env.judge import Judge, graded
 from nanosport.env.rollout import rollout
-from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.files import checksum, write_atomically
 from nanosport.model.folder import load_tokenizer
@@ -69,7 +68,7 @@ class HeldOut:
         """What a run that goes on measures again is left out."""
         self.data_crc32 = checksum(cfg.eval_data)
 
-    def ends(self, step: int) -> bool:
+    def evaluate(self, step: int) -> bool:
         """Measure the model that has done `step` steps, where it is time to. Returns whether the
         run is to end, since --patience is at its end. All ranks must call this."""
         cfg = self.training.cfg
@@ -106,18 +105,16 @@ class HeldOut:
             counter.update(its)
         if self.refresh is not None:  # else the run's rollouts come next
             self.sampler.sleep()
-        grades = [accuracy(episode.answer, episode.question) for episode in episodes]
+        scored: list[tuple] = []
         with training.stage("judge"), training.serving(self.judge):
-            if self.judge is not None:
-                answers = [episode.answer for episode in episodes]
-                judged = self.judge.answers(answers, [episode.question for episode in episodes])
-                grades = [by if grade is None else grade for grade, by in zip(judged, grades)]
-        pairs, _ = dist.gather_items(list(zip(episodes, grades)))
+            scored = list(zip(episodes, *graded(episodes, self.judge)))
+        scored, _ = dist.gather_items(scored)
         if training.preempted():
             training.stop_inside(step)
-        episodes, grades = map(list, zip(*pairs))
-        training.show(step, "held_out", episodes, grades)
-        return figures(episodes, grades)
+        episodes, scores, grades = map(list, zip(*scored))
+        training.show(step, "held_out", episodes, scores)
+        more = {} if self.judge is None else {"ungraded": grades.count(None)}
+        return figures(episodes, scores) | more
 
     def _play(self, first: int, numbers: list[int]) -> list[Episode]:
         questions = [self.records.rows[number][0] for number in numbers]
@@ -149,7 +146,9 @@ def of_sft(training: Training, trained: Records) -> HeldOut:
     encoder = FrameEncoder(player, training.image)
 
     def refresh(step: int) -> None:
-        sampler.load_weights(dist.TrainedWeights(training.model) if sharded else (), step)
+        sampler.load_weights(
+            dist.TrainedWeights(training.model, training.dtype) if sharded else (), step
+        )
         if not cfg.frozen:
             encoder.forget()
 

@@ -47,9 +47,7 @@ def check_prompt(
     video = encoder.open(question.clip)
     for limit in limits:
         env = Env(question, video, limit)
-        blank = [0] * len(env.overview)  # a frame's tokens are counted, not written and encoded
-        about = (video.num_frames, limit.use_tool, env.fps, env.times_s, limit.syntax)
-        text = prompt.opening(question, env.overview, blank, *about)
+        text = prompt.opening_of(env, 0)  # a frame's tokens are counted, not written and encoded
         tokens = len(tokenizer.encode(text, add_special_tokens=False))
         tokens += len(env.overview) * encoder.tokens_per_frame(question.clip)
         if tokens > limit.max_tokens:

@@ -7,6 +7,7 @@ import torch
 
 from kernels.policy_loss import PolicyStats, TokenInputs
 from nanosport.env.reward import Reward
+from nanosport.env.tools import REPEATED
 from nanosport.records import Episode
 from nanosport.train import dist
 from nanosport.train.pack import Batch
@@ -18,7 +19,7 @@ def rollout_stats(
 ) -> dict[str, float]:
     """Means over a step's episodes."""
     lags = [step - turn.version for episode in episodes for turn in episode.turns]
-    repeats = [any("already returned" in (t.error or "") for t in e.turns) for e in episodes]
+    repeats = [any(REPEATED in (t.error or "") for t in e.turns) for e in episodes]
     sums = {
         "reward": sum(r.total for r in rewards),
         "accuracy": sum(r.accuracy for r in rewards),
@@ -131,7 +132,8 @@ def check_rollouts(training: Training, stats: dict[str, float], step: int) -> No
             f"format, --min-format-rate asks for {cfg.min_format_rate:.0%}: train SFT longer first "
             "(train.py --steps)"
         )
-    starved = training.state["starved"] + 1 if stats["tool_rate"] < cfg.min_tool_rate else 0
+    before = training.state.get("starved", 0)
+    starved = before + 1 if stats["tool_rate"] < cfg.min_tool_rate else 0
     training.state["starved"] = starved
     if starved == 5:
         raise ValueError(

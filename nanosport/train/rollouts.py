@@ -15,9 +15,6 @@ from nanosport.train.actors import Actors
 from nanosport.train.inputs import Records
 from nanosport.train.training import Training
 
-REFILLS = ("flat_groups", "refilled")
-"""What the log says of groups whose episodes all have one reward."""
-
 
 @dataclass(frozen=True)
 class Rollouts:

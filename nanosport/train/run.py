@@ -90,7 +90,7 @@ class Run:
                     shutil.rmtree(old)
             self.log.unlink(missing_ok=True)
             self.held_out.unlink(missing_ok=True)
-            for best in (self.best, aside(self.best), self.best.with_name(".best.new")):
+            for best in (self.best, aside(self.best)):
                 shutil.rmtree(best, ignore_errors=True)
         for old in self.rollouts.glob("step_*.jsonl"):
             if old.name >= self.rollouts_of(step).name:

@@ -4,7 +4,7 @@ training = Training(cfg, "SFT")
 training.load()
 for step in training.steps():          # saves after a step if it is time to, ends on SIGTERM
     with training.stage("train"): …    # takes the time; a stage that hangs is named
-    training.update(step, loss, episodes)
+    training.update(step, losses, episodes)
     training.log({…}, shown=("loss",))
 """
 
@@ -99,7 +99,7 @@ class Training:
             saved_as |= {"dtype": torch.float32, "adapter": self._about_adapter()}
         self.checkpoints = Checkpoints(cfg.out, self.source, self.rank, cfg.keep, **saved_as)
         self.began_with = self._checksums()
-        if cfg.resume and checkpoint.latest(cfg.out):
+        if cfg.resumable:
             self._resume()
         if self.run:
             if self.device.type == "cuda":
@@ -186,7 +186,7 @@ class Training:
         self.bar = tqdm(numbers, self.title, cfg.steps, initial=first, disable=hidden)
         for step in self.bar:
             self.stage.new_step(step)
-            if held_out and held_out.ends(step):
+            if held_out and held_out.evaluate(step):
                 tqdm.write(
                     f"step {step}: --patience {cfg.patience} is at its end, and so is the run"
                 )
@@ -199,7 +199,7 @@ class Training:
                 self._stop(f"after step {step}, which is saved")
         else:
             if held_out:
-                held_out.ends(cfg.steps)
+                held_out.evaluate(cfg.steps)
 
         # what the last save writes in the background must be whole before any rank leaves
         self.checkpoints.finish()
@@ -254,9 +254,9 @@ class Training:
     ) -> Update:
         """Clip the gradients, and take an optimizer step unless loss or gradient is non-finite.
 
-        losses: of this rank's micro-batches, whose sum is its part of the loss; a GPU is first
-        waited for here. episodes: those of all ranks, for the report of a
-        batch that broke the step.
+        losses: of this rank's micro-batches; their sum is its share of the loss. On a GPU this is
+        the step's first wait. episodes: those of all ranks, for the report of a batch that broke
+        the step.
         """
         cfg = self.cfg
         with self.stage("update"):

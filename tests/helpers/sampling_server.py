@@ -20,6 +20,10 @@ LOOK = f"<think>i look.</think>\n{tool_call(20, 60)}"
 ANSWER = "<think>red 7.</think>\n<answer>B</answer>"
 
 
+class Listener(ThreadingHTTPServer):
+    request_queue_size = 128  # of five, a busy machine refuses the next
+
+
 class SamplingServer:
     def __init__(self, tokenizer, port: int = 0, room: int = 100_000):
         self.tokenizer, self.room = tokenizer, room
@@ -51,7 +55,7 @@ class SamplingServer:
             def log_message(self, *_):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http = Listener(("127.0.0.1", port), Handler)
         self.http.handle_error = lambda *_: None  # a client that has given it up
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 

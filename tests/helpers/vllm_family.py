@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanosport.engine import own
-from nanosport.engine.players import Room, make_sampler
+from nanosport.engine.players import Room, load_sampler, make_sampler
 from nanosport.engine.sampler import Piece, Sampling
 from nanosport.env.tools import STOPS
 from nanosport.records import Clip
@@ -22,7 +21,7 @@ GREEDY = Sampling(0.0, max_new_tokens=24, stops=STOPS)
 
 def main() -> None:
     folder, clip = Path(sys.argv[1]), Clip(sys.argv[2])
-    encoder, ours = own.load_sampler(folder, GREEDY)
+    encoder, ours = load_sampler(folder, GREEDY)
     theirs, cfg = make_sampler("vllm", folder, ours.model, GREEDY, Room(512, 8)), ours.model.cfg
     image = [cfg.image_token_id] * encoder.tokens_per_frame(clip)
     shown = [cfg.vision_start_token_id, *image, cfg.vision_end_token_id]
