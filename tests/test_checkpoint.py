@@ -107,7 +107,8 @@ def test_a_checkpoint_is_named_after_its_model_is_written(runs, monkeypatch, tmp
     def full(*args):
         saves.append(1)
         if len(saves) == 2:
-            (cut.out / ".model.1").mkdir()  # as a killed process leaves it
+            for name in (".model.1", ".best.1"):  # as a killed process leaves it
+                (cut.out / name).mkdir()
             raise OSError("the disk is full")
         write_weights(*args)
 

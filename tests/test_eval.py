@@ -191,8 +191,15 @@ def test_a_video_that_is_lost_in_mid_run_costs_its_questions_alone(whole, tmp_pa
     assert json.loads(json.dumps(row["episodes"])) == [
         one for one in before["episodes"] if one["id"] != rows[1]["id"]
     ]
+    assert not any(e.ids for e in played.episodes.values() if e), "tokens fill the memory"
+
+    # when the disk is there again, it is asked
+    copy.write_bytes(Path(rows[0]["video"]).read_bytes())
+    encoder.unusable.clear()
     again = Played(tmp_path / "r.json", {}, asked, 0)
-    assert len(again.episodes) == 8 and again.episodes["tool", 1] is None
+    assert len(again.episodes) == 7
+    row = evaluation.run_mode(cfg, "tool", (encoder, sampler), again, 0, None)
+    assert "lost" not in row and row["questions"] == 8
 
 
 def test_a_judge_that_fails_does_not_lose_what_was_played(arena_folder, tmp_path, monkeypatch):

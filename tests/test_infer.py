@@ -118,6 +118,17 @@ def test_several_questions_keep_the_frames_of_their_video(tmp_path, capsys):
     assert [one["question"] for one in said] == [*infer.questions_of(cfg)]
 
 
+def test_a_question_that_is_too_long_costs_no_other(tmp_path, capsys):
+    clip, page = str(write(tmp_path / "clip.mp4")), tmp_path / "page.html"
+    asked = tmp_path / "questions.txt"
+    asked.write_text(f"Who scored?\n{'word ' * 20_000}\nHow?\n")
+    with pytest.raises(ValueError, match="1 questions are too long, and were not asked"):
+        infer.main(infer.Config((clip,), asked, max_new_tokens=5, tool=False, page=page))
+    said = capsys.readouterr()
+    assert said.out.count("frames looked at") == 2 and "tokens, at most 16,384" in said.err
+    assert page.read_text().count("<h1>") == 2
+
+
 @pytest.mark.parametrize("text", ["", " \n\n", "Who?\n<|im_end|>\n", b"Who \xff?"])
 def test_a_file_without_a_question_or_with_a_bad_one_is_one_line(text, tmp_path):
     path = tmp_path / "q.txt"

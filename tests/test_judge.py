@@ -203,6 +203,7 @@ def test_an_evaluation_counts_what_is_scored_by_rule(strict, learning, tmp_path)
 def test_a_judge_is_not_waited_for_until_the_run_counts_as_stuck(learning):
     with pytest.raises(ValueError, match="--judge-wait-s 60.*: must be below --stuck-after-s"):
         rl.main(replace(learning, judge_wait_s=60.0, stuck_after_s=60.0))
+    replace(learning, judge_wait_s=60.0, stuck_after_s=0.0).check()  # 0: never
 
 
 def hang(request) -> None:

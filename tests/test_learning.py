@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import rl
-from nanosport.engine.own import banned_ids
+from nanosport.engine.own import OwnSampler, banned_ids
 from nanosport.env.env import Limits
 from nanosport.env.prompt import END
 from nanosport.env.rollout import Conversation
@@ -72,14 +72,17 @@ def without_clock(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
-def test_rl_learns_from_a_reward_of_ones_own_and_refills_flat_groups(small, tmp_path):
+def test_rl_learns_from_a_reward_of_ones_own_and_refills_flat_groups(small, tmp_path, monkeypatch):
     path = tmp_path / "my_reward.py"
     path.write_text(
         "def flat(episode):\n    return 0.25\n\ndef long(episode, accuracy):\n    return accuracy + len(episode.ids) / 1e4\n"
     )
     flat = replace(small, reward=f"{path}:flat", refill=2)
+    slept, sleep = [], OwnSampler.sleep
+    monkeypatch.setattr(OwnSampler, "sleep", lambda self: (slept.append(1), sleep(self)))
     rl.main(flat)
     rows = log_of(flat)
+    assert len(slept) == len(rows), "once a step: on a GPU vLLM wakes with the next weights alone"
     assert [(r["flat_groups"], r["refilled"], r["reward"]) for r in rows] == [(1, 0, 0.25)] * 2
     assert all(abs(r["loss"]) < 1e-6 or r["kl"] > 0 for r in rows)
     # each of them was sampled three times: once, and for every refill

@@ -5,6 +5,8 @@ It runs where requirements-serve.txt is installed."""
 import base64
 import http.client
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -12,7 +14,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,7 @@ from tests.helpers.browser import Browser, in_a_browser  # noqa: E402
 from tests.helpers.clips import write  # noqa: E402
 
 ASKED = "Call the decisive play."
+OF_BYTES = {"Content-Type": "application/octet-stream"}
 
 
 class Running:
@@ -62,7 +67,7 @@ class Running:
         return reply.status, json.loads(text) if is_json else text
 
     def send(self, clip: Path, **headers) -> dict:
-        kind = {"Content-Type": "application/octet-stream"} | headers
+        kind = OF_BYTES | headers
         status, reply = self.call("POST", "/videos", clip.read_bytes(), kind)
         assert status == 200, reply
         return reply
@@ -423,6 +428,57 @@ def test_a_person_sends_a_video_asks_and_sees_the_windows(start, clip, tmp_path)
         eventually(lambda: not running.files())  # the page that goes takes its video along
     finally:
         browser.close()
+
+
+@in_a_browser
+def test_the_newest_of_two_videos_is_asked_about(start, clip, tmp_path):
+    """Though the one before takes longer to send: it goes."""
+    running = start()
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.open(f"http://127.0.0.1:{running.port}/")
+        page = browser.call("DOM.getDocument")["root"]["nodeId"]
+        chosen = browser.call("DOM.querySelector", nodeId=page, selector="#file")["nodeId"]
+        browser.value(
+            "void (original => { let n = 0; call = async (...given) => { const reply = "
+            "await original(...given); if (!n++) await new Promise(go => setTimeout(go, 1500)); "
+            "return reply; }; })(call)"
+        )
+        for name in ("first.mp4", "second.mp4"):
+            (tmp_path / name).write_bytes(clip.read_bytes())
+            path = str(tmp_path / name)
+            browser.call("DOM.setFileInputFiles", nodeId=chosen, files=[path])
+        eventually(lambda: not browser.value("document.getElementById('question').disabled"))
+        time.sleep(2)
+        assert "second.mp4: " in browser.value("document.getElementById('state').textContent")
+        assert running.files() == [browser.value("upload.id")]
+    finally:
+        browser.close()
+
+
+def test_a_terminal_that_closes_leaves_no_video_behind(clip, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "nanosport.serve", "--port", str(port)]
+    default = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, preexec_fn=default, **quiet)
+    try:
+
+        def send() -> bool:
+            with suppress(OSError):
+                to = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                to.request("POST", "/videos", clip.read_bytes(), OF_BYTES)
+                return to.getresponse().status == 200
+
+        eventually(send, 90)
+        assert [*tmp_path.glob("nanosport*/*")]
+        process.send_signal(signal.SIGHUP)
+        process.wait(30)
+        assert not [*tmp_path.glob("nanosport*")]
+    finally:
+        process.kill()
 
 
 def test_a_command_that_cannot_listen_says_so_in_one_line():

@@ -149,6 +149,17 @@ def test_a_server_that_was_started_anew_plays_on_with_the_next_weights(
             assert f"{anew.url}: is back, with the weights of step 4" in capfd.readouterr().err
 
 
+def test_a_server_that_takes_no_weights_is_not_left_paused(three, model, tmp_path):
+    """Another rank may ask it: it must be refused at once, not wait."""
+    sampler = sampler_of([server.url for server in three], model, tmp_path)
+    three[0].refused.add("/collective_rpc")
+    sampler.servers[0].way = "to a process that may be gone"
+    sampler.load_weights([("w", torch.zeros(1))], 3)
+    assert three[0].calls == ["/pause", "/collective_rpc", "/resume"]
+    assert sampler.servers[0].down and sampler.servers[0].way is None
+    assert not sampler.servers[1].down
+
+
 def test_another_rank_meets_a_server_anew_without_bringing_weights(
     three, model, encoder, arena_folder, tmp_path
 ):

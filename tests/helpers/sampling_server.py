@@ -34,6 +34,8 @@ class SamplingServer:
         self.calls: list[str] = []
         self.told: list[dict] = []
         """Paths and bodies of the others."""
+        self.refused: set[str] = set()
+        """Paths that it does not answer as vLLM would."""
         self.released = threading.Event()
         server = self
 
@@ -76,6 +78,8 @@ class SamplingServer:
         if path != "/inference/v1/generate":
             self.calls.append(path)
             self.told.append(body)
+            if path in self.refused:
+                return b"no"
             if path == "/collective_rpc":
                 assert body["method"] == "take_files"
                 self.weights = load_file(f"{body['args'][0]}/00000.safetensors")
