@@ -218,13 +218,11 @@ def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict
             # training
             those.sort(key=lambda entry: (not is_test_only(entry.source), entry.id))
             rows, alike = [read_row(entry, files) for entry in those], defaultdict(list)
-            for k, row in enumerate(
-                rows
-            ):  # words in another order may ask for another thing: then another option is right
-                options = row.get("options")
-                alike[
-                    tuple(normalise(right_text(options, row["answer"]))) if options else None
-                ].append(k)
+            for k, row in enumerate(rows):
+                # another word or order may ask for another thing: then the answers differ
+                same = row["options"] or row.get("kind") in ("number", "span")
+                right = tuple(normalise(right_text(row["options"], row["answer"])))
+                alike[right if same else None].append(k)
             for places in alike.values():
                 twins = near_duplicates([rows[k]["question"] for k in places])
                 found |= {

@@ -40,13 +40,14 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
 
 def name_class(text: str) -> str:
     """The class that a folder or a row names. Raises ValueError where it names none."""
-    side = re.search("left|right", text.lower())
-    action = re.search(r"(counter)?[\W_]*attack|riposte|remise", text.lower())
-    if not side or not action:
+    sides = {*re.findall("left|right", text.lower())}
+    found = re.findall(r"(counter)?[\W_]*(attack|riposte|remise)", text.lower())
+    actions = {f"counter-{action}" if counter else action for counter, action in found}
+    if len(sides) != 1 or len(actions) != 1 or not actions <= set(ACTIONS):
         raise ValueError(
             f"class {text!r}: must name one of {', '.join(ACTIONS)}, and left or right"
         )
-    return f"{'counter-attack' if action[1] else action[0].strip('_- ')} by the {side[0]} fencer"
+    return f"{actions.pop()} by the {sides.pop()} fencer"
 
 
 def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:

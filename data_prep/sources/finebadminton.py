@@ -150,7 +150,9 @@ def _question(
     yield Question(
         id=id,
         video=folder.video(
-            field(entry, "local_video") if "local_video" in entry else name.replace(" ", "_")
+            name.replace(" ", "_")
+            if entry.get("local_video") is None
+            else field(entry, "local_video")
         ),
         sport="badminton",
         dimension=DIMENSION[task],

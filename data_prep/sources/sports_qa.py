@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, each, field, read_entries, shuffle_options
+from data_prep.sources import (
+    Folder,
+    Skip,
+    clip_name,
+    each,
+    field,
+    option,
+    place_of,
+    read_entries,
+    shuffle_options,
+)
 from nanosport.records import Question
 
 SOURCE = "sports_qa"
@@ -44,7 +54,8 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
-    prefix, _, stem = field(entry, "video").partition("/")
+    clip = field(entry, "video").replace("\\", "/")
+    prefix, stem = clip.partition("/")[0].lower(), clip_name(clip)
     if prefix not in SPORTS:
         raise ValueError(f"video {entry['video']!r}: must be in one of {', '.join(SPORTS)}")
     youtube = re.fullmatch(r"v_([\w-]{11})_c\d+_\d+|([\w-]{11})(?:_E_\w+)?", stem)
@@ -55,14 +66,8 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         )
     if (kind := field(entry, "type").lower()) not in DIMENSION:
         raise ValueError(f"type {kind!r}: must be one of {', '.join(DIMENSION)}")
-    for name in ("qa_id", "answer"):
-        if not isinstance(entry.get(name), int | str) or not str(entry[name]).strip():
-            raise ValueError(f"{name} {brief(entry.get(name))}: must be a number or a text")
-    id, answer, options = (
-        f"{SOURCE}/{Path(path).stem}/{entry['qa_id']}",
-        str(entry["answer"]).strip(),
-        (),
-    )
+    qa_id, answer, options = option(entry, "qa_id"), option(entry, "answer"), ()
+    id = f"{SOURCE}/{place_of(path)}/{qa_id}"
     scored = "number" if answer.isdecimal() else "open"
     if answer.lower() in ("yes", "no"):
         scored, (options, answer) = (
@@ -80,6 +85,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         kind=scored,
         source=SOURCE,
         group=f"{SOURCE}/{youtube[1] or youtube[2]}",
-        provenance=f"{path} {number}: qa_id {entry['qa_id']}, {kind}",
+        provenance=f"{path} {number}: qa_id {qa_id}, {kind}",
         licence=LICENCE,
     )
