@@ -410,7 +410,7 @@ def joined(questions: Iterable[Question | Skip]) -> Iterator[Question | Skip]:
             also = (*first.also, *new)
             open_ones[first.clip, first.question] = replace(first, also=also)
         elif first is not item:
-            yield Skip(item.provenance, "another entry has the same question and answer")
+            yield Skip(item.provenance, "question and answer: another entry has both")
     yield from open_ones.values()
 
 

@@ -30,8 +30,8 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     for _, (_, name) in labelled_clips(folder):
         with suppress(ValueError):  # its row is skipped below
             classes.add(name_class(name))
-    classes = sorted(classes)
-    return class_questions(folder, seed, SOURCE, LICENCE, "boxing", ASK, name_class, classes)
+    known = sorted(classes)
+    return class_questions(folder, seed, SOURCE, LICENCE, "boxing", ASK, name_class, known)
 
 
 def name_class(text: str) -> str:

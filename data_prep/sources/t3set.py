@@ -146,8 +146,8 @@ def _corrections(
     for where, entry in said:
         try:
             if key := _key(entry):
-                types[key].add(field(entry, "suggestion_type").lower())
                 first.setdefault(key, where)
+                types[key].add(field(entry, "suggestion_type").lower())
         except ValueError as error:
             yield Skip(f"{where}, correction", str(error))
 

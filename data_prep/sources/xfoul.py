@@ -10,8 +10,9 @@ match of UrlLocal.
 Quirks: one action has several clips; the first replay is shown where there is one, since the live
 camera (clip 0) stands far off. Severity is a text "1.0" … "5.0", or a number. A label may be empty
 (not annotated) and its case varies. UrlLocal has backslashes. The split is written `Train` here and
-`train` there, and its folder may be `train_720p`. Clips last about 5 s at 25 fps with the foul near frame 75, but no true window is
-known. XFoul does not know the match: without its split's annotations.json an entry is skipped.
+`train` there, and its folder may be `train_720p`. Clips last about 5 s at 25 fps with the foul near
+frame 75, but no true window is known. XFoul does not know the match: without its split's
+annotations.json an entry is skipped. Several answers to one question are one record.
 """
 
 from collections.abc import Iterator
