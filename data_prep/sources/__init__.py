@@ -134,6 +134,11 @@ class Folder:
             "it; `hf download --local-dir` makes files)"
         )
 
+    def each(self, path: str, make: Callable) -> Iterator[Question | Skip]:
+        """What `make(number, entry)` yields for the entries of a file, as the function `each` has
+        it."""
+        return each(path, enumerate(read_entries(self.root / path)), make)
+
     def video(self, name: str) -> str:
         """The one video whose path ends in `name`, in any case, with or without its suffix.
 

@@ -24,7 +24,6 @@ from data_prep.sources import (
     Skip,
     brief,
     clip_name,
-    each,
     field,
     frames_span,
     place_of,
@@ -75,8 +74,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 if isinstance(row, dict) and isinstance(row.get("label"), str):
                     labels.add(words(row["label"]))
         others = sorted(labels - {""})
-        clips = enumerate(read_entries(root / path))
-        yield from each(path, clips, partial(_questions, folder, seed, path, others))
+        yield from folder.each(path, partial(_questions, folder, seed, path, others))
 
 
 def group_of(name: str, sport: str) -> str:

@@ -30,12 +30,8 @@ CLASS_COLUMNS = ("label", "class", "action", "category")
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
-    names = {
-        name_class(f"{action} {side}"): None for action in ACTIONS for side in ("left", "right")
-    }
-    return class_questions(
-        Folder(root), seed, SOURCE, LICENCE, "fencing", ASK, name_class, list(names)
-    )
+    names = [name_class(f"{action} {side}") for action in ACTIONS for side in ("left", "right")]
+    return class_questions(Folder(root), seed, SOURCE, LICENCE, "fencing", ASK, name_class, names)
 
 
 def name_class(text: str) -> str:
@@ -59,11 +55,8 @@ def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
             f"{folder.root}: holds neither a folder of clips for each class nor a CSV file of "
             "clips and classes"
         )
-    clips = (
-        []
-        if tables
-        else [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
-    )
+    clips = [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
+    clips = [] if tables else clips
     for path in tables:
         try:
             with (folder.root / path).open(newline="", encoding="utf-8-sig") as file:
@@ -80,13 +73,9 @@ def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
                         f"its columns are {brief([*columns])}; one of {FILE_COLUMNS} and one "
                         f"of {CLASS_COLUMNS} are needed"
                     )
-                clips += [
-                    (
-                        f"{path} line {rows.line_num}",
-                        tuple((row[column] or "").strip() for column in of),
-                    )
-                    for row in rows
-                ]
+                for row in rows:
+                    clip = tuple((row[column] or "").strip() for column in of)
+                    clips.append((f"{path} line {rows.line_num}", clip))
         except (ValueError, csv.Error) as error:
             raise ValueError(
                 f"{folder.root / path}: not a table of clips and classes: {error}"

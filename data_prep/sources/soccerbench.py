@@ -27,13 +27,11 @@ from data_prep.sources import (
     brief,
     by_label,
     choose,
-    each,
     field,
     foul_group,
     match_group,
     option,
     place_of,
-    read_entries,
 )
 from nanosport.records import Question, is_text
 
@@ -56,9 +54,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     if not any(re.fullmatch(numbered, Path(path).name, re.I) for path in folder.files):
         numbered = r"(?!q\d+\.json).*\.json"
     for path in folder.named(numbered, "q8.json … q14.json"):
-        yield from each(
-            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
-        )
+        yield from folder.each(path, partial(_question, folder, seed, path))
 
 
 def _material(entry) -> tuple[str, str]:

@@ -22,7 +22,6 @@ from data_prep.sources import (
     brief,
     by_label,
     choose,
-    each,
     field,
     option,
     place_of,
@@ -59,9 +58,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 f"{root / path}: no field for {lacking[0]} among {found}; add its name to NAMES "
                 "in data_prep/sources/sportr.py"
             )
-        yield from each(
-            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
-        )
+        yield from folder.each(path, partial(_question, folder, seed, path))
 
 
 def _name(entry: dict, what: str) -> str | None:

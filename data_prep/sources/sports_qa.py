@@ -15,17 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    clip_name,
-    each,
-    field,
-    option,
-    place_of,
-    read_entries,
-    shuffle_options,
-)
+from data_prep.sources import Folder, Skip, clip_name, field, option, place_of, shuffle_options
 from nanosport.records import Question
 
 SOURCE = "sports_qa"
@@ -48,9 +38,7 @@ DIMENSION = {
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r"(train|val|test)\.json", "train.json, val.json or test.json"):
-        yield from each(
-            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
-        )
+        yield from folder.each(path, partial(_question, folder, seed, path))
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
@@ -68,12 +56,10 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         raise ValueError(f"type {kind!r}: must be one of {', '.join(DIMENSION)}")
     qa_id, answer, options = option(entry, "qa_id"), option(entry, "answer"), ()
     id = f"{SOURCE}/{place_of(path)}/{qa_id}"
-    scored = "number" if answer.isdecimal() else "open"
-    if answer.lower() in ("yes", "no"):
-        scored, (options, answer) = (
-            "choice",
-            shuffle_options(seed, id, answer.lower(), {"yes", "no"} - {answer.lower()}),
-        )
+    scored, said = "number" if answer.isdecimal() else "open", answer.lower()
+    if said in ("yes", "no"):
+        scored, other = "choice", "no" if said == "yes" else "yes"
+        options, answer = shuffle_options(seed, id, said, [other])
     yield Question(
         id=id,
         video=folder.video(stem),

@@ -18,18 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    by_label,
-    choose,
-    clip_name,
-    each,
-    field,
-    joined,
-    option,
-    read_entries,
-)
+from data_prep.sources import Folder, Skip, by_label, choose, clip_name, field, joined, option
 from nanosport.records import Question
 
 SOURCE = "sportu"
@@ -54,13 +43,15 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.files:
         if path.lower().endswith("sportu_text.json"):
-            for number, _ in enumerate(read_entries(root / path)):
-                yield Skip(f"{path} {number}", "the question is about no video")
+            yield from folder.each(path, _about_no_video)
     for path in folder.named(
         r"SportU_video_(mc|oe)\.json", "SportU_Video_mc.json or SportU_Video_oe.json"
     ):
-        entries = enumerate(read_entries(root / path))
-        yield from joined(each(path, entries, partial(_question, folder, seed, path)))
+        yield from joined(folder.each(path, partial(_question, folder, seed, path)))
+
+
+def _about_no_video(number: int, entry) -> Iterator[Question]:
+    raise ValueError("the question is about no video")
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:

@@ -32,7 +32,6 @@ from data_prep.sources import (
     option,
     osl,
     place_of,
-    read_entries,
     read_items,
     shuffle_options,
     template,
@@ -55,58 +54,39 @@ ACTIONS = (
 )  # fmt: skip
 LABELS = {  # field: (dimension, what each value means, ways to ask)
     "Offence": (
-        "rules",
-        {"offence": "a foul", "no offence": "no foul", "between": "on the borderline"},
-        (
-            "Is this a foul?",
-            "How do you judge this duel: foul or no foul?",
-            "You are the video referee. Is it an offence?",
-        ),
+        "rules", {"offence": "a foul", "no offence": "no foul", "between": "on the borderline"},
+        ("Is this a foul?", "How do you judge this duel: foul or no foul?",
+         "You are the video referee. Is it an offence?"),
     ),
     "Severity": (
-        "rules",
-        CARDS,
-        (
-            "Which card does the foul deserve?",
-            "How should the referee punish this foul?",
-            "What is the right sanction here?",
-        ),
+        "rules", CARDS,
+        ("Which card does the foul deserve?", "How should the referee punish this foul?",
+         "What is the right sanction here?"),
     ),
     "Action class": (
-        "recognition",
-        {action: action for action in ACTIONS},
-        (
-            "What kind of action is it?",
-            "Which of these describes the duel?",
-            "How does the player go into the opponent?",
-        ),
+        "recognition", {action: action for action in ACTIONS},
+        ("What kind of action is it?", "Which of these describes the duel?",
+         "How does the player go into the opponent?"),
     ),
     "Contact": (
-        "recognition",
-        {"with contact": "yes", "without contact": "no"},
+        "recognition", {"with contact": "yes", "without contact": "no"},
         ("Do the players touch each other?", "Is there contact between the two players?"),
     ),
     "Bodypart": (
-        "recognition",
-        {"upper body": "the upper body", "under body": "the lower body"},
-        (
-            "With which part of the body is the duel fought?",
-            "Which part of the body makes the contact?",
-        ),
+        "recognition", {"upper body": "the upper body", "under body": "the lower body"},
+        ("With which part of the body is the duel fought?",
+         "Which part of the body makes the contact?"),
     ),
     "Try to play": (
-        "rules",
-        YES_NO,
+        "rules", YES_NO,
         ("Does the player try to play the ball?", "Is it an attempt to play the ball?"),
     ),
     "Touch ball": (
-        "recognition",
-        YES_NO | {"maybe": "it cannot be told"},
+        "recognition", YES_NO | {"maybe": "it cannot be told"},
         ("Does the player touch the ball?", "Is the ball touched in the duel?"),
     ),
     "Handball": (
-        "rules",
-        {"handball": "yes", "no handball": "no"},
+        "rules", {"handball": "yes", "no handball": "no"},
         ("Is there a handball?", "Does a hand or an arm play the ball?"),
     ),
 }  # fmt: skip
@@ -131,8 +111,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 "remove it, or give another --root"
             )
     for path in asked:
-        entries = enumerate(read_entries(root / path))
-        yield from joined(each(path, entries, partial(_question, actions, path)))
+        yield from joined(folder.each(path, partial(_question, actions, path)))
 
 
 def _labels(
