@@ -7,7 +7,8 @@ video is in two of them.
 
 1. Records that share a `group`, a video or a soccer match are tied and go to one split. What is
    tied to a test-only source can only go to test.
-2. Of questions about one clip in nearly the same words, the first by id stays.
+2. Of questions about one clip in nearly the same words, the first by id stays; answers that are a
+   choice, a number or a span must be the same.
 3. What is tied goes as a whole to one split, for each source in the ratio of --sft, --rl and
    --test. RL is given none without a checkable answer; SFT takes those.
 4. A split takes its target from what it was given, with an equal share of each source (or its

@@ -262,8 +262,9 @@ def test_files_of_one_name_in_two_folders_are_both_read(name, tmp_path):
     once = {q.id for q in run(name, tmp_path)[0]}
     path = tmp_path / FILES[name]
     upper = path.name.replace(".jsonl", ".JSONL")
-    (path.parent / "more").mkdir()
-    (path.parent / "more" / upper).write_bytes(path.read_bytes())
+    other = path.parent / "more" / path.parent.name / upper
+    other.parent.mkdir(parents=True)
+    other.write_bytes(path.read_bytes())
     twice = [q.id for q in run(name, tmp_path)[0]]
     assert once < set(twice) and len(twice) == len(set(twice))
 

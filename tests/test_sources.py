@@ -604,8 +604,8 @@ def test_finedivings_coarse_form(tmp_path):
     write(tmp_path / "final_1.mp4", 50)
     dive = {
         "action_type": "207c",
-        "start_frame": 10,
-        "end_frame": 35,
+        "start_frame": np.int64(10),
+        "end_frame": np.float32(35),
         "dive_score": 81.2,
         "difficulty": 3.3,
     }

@@ -99,9 +99,8 @@ class Folder:
                 if suffix in VIDEOS:
                     self._add(here + name)
             suffixes = {os.path.splitext(name)[1].lower() for name in names}
-            if (
-                here and suffixes & set(IMAGES) and not suffixes & set(VIDEOS)
-            ):  # beside videos they are thumbnails
+            # beside videos they are thumbnails
+            if here and suffixes & set(IMAGES) and not suffixes & set(VIDEOS):
                 self._add(here[:-1])
 
     def _add(self, path: str) -> None:
@@ -323,9 +322,8 @@ def _no_bytes() -> bytes:
 
 
 def _ndarray(*_):
-    raise pickle.UnpicklingError(
-        "asks for numpy.ndarray over a buffer"
-    )  # which could be taken for pointers
+    # it could be taken for pointers
+    raise pickle.UnpicklingError("asks for numpy.ndarray over a buffer")
 
 
 def _empty_array(*_) -> np.ndarray:
@@ -356,9 +354,8 @@ class _Unpickler(pickle.Unpickler):
     other."""
 
     def find_class(self, module: str, name: str):
-        now = module.replace("numpy.core.", "numpy._core.").replace(
-            "__builtin__", "builtins"
-        )  # as old versions call them
+        # old versions call them otherwise
+        now = module.replace("numpy.core.", "numpy._core.").replace("__builtin__", "builtins")
         plain = _PLAIN.get((now, name))
         if plain is None:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
@@ -403,8 +400,8 @@ def each(where: str, entries: Iterable[tuple], make: Callable) -> Iterator[Quest
 
 
 def joined(questions: Iterable[Question | Skip]) -> Iterator[Question | Skip]:
-    """The questions, with the answers that an open one has in other entries in its `also`. They
-    come when all are read."""
+    """The questions, each open one once: its `also` are the answers that other entries give it. The
+    open ones come last."""
     open_ones: dict[tuple, Question] = {}
     for item in questions:
         if isinstance(item, Skip) or item.kind != "open":
@@ -516,9 +513,8 @@ def choose(
         raise ValueError(
             f"answer {brief(answer)}: must be one of {', '.join(options)}, or the text of one"
         )
-    return shuffle_options(
-        seed, id, options[right[0]], (text for label, text in options.items() if label != right[0])
-    )
+    wrong = (text for label, text in options.items() if label != right[0])
+    return shuffle_options(seed, id, options[right[0]], wrong)
 
 
 def match_group(path: str) -> str | None:

@@ -23,6 +23,7 @@ from data_prep.sources import (
     by_label,
     choose,
     field,
+    joined,
     option,
     place_of,
     read_entries,
@@ -58,7 +59,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 f"{root / path}: no field for {lacking[0]} among {found}; add its name to NAMES "
                 "in data_prep/sources/sportr.py"
             )
-        yield from folder.each(path, partial(_question, folder, seed, path))
+        yield from joined(folder.each(path, partial(_question, folder, seed, path)))
 
 
 def _name(entry: dict, what: str) -> str | None:

@@ -24,14 +24,9 @@ from nanosport.records import Question
 SOURCE = "sportu"
 LICENCE = "none stated"
 SPORTS = (
-    "soccer",
-    "basketball",
-    "volleyball",
-    "american football",
-    "ice hockey",
-    "baseball",
+    "soccer", "basketball", "volleyball", "american football", "ice hockey", "baseball",
     "badminton",
-)
+)  # fmt: skip
 DIMENSION = {  # by the first that the question matches
     "rules": r"foul|fault|rule|violat|penal|offside|referee|infraction|illegal|allowed",
     "assessment": r"error|mistake|technique|technical|tactic|strateg|improve|should",
