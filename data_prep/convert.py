@@ -26,7 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import sources
-from data_prep.sources import VIDEOS, Folder, Skip
+from data_prep.sources import Folder, Skip
 from nanosport import cli
 from nanosport.fields import AtLeast
 from nanosport.files import is_own_file, mend, named, writing
@@ -120,15 +120,19 @@ def record_lines(
         try:
             if item.id in seen:
                 raise ValueError("id: another entry has it too")
-            line = json.dumps(
-                record_row(replace(item, video=str(root / item.video)), folder),
-                ensure_ascii=False,
-                allow_nan=False,
-            )
+            row = record_row(replace(item, video=str(root / item.video)), folder)
+            if item.group == item.video:  # it has no other
+                row["group"] = row["video"]
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False)
             parse_question(json.loads(line))
         except ValueError as error:
             tally.skip(Skip(f"{item.provenance} ({item.id})", str(error)))
             continue
+        if tally.kept < len(done):
+            raise ValueError(
+                f"id {item.id!r}: {done[tally.kept]!r} was written in its place, which is removed; "
+                "start again"
+            )
         seen.add(item.id)
         tally.keep(item)
         yield line
@@ -168,9 +172,10 @@ def kept_lines(cfg: Config, root: Path, out: Path):
         with writing(out) as file:
             yield file, []
         return
-    read = [root / name for name in Folder(root).files if not name.lower().endswith(VIDEOS)]
-    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in read]
-    made_by = repr((cfg.source, cfg.seed, cfg.limit, state)).encode()
+    folder = Folder(root)
+    stats = [(root / name).lstat() for name in folder.files]
+    state = folder.files, folder.videos, [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    made_by = repr((cfg.source, cfg.seed, cfg.limit, root, state)).encode()
     start = f".{out.name}.partial."
     kept = out.with_name(f"{start}{hashlib.sha256(made_by).hexdigest()[:10]}")
     for old in out.parent.glob(f"{start}*"):

@@ -24,7 +24,7 @@ from nanosport.env.rollout import rollout
 from nanosport.env.scoring import accuracy
 from nanosport.env.tools import STOPS
 from nanosport.fields import AtLeast
-from nanosport.files import ASSETS, append, mend, write_atomically
+from nanosport.files import ASSETS, append, checksum, mend, write_atomically
 from nanosport.records import Question, read_lines, read_questions, record_row
 from nanosport.video import usable
 
@@ -80,7 +80,8 @@ def main(cfg: Config) -> None:
     questions = read_questions(cfg.data)
     names = ("model", "samples", "temperature", "max_new_tokens", "seed")
     folder = resolve(cfg.model)
-    settings = {name: str(getattr(cfg, name)) for name in names} | {"weights": version(folder)}
+    settings = {name: str(getattr(cfg, name)) for name in names}
+    settings |= {"weights": version(folder), "data": f"{checksum(cfg.data):08x}"}
     kept = cfg.out.with_name(cfg.out.name + ".rates.jsonl")
     read = (cfg.data, cfg.model, *{question.video for question in questions})
     cli.not_the_input(cfg.out, *read, beside=kept)

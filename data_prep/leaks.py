@@ -65,8 +65,9 @@ def real_path(path: str) -> str:
 
 def question_ties(question: Question, video: str) -> list[tuple[str, str]]:
     """Of a question whose video really is `video`. A group that only repeats the video's name is no
-    group of its own. A clip of MVFoul is known by its path, wherever the file lies."""
-    foul = foul_group(question.video)
+    group of its own. A clip of MVFoul is known by its path, wherever the file lies, or by the real
+    one, which may say more."""
+    foul = foul_group(question.video) or foul_group(video)
     return [
         ("video", video),
         *(group_ties(foul) if foul else ()),

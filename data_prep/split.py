@@ -7,7 +7,8 @@ video is in two of them.
 
 1. Records that share a `group`, a video or a soccer match are tied and go to one split. What is
    tied to a test-only source can only go to test.
-2. Of questions about one clip in nearly the same words, the first by id stays.
+2. Of questions about one clip in nearly the same words, the first by id stays; answers that are a
+   choice, a number or a span must be the same.
 3. What is tied goes as a whole to one split, for each source in the ratio of --sft, --rl and
    --test. RL is given none without a checkable answer; SFT takes those.
 4. A split takes its target from what it was given, with an equal share of each source (or its
@@ -218,13 +219,11 @@ def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict
             # training
             those.sort(key=lambda entry: (not is_test_only(entry.source), entry.id))
             rows, alike = [read_row(entry, files) for entry in those], defaultdict(list)
-            for k, row in enumerate(
-                rows
-            ):  # words in another order may ask for another thing: then another option is right
-                options = row.get("options")
-                alike[
-                    tuple(normalise(right_text(options, row["answer"]))) if options else None
-                ].append(k)
+            for k, row in enumerate(rows):
+                # another word or order may ask for another thing: then the answers differ
+                same = row["options"] or row.get("kind") in ("number", "span")
+                right = tuple(normalise(right_text(row["options"], row["answer"])))
+                alike[right if same else None].append(k)
             for places in alike.values():
                 twins = near_duplicates([rows[k]["question"] for k in places])
                 found |= {

@@ -17,7 +17,9 @@ import pytest
 from data_prep import convert, sources
 from data_prep.sources import (
     Folder,
+    by_label,
     choose,
+    foul_group,
     match_group,
     read_entries,
     read_items,
@@ -149,6 +151,8 @@ def test_videos_are_found_inside_the_root_only(tmp_path):
             ValueError, match=r"not below root \(out is a link, which is not followed"
         ):
             folder.video(name)
+    with pytest.raises(ValueError, match=r"no list \(out is a link.*--local-dir` makes files"):
+        folder.named("list.json", "list")
     for name in (
         "../secret.mp4",
         "../../etc/passwd",
@@ -174,9 +178,37 @@ def test_options_keep_their_meaning_in_any_order():
     )
     assert len({template(0, str(n), ("a", "b", "c")) for n in range(30)}) == 3
     assert set(shuffle_options(0, "x", "r", ["w", "W ", "v"])[0]) == {"r", "w", "v"}
-    for wrong in ([], ["R"], ["w", "r "], ["A and B"], ["both A, or C"]):
+    for wrong in ([], ["R"], ["w", "r "], ["A and B"], ["both A, or C"], ["Both (B) and (C)"]):
         with pytest.raises(ValueError):
             shuffle_options(0, "x", "r", wrong)
+
+
+@pytest.mark.parametrize("answer", ["A", "(a)", "A.", "A) foul", "(A) Foul!", "foul"])
+def test_an_answer_is_a_label_or_a_text_or_both(answer):
+    named = {"A": "A. foul", "B": "B. none", "C": None, "D": " "}
+    for offered in (["foul", "none"], ["(A) foul", "(B) none"], named):
+        options, letter = choose(0, "x", by_label(offered), answer)
+        assert set(options) == {"foul", "none"} and options["AB".index(letter)] == "foul"
+
+
+def test_texts_that_only_look_alike_stay_as_they_are():
+    named = {"A": "A. Kerber", "B": "S. Williams"}
+    assert by_label(named) == named and by_label([0, 1.0]) == {"A": "0", "B": "1"}
+    options, letter = choose(0, "x", {"A": "1", "B": "-1"}, "-1")
+    assert options["AB".index(letter)] == "-1"
+    for offered, answer in ((["+", "-"], "?"), ("foul", "foul"), (3, "3")):
+        with pytest.raises(ValueError):
+            choose(0, "x", by_label(offered), answer)
+
+
+@pytest.mark.parametrize("path, group", [
+    ("mvfouls/train_720p/action_12/clip_1.mp4", "train/action_12"), ("x/Chall/action_3", "chall/action_3"),
+    ("challenge/action_3/clip_0.mp4", "chall/action_3"), ("train\\action_1\\clip_0.mp4", "train/action_1"),
+    ("valid/action_1_clip_0.mp4", "valid/action_1"), ("test/action_5__2", "test/action_5"),
+    ("x/action_5/clip_0.mp4", None), ("latest/action_5", None),
+])  # fmt: skip
+def test_foul_group(path, group):
+    assert foul_group(path) == (group and f"mvfoul/{group}")
 
 
 def test_match_group():
@@ -222,6 +254,19 @@ def test_a_damaged_file_is_named(name, tmp_path):
             or "move it away" in str(caught.value)
             or "remove it" in str(caught.value)
         )
+
+
+@pytest.mark.parametrize("name", ["events", "soccerbench", "sports_qa", "sportr", "xfoul"])
+def test_files_of_one_name_in_two_folders_are_both_read(name, tmp_path):
+    WRITE[name](tmp_path)
+    once = {q.id for q in run(name, tmp_path)[0]}
+    path = tmp_path / FILES[name]
+    upper = path.name.replace(".jsonl", ".JSONL")
+    other = path.parent / "more" / path.parent.name / upper
+    other.parent.mkdir(parents=True)
+    other.write_bytes(path.read_bytes())
+    twice = [q.id for q in run(name, tmp_path)[0]]
+    assert once < set(twice) and len(twice) == len(set(twice))
 
 
 @pytest.mark.parametrize("name", convert.source_names())
@@ -498,6 +543,8 @@ def test_convert_writes_what_read_questions_finds(tmp_path, capsys):
 def test_convert_skips_what_a_reader_would_refuse(tmp_path, capsys):
     sportu(tmp_path / "data")
     path = tmp_path / "data" / "data" / "SportU_video_oe.json"
+    mc = path.with_name("SportU_Video_mc.json")
+    mc.write_text(json.dumps((choices := json.loads(mc.read_text())) + choices[:1]))
     row = {"id": "soccer_3_0", "question": "Why?", "answer": "So."}
     rows = [
         row,
@@ -509,9 +556,8 @@ def test_convert_skips_what_a_reader_would_refuse(tmp_path, capsys):
     convert.main(convert.Config("sportu", tmp_path / "data", tmp_path / "out.jsonl"))
     table = capsys.readouterr().out
     assert len(read_questions(tmp_path / "out.jsonl")) == 5
-    assert (
-        "another entry has it too" in table and "special token" in table and "surrogates" in table
-    )
+    for words in ("entry has it too", "entry has both", "special token", "surrogates"):
+        assert words in table
 
 
 def test_convert_refuses_and_leaves_nothing_half_done(tmp_path):
@@ -588,6 +634,30 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
     convert.main(cfg)
     assert len(read_questions(cfg.out)) == 3 and list(cfg.out.parent.iterdir()) == [cfg.out]
 
+    # and with one video more
+    row = json.loads(mc.read_text())[0]
+    mc.write_text(json.dumps([row | {"id": f"soccer_3_{k}"} for k in (2, 0, 1)]))
+    killed = iter([None, KeyboardInterrupt])
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(cfg)
+    touch(tmp_path / "data", "soccer/soccer_3_2.mp4")
+    convert.main(cfg)
+    assert [q.video[-5:] for q in read_questions(cfg.out)[:3]] == ["2.mp4", "0.mp4", "1.mp4"]
+    with pytest.raises(ValueError, match="'b' was written in its place"):
+        list(
+            convert.record_lines(read_questions(cfg.out), tmp_path, tmp_path, convert.Tally(), "b")
+        )
+
+
+def test_a_video_that_has_no_group_is_one(tmp_path):
+    """Equal names in two data sets are no tie."""
+    for name in ("one", "two"):
+        touch(tmp_path / name, "hook/1.mp4", "jab/1.mp4")
+        cfg = convert.Config("facts_boxing", tmp_path / name, tmp_path / f"{name}.jsonl")
+        convert.main(cfg)
+        rows = [json.loads(line) for line in cfg.out.read_text().splitlines()]
+        assert [row["group"] for row in rows] == [f"{name}/hook/1.mp4", f"{name}/jab/1.mp4"]
+
 
 @pytest.mark.parametrize("chunk", (1, 3, 50, 1 << 20))
 def test_an_object_is_read_part_by_part(tmp_path, monkeypatch, chunk):
@@ -599,10 +669,11 @@ def test_an_object_is_read_part_by_part(tmp_path, monkeypatch, chunk):
         "labels": {"a": {"b": []}},
         "n": -2.5,
         "e": [],
+        "o": {},
     }
     path.write_text(json.dumps(data, indent=1) + "\n")
     parts = [("version", None, "2.0"), ("data", 0, {"id": 1}), ("data", 1, 2.5)]
-    parts += [("labels", "a", {"b": []}), ("n", None, -2.5)]
+    parts += [("labels", "a", {"b": []}), ("n", None, -2.5), ("e", None, []), ("o", None, {})]
     assert list(read_items(path, dict)) == parts
     for wrong in (
         '{"a": [1, 2}',

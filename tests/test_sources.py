@@ -3,6 +3,7 @@ named, and nothing of it runs."""
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep import convert
+from data_prep.sources.events import group_of
 from data_prep.sources.finebadminton import _window
 from data_prep.sources.finediving import _steps
 from nanosport.env.scoring import accuracy
@@ -20,6 +22,7 @@ from nanosport.records import parse_question, read_questions
 from nanosport.video import Video
 from tests.helpers.clips import write
 from tests.helpers.source_folders import (
+    LATER_MATCH,
     MATCH,
     WRITE,
     by_id,
@@ -104,18 +107,18 @@ def test_soccerbench(tmp_path):
     questions, skips = run("soccerbench", tmp_path)
     found = by_id(questions)
     assert {id: right(q) for id, q in found.items()} == {
-        "q10/0": "Goal",
-        "q10/1": "Foul",
-        "q10/2": "The keeper saves it",
-        "q12/0": "Corner",
-        "q14/0": "Foul",
+        "qa-q10/0": "Goal",
+        "qa-q10/1": "Foul",
+        "qa-q10/2": "The keeper saves it",
+        "qa-q12/0": "Corner",
+        "qa-q14/0": "Foul",
     }
-    assert found["q14/0"].group == "mvfoul/test/action_1"
+    assert found["qa-q14/0"].group == "mvfoul/test/action_1"
     assert (
-        found["q10/0"].group
+        found["qa-q10/0"].group
         == f"soccer/england-epl-2014-2015/{'2015-02-21-18-00-chelsea-1-1-burnley'}"
     )
-    assert found["q12/0"].dimension == "commentary" and set(found["q10/1"].options) == {
+    assert found["qa-q12/0"].dimension == "commentary" and set(found["qa-q10/1"].options) == {
         "Corner",
         "Goal",
         "Foul",
@@ -282,9 +285,8 @@ def test_facts_fencing(tmp_path):
         "Counter-Attack Right/001.mp4": "counter-attack by the right fencer",
         "riposte_LEFT/002.avi": "riposte by the left fencer",
     }
-    assert (
-        all(len(q.options) == 8 for q in questions) and len(skips) == 1 and "'bow'" in skips[0].why
-    )
+    assert all(len(q.options) == 8 for q in questions)
+    assert ["class 'bow'", "class 'coun"] == [skip.why[:11] for skip in skips]
     (tmp_path / "labels.csv").write_text("video,label\nclips/bow/3.mp4,remise right\n")
     assert [right(q) for q in run("facts_fencing", tmp_path)[0]] == ["remise by the right fencer"]
 
@@ -300,6 +302,7 @@ def test_facts_boxing(tmp_path):
         "labels.csv line 4",
         "labels.csv line 5",
         "labels.csv line 6",
+        "labels.csv line 7",
     ]
     for sign in ";\t":  # as spreadsheets write them too
         (tmp_path / "labels.csv").write_text(
@@ -338,6 +341,7 @@ def test_t3set(tmp_path):
     } & set(wrist.options)
     assert right(found["P01/topspin/round_00/right_wrist/type"]) == "where it is or how it moves"
     assert "P01/topspin/round_00/waist/type" not in found, "two faults were named: neither is wrong"
+    assert found["P01/short/round_01/suggestion/0/advice"].answer == "mind the waist"
     assert found["P01/short/round_01/grip_of_racket/key"].video.endswith("right/c.mp4")
     assert {q.group for q in questions} == {"t3set/P01"} and {q.dimension for q in questions} == {
         "assessment"
@@ -351,6 +355,7 @@ def test_t3set(tmp_path):
         "'whispered'",
         "NoneType",
         "no video",
+        "not called after comments",
     ):
         assert word in whys
 
@@ -381,20 +386,20 @@ def test_sports_qa(tmp_path):
     sports_qa(tmp_path)
     questions, skips = run("sports_qa", tmp_path)
     found = by_id(questions)
-    assert [(q.kind, right(q), q.sport, q.group) for q in questions if "/train/" in q.id] == [
+    assert [(q.kind, right(q), q.sport, q.group) for q in questions if "-train/" in q.id] == [
         ("choice", "yes", "volleyball", "sports_qa/-6Os86HzwCs"),
         ("choice", "no", "soccer", "sports_qa/-6Os86HzwCs"),
         ("number", "2", "gymnastics", "sports_qa/0LtLS9wROrk"),
         ("open", "a leap forward", "gymnastics", "sports_qa/0LtLS9wROrk"),
         ("number", "1", "gymnastics", "sports_qa/v_abcdefghi"),
     ]
-    assert found["train/0"].video.startswith("videos/volleyball/volleyball/") and found[
-        "train/2"
+    assert found["meta-train/0"].video.startswith("videos/volleyball/volleyball/") and found[
+        "meta-train/2"
     ].video.startswith("videos/finegym_03/")
     assert (
-        "test/0" in found
-        and "causal" in found["train/1"].provenance
-        and found["train/1"].dimension == "rules"
+        "meta-test/0" in found
+        and "causal" in found["meta-train/1"].provenance
+        and found["meta-train/1"].dimension == "rules"
     )
     assert len(skips) == 7
 
@@ -571,7 +576,8 @@ def test_soccerbench_as_others_pack_it(tmp_path):
     questions, skips = run("soccerbench", tmp_path)
     match = "soccer/england-epl-2014-2015/2015-02-21-18-00-chelsea-1-1-burnley"
     assert {q.id.removeprefix("soccerbench/"): (q.video, q.group) for q in questions} == {
-        "q8/0": (clip, match), "q8/1": (clip, match), "q14/0": (views[1], "mvfoul/test/action_105")
+        "qa-q8/0": (clip, match), "qa-q8/1": (clip, match),
+        "qa-q14/0": (views[1], "mvfoul/test/action_105"),
     }  # fmt: skip
     wanted = ("'O8': must be one of", "closeA None", "a picture", "must name one video")
     assert all(words in skip.why for words, skip in zip(wanted, skips, strict=True))
@@ -598,8 +604,8 @@ def test_finedivings_coarse_form(tmp_path):
     write(tmp_path / "final_1.mp4", 50)
     dive = {
         "action_type": "207c",
-        "start_frame": 10,
-        "end_frame": 35,
+        "start_frame": np.int64(10),
+        "end_frame": np.float32(35),
         "dive_score": 81.2,
         "difficulty": 3.3,
     }
@@ -643,10 +649,8 @@ def test_ai4soccers_questions(tmp_path):
     place = f"england_epl_2017-2018/{match}"
     touch(tmp_path, f"{place}/1-half.mkv", f"{place}/2-half.mkv")
     comment = {"comments_type": "goal", "comments_text_anonymized": "[PLAYER] scores."}
-    times = [(1, "10:00"), (1, "44:50"), (2, "12:00")]
-    comments = [
-        comment | {"half": h, "time_stamp": t, "index": k} for k, (h, t) in enumerate(times)
-    ]
+    times = [(0.0, 1, "10:00"), (1, 1, "44:50"), ("2", 2, "12:00"), ([1], 1, "13:00")]
+    comments = [comment | {"index": k, "half": h, "time_stamp": t} for k, h, t in times]
     put(
         tmp_path,
         f"Data/{match}/2017-08-12_Watford_3-3_Liverpool_x.json",
@@ -660,7 +664,7 @@ def test_ai4soccers_questions(tmp_path):
         } | more  # fmt: skip
 
     rows = [
-        asked("past", 1),
+        asked("past", 1.0),
         asked("past", 2),
         asked("full", None),
         asked("future", 0),
@@ -671,12 +675,9 @@ def test_ai4soccers_questions(tmp_path):
     put(tmp_path, "Full_QA/questions.json", [asked("past", 1)])
     put(tmp_path, "Demo/model_answers.json", {"corner": ["x"]})
     questions, skips = run("soccerreplay", tmp_path)
-    found = {
-        q.id.removeprefix(f"soccerreplay/england-epl-2017-2018/{match.replace('_', '-')}/"): q
-        for q in questions
-    }
+    found = {q.id.removeprefix("soccerreplay/").replace(f"-{match}", ""): q for q in questions}
     first, half = found["Full_QA/0"], found["First_Half_QA/0"]
-    assert len(found) == 2 + 6 and right(first) == right(half) == "Mane"
+    assert len(found) == 2 + 8 and right(first) == right(half) == "Mane"
     assert first.span_s == (0.0, 44 * 60 + 50 + 15) and half.span_s is None
     assert (
         first.video.endswith("1-half.mkv")
@@ -749,6 +750,7 @@ def test_osl_events_have_true_windows(tmp_path):
     rows = [
         {"head": "action", "label": "pass", "position_ms": "1000"},
         {"head": "action", "label": "shot", "position_ms": 5000},
+        {"head": "action", "label": "save", "position_ms": 99_000},
     ]
     sample = {"id": "a", "inputs": [{"type": "video", "path": "clip.mp4"}], "events": rows}
     put(
@@ -764,7 +766,8 @@ def test_osl_events_have_true_windows(tmp_path):
     assert [(q.kind, q.window) for q in questions] == [
         ("choice", (5, 15)), ("number", (5, 15)), ("choice", (45, 55)), ("number", (45, 55))
     ]  # fmt: skip
-    assert [q.answer for q in questions if q.kind == "number"] == ["10", "50"] and len(skips) == 1
+    assert [q.answer for q in questions if q.kind == "number"] == ["10", "50"] and len(skips) == 2
+    assert "99000: the video ends at 10.00 s" in skips[0].why
 
 
 def test_osl_classes_that_nobody_could_see_are_skipped(tmp_path):
@@ -819,7 +822,7 @@ def test_osl_events_of_a_whole_match_are_asked_about_in_parts(tmp_path):
 def test_events(tmp_path):
     events(tmp_path)
     questions, skips = run("events", tmp_path)
-    rally = [q for q in questions if "f3set-tennis/train/0/" in q.id]
+    rally = [q for q in questions if "f3set-tennis-train/0/" in q.id]
     whats = [q for q in rally if q.id.endswith("what")]
     assert [right(q) for q in whats] == [
         "far ad serve down the T in", "near deuce return forehand groundstroke cross-court in",
@@ -857,17 +860,107 @@ def test_events(tmp_path):
         assert words in whys, (words, whys)
 
 
-def test_events_of_a_part_of_a_whole_video(tmp_path):
+@pytest.mark.parametrize("suffix, fps", [("", 29.0), (".mp4", "29.0")])
+def test_events_of_a_part_of_a_whole_video(tmp_path, suffix, fps):
     write(tmp_path / "final.mp4", 100)
-    row = {"video": "final_25_75", "fps": 29.0, "num_frames": 50}
+    row = {"video": f"final_25_75{suffix}", "fps": fps, "num_frames": 50}
     rows = [{"frame": 10, "label": "serve"}, {"frame": 30, "label": "swing"}]
     put(
         tmp_path,
         "tennis/test.json",
-        [row | {"events": rows}, row | {"video": "final_25_175", "events": rows}],
+        [
+            row | {"events": rows},
+            row | {"video": f"final_25_175{suffix}", "events": rows},
+            row | {"fps": "fast", "events": rows},
+        ],
     )
     questions, skips = run("events", tmp_path)
     assert {q.span_s for q in questions} == {(2.5, 7.4)} and len(questions) == 4
+    assert {q.group for q in questions} == {"events/tennis/final"}
+    assert group_of("x\\01__1.MP4", "diving") == "finediving/01"
     part = Video(str(tmp_path / "final.mp4"), span_s=questions[0].span_s)
     assert part.num_frames == 50 and questions[0].window == (0, 24)
-    assert len(skips) == 1 and "frames 25 to 174" in skips[0].why
+    assert len(skips) == 2 and "frames 25 to 174" in skips[0].why and "fps 'fast'" in skips[1].why
+
+
+def test_xfoul_as_it_is(tmp_path):
+    """The folders of splits name a resolution too, and each referee has an answer."""
+    touch(tmp_path, "mvfouls/train_720p/action_0/clip_0.mp4")
+    action = {
+        "UrlLocal": f"england_epl\\2014-2015\\{MATCH}", "Severity": 3.0,
+        "Clips": [{"Url": "Dataset/Train/action_0/clip_0"}],
+    }  # fmt: skip
+    put(tmp_path, "mvfouls/train_720p/annotations.json", {"Actions": {"0": action}})
+    put(tmp_path, "mvfouls/test_720p/annotations.json", {"Set": "test", "Actions": {}})
+    row = {"path": "train\\action_0", "question": "A foul?", "answer": "Yes."}
+    asked = [row, row | {"question": "Why?"}, row | {"answer": "A clear foul."}, row]
+    put(tmp_path, "xfoul.json", asked)
+    questions, skips = run("xfoul", tmp_path)
+    found = by_id(questions)
+    assert right(found.pop("train/action_0/severity")) == "a yellow card"
+    assert {id: (q.answer, q.also) for id, q in found.items()} == {
+        "xfoul/0": ("Yes.", ("A clear foul.",)), "xfoul/1": ("Yes.", ())
+    }  # fmt: skip
+    assert [skip.where for skip in skips if "another entry has both" in skip.why] == [
+        "xfoul.json 3"
+    ]
+
+
+def osl_sample(**more) -> dict:
+    heads = {"action": {"type": "single_label", "labels": ["Goal", "Foul"]}}
+    inputs = [{"type": "video", "path": "München.mp4"}]
+    return {"data": [{"id": "a", "inputs": inputs} | more], "labels": heads}
+
+
+VIEWS = [f"x/train/action_1/clip_{k}.mp4" for k in range(2)]
+STROKE = {"video_id": "1.mp4", "start_frame": 0, "end_frame": 9, "temporal": "hitting count",
+    "question": {"question_en": "How many?"}, "options_en": ["A. 1", "B. 2"], "question_id": "q"}  # fmt: skip
+BENCH = {"Q": "How many?", "materials": VIEWS[1:], "closeA": "O1", "O1": 0, "O2": 1}
+PLAY = {"id": "soccer_1_0", "question": "How many?", "options": {"A": 1, "B": 2}, "answer": 2}
+BALL, REPORT = "v_abcdefghijk_c001_01", {"video": "a", "question": "How many?", "sport": "soccer"}
+THEN = {"question": "Scored?", "position_ms": 1000}
+FORMS = {  # source, file, what it holds, the first question's answer
+    "a zero": ("soccerbench", "v.json", [BENCH], "0"),
+    "two views as objects": ("soccerbench", "v.json",
+        [BENCH | {"materials": [{"path": path, "context": ""} for path in VIEWS]}], "0"),
+    "backslashes": ("soccerbench", "v.json",
+        [BENCH | {"materials": [VIEWS[1].replace("/", "\\")]}], "0"),
+    "options that are not there": ("sportu", "SportU_Video_mc.json",
+        [PLAY | {"options": PLAY["options"] | {"C": None, "D": " "}}], "2"),
+    "numbers with a point": ("sports_qa", "train.json", [{"qa_id": 1.0, "type": "causal",
+        "video": f"Football\\{BALL}.mp4", "question": "How many?", "answer": 2.0}], "2"),
+    "options of numbers": ("sportr", "a.json", [REPORT | {"options": [1, 2], "answer": 2}], "2"),
+    "a first entry without an answer": ("sportr", "a.json", [REPORT, REPORT | {"answer": 3}], "3"),
+    "no local video": ("finebadminton", "q.json",
+        [STROKE | {"local_video": None, "answer": "(B) 2"}], "2"),
+    "a half with a point": ("soccerreplay", f"{LATER_MATCH}.json",
+        {"comments": [{"half": 1.0, "time_stamp": "10:00", "comments_type": "corner"}]}, "corner"),
+    "ids of numbers": ("osl", "a.json", osl_sample(streaming_vqa=[THEN | {"correct_option_id": 0,
+        "options": [{"id": 0, "text": "yes"}, {"id": 1, "text": "no"}]}]), "yes"),
+    "options without ids": ("osl", "a.json", osl_sample(streaming_vqa=[
+        THEN | {"correct_option_id": "yes", "options": ["yes", "no"]}]), "yes"),
+    "a label in small letters": ("osl", "a.json",
+        osl_sample(labels={"action": {"label": "goal"}}), "Goal"),
+    "no start": ("osl", "a.json", osl_sample(dense_captions=[
+        {"text": "He falls.", "start_ms": None, "position_ms": "1000"}]), "He falls."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_that_other_hands_give_a_file(tmp_path, form):
+    source, path, data, answer = FORMS[form]
+    half = f"italy_serie-a_2020-2021/{LATER_MATCH}/1-half.mkv"
+    touch(tmp_path, VIEWS[1], f"{BALL}.mp4", half, "soccer_1_0.mp4", "a.mp4", "q.mp4")
+    touch(tmp_path, unicodedata.normalize("NFD", "München.mp4"))
+    put(tmp_path, path, data)
+    questions, skips = run(source, tmp_path)
+    assert right(questions[0]) == answer, skips
+
+
+def test_members_that_are_empty_or_come_twice_are_no_fault(tmp_path):
+    put(tmp_path, "empty.json", {"data": []})
+    touch(tmp_path, "twice.json")
+    (tmp_path / "twice.json").write_text(
+        '{"questions": null, "questions": [{"id": 1}], "data": []}'
+    )
+    assert run("osl", tmp_path) == ([], [])

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import leaks, split
+from data_prep import difficulty, leaks, split
 from data_prep.leaks import SPLITS, check_splits, tied
 from data_prep.sources import match_group
 from data_prep.split import Config, fill, near_duplicates
 from nanosport.env.scoring import normalise
-from nanosport.records import read_questions
+from nanosport.records import parse_question, read_questions
 
 ROOT = Path(__file__).parents[1]
 LONG = "a long answer that nobody could check by rule since it has far too many words"
@@ -270,9 +270,10 @@ def test_a_soccerreplay_question_on_a_soccerbench_match_is_caught(clean):
     assert "held_out" in caught(clean)
 
 
-def test_mvfouls_clips_in_a_soccerbench_shaped_file_are_found(tmp_path):
+@pytest.mark.parametrize("split", ["train/", "train_720p/", "Train\\"])
+def test_mvfouls_clips_in_a_soccerbench_shaped_file_are_found(tmp_path, split):
     """By the action's name, though the two downloads lie apart and one does not know the match."""
-    fouls = [record(f"xfoul/{n}", video=f"fouls/train/action_{n}/clip_1.mp4") for n in range(30)]
+    fouls = [record(f"xfoul/{n}", video=f"fouls/{split}action_{n}/clip_1.mp4") for n in range(30)]
     clip = "bench/Dataset/video/SoccerNet/mvfouls/train/action_7/clip_1.mp4"
     match = "soccer/england-epl-2014-2015/2015-02-21-18-00-chelsea-1-1-burnley"
     bench = record("soccerbench/video_600/0", video=clip, group=match)
@@ -286,6 +287,9 @@ def test_mvfouls_clips_in_a_soccerbench_shaped_file_are_found(tmp_path):
     assert "'group mvfoul/train/action_7' is in rl ('xfoul/new')" in caught(out)
     written(out / "test.jsonl", [row for row in splits["test"] if "bench" not in row["id"]])
     assert "test-only source has it" in caught(out)
+    inside = parse_question(record("xfoul/inside", video="action_7/clip_0.mp4"))
+    ties = leaks.question_ties(inside, f"/data/train_720p/{inside.video}")
+    assert ("group", "mvfoul/train/action_7") in ties
 
 
 def test_a_repeated_id_is_caught(clean):
@@ -512,8 +516,29 @@ def test_words_in_another_order_may_be_another_question(tmp_path):
         ),
         record("a/3", question="Does white team score before red team?", **options, answer="A"),
     ]
+    ask = "At which frame does this happen: near deuce {} groundstroke cross-court approach in? "
+    ask += "Within 6 frames counts as right."
+    number = {"video": "v.mp4", "options": [], "kind": "number"}
+    rows += [
+        record(f"b/{k}", question=ask.format(stroke), answer=frame, **number)
+        for k, (stroke, frame) in enumerate(
+            zip(("forehand", "backhand", "volley"), ("25", "35", "25"))
+        )
+    ]
     _, report = make(tmp_path, *rows)
-    assert report["near_duplicates"] == [{"kept": "a/1", "dropped": "a/3"}]
+    assert report["near_duplicates"] == [
+        {"kept": "a/1", "dropped": "a/3"}, {"kept": "b/0", "dropped": "b/2"}
+    ]  # fmt: skip
+
+
+def test_pass_rates_are_of_the_questions_that_were_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(difficulty, "measure", lambda *arguments: [])
+    data = written(tmp_path / "rl.jsonl", [record("a/1")])
+    difficulty.main(difficulty.Config(data, tmp_path / "measured.jsonl"))
+    difficulty.main(difficulty.Config(data, tmp_path / "measured.jsonl"))
+    written(data, [record("a/1", answer="A")])
+    with pytest.raises(ValueError, match="measured under"):
+        difficulty.main(difficulty.Config(data, tmp_path / "measured.jsonl"))
 
 
 def test_near_duplicates_are_those_of_all_pairs():

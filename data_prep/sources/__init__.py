@@ -18,7 +18,7 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TextIO
@@ -63,10 +63,11 @@ class Skip:
 
 
 class Folder:
-    """All files below a data set's root, listed once. Hidden files are left out, and links that
-    lead out of root.
+    """All files below a data set's root, listed once. Hidden files are left out, and links to
+    folders or out of root.
 
-    files, videos: paths relative to root, sorted; a folder of frames is one video.
+    files, videos: paths relative to root, sorted; a folder of frames is one video. links: those
+    that are left out.
     """
 
     def __init__(self, root: Path):
@@ -92,14 +93,14 @@ class Folder:
                     continue
                 path = Path(folder, name)
                 if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                    self.links.append(here + name)
                     continue
                 self.files.append(here + name)
                 if suffix in VIDEOS:
                     self._add(here + name)
             suffixes = {os.path.splitext(name)[1].lower() for name in names}
-            if (
-                here and suffixes & set(IMAGES) and not suffixes & set(VIDEOS)
-            ):  # beside videos they are thumbnails
+            # beside videos they are thumbnails
+            if here and suffixes & set(IMAGES) and not suffixes & set(VIDEOS):
                 self._add(here[:-1])
 
     def _add(self, path: str) -> None:
@@ -118,9 +119,24 @@ class Folder:
         ]
         if not found:
             raise ValueError(
-                f"{self.root}: holds no {expected}; --root is the folder of the downloaded data set"
+                f"{self.root}: holds no {expected}{self._not_followed()}; --root is the folder of "
+                "the downloaded data set"
             )
         return found
+
+    def _not_followed(self) -> str:
+        """What a message about a missing file adds where there are links."""
+        if not self.links:
+            return ""
+        return (
+            f" ({self.links[0]} is a link, which is not followed: mount the folder there, or move "
+            "it; `hf download --local-dir` makes files)"
+        )
+
+    def each(self, path: str, make: Callable) -> Iterator[Question | Skip]:
+        """What `make(number, entry)` yields for the entries of a file, as the function `each` has
+        it."""
+        return each(path, enumerate(read_entries(self.root / path)), make)
 
     def video(self, name: str) -> str:
         """The one video whose path ends in `name`, in any case, with or without its suffix.
@@ -141,21 +157,27 @@ class Folder:
             several = (
                 f"names {len(found)} videos, {found[0]} and {found[1]}: remove one"
                 if found
-                else "is not below root"
+                else f"is not below root{self._not_followed()}"
             )
-            if not found and self.links:
-                several += (
-                    f" ({self.links[0]} is a link, which is not followed: mount the folder there, "
-                    "or move it)"
-                )
             raise ValueError(f"video {name!r}: {several}")
         return found[0]
 
 
 def _bare(path: str) -> str:
-    """A path in lower case and without a video's suffix."""
-    path = path.lower()
+    """A path in lower case, with composed letters and without a video's suffix."""
+    path = unicodedata.normalize("NFC", path).lower()
     return os.path.splitext(path)[0] if path.endswith(VIDEOS) else path
+
+
+def clip_name(path: str) -> str:
+    """The last part of a video's path, without its suffix."""
+    name = path.replace("\\", "/").rpartition("/")[2]
+    return os.path.splitext(name)[0] if name.lower().endswith(VIDEOS) else name
+
+
+def place_of(path: str) -> str:
+    """What stands for a file in the ids of its questions: equal names in two folders differ."""
+    return path.rpartition(".")[0].replace("/", "-")
 
 
 @contextmanager
@@ -181,13 +203,13 @@ def read_json(path: Path, *of: type) -> list | dict:
 def read_items(path: Path, *of: type) -> Iterator[tuple]:
     """What a JSON file holds, part by part in little memory: (None, number, entry) of a list's
     entries and of a JSON-lines file; (name, None, value) of an object's members, and (name, place,
-    part) for each part of a member that is a list or an object itself.
+    part) for each part of a member that is a list or an object itself and not empty.
 
     Raises ValueError where the file is no list or dict as `of` asks, and where it breaks off: when
     what is before that is out.
     """
     with _reading(path), path.open(encoding="utf-8-sig") as file:
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             for number, line in enumerate(filter(str.strip, file)):
                 yield None, number, json.loads(line, strict=False)
             return
@@ -268,8 +290,12 @@ def _parts(text: _Text, open_members: bool = False) -> Iterator[tuple]:
             if kind == "{":
                 place = text.value()
                 text.take(":")
-                if open_members and text.peek() in ("[", "{"):
-                    yield from ((place, *part) for part in _parts(text))
+                if open_members and (sign := text.peek()) in ("[", "{"):
+                    part = None
+                    for part in _parts(text):
+                        yield (place, *part)
+                    if part is None:
+                        yield place, {"[": [], "{": {}}[sign]
                     sign = text.take("," + end)
                     continue
             value = text.value()
@@ -296,9 +322,8 @@ def _no_bytes() -> bytes:
 
 
 def _ndarray(*_):
-    raise pickle.UnpicklingError(
-        "asks for numpy.ndarray over a buffer"
-    )  # which could be taken for pointers
+    # it could be taken for pointers
+    raise pickle.UnpicklingError("asks for numpy.ndarray over a buffer")
 
 
 def _empty_array(*_) -> np.ndarray:
@@ -329,9 +354,8 @@ class _Unpickler(pickle.Unpickler):
     other."""
 
     def find_class(self, module: str, name: str):
-        now = module.replace("numpy.core.", "numpy._core.").replace(
-            "__builtin__", "builtins"
-        )  # as old versions call them
+        # old versions call them otherwise
+        now = module.replace("numpy.core.", "numpy._core.").replace("__builtin__", "builtins")
         plain = _PLAIN.get((now, name))
         if plain is None:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
@@ -375,6 +399,23 @@ def each(where: str, entries: Iterable[tuple], make: Callable) -> Iterator[Quest
             yield Skip(f"{where} {key}".strip(), str(error))
 
 
+def joined(questions: Iterable[Question | Skip]) -> Iterator[Question | Skip]:
+    """The questions, each open one once: its `also` are the answers that other entries give it. The
+    open ones come last."""
+    open_ones: dict[tuple, Question] = {}
+    for item in questions:
+        if isinstance(item, Skip) or item.kind != "open":
+            yield item
+            continue
+        first = open_ones.setdefault((item.clip, item.question), item)
+        if new := [answer for answer in item.answers if answer not in first.answers]:
+            also = (*first.also, *new)
+            open_ones[first.clip, first.question] = replace(first, also=also)
+        elif first is not item:
+            yield Skip(item.provenance, "question and answer: another entry has both")
+    yield from open_ones.values()
+
+
 WHOLE = re.compile(r"\s*-?\d{1,12}(\.0)?\s*")
 
 
@@ -384,7 +425,7 @@ def field(entry, name: str, of: type = str):
     if not isinstance(entry, dict):
         raise ValueError(f"a {type(entry).__name__}: must be an object with the field {name}")
     value = entry.get(name)
-    if of is int and isinstance(value, str | float) and WHOLE.fullmatch(str(value)):
+    if of is int and isinstance(value, str | float | np.number) and WHOLE.fullmatch(str(value)):
         value = int(float(value))
     if not isinstance(value, of) or isinstance(value, bool) or (of is str and not value.strip()):
         raise ValueError(f"{name} {brief(value)}: must be a {'text' if of is str else of.__name__}")
@@ -414,6 +455,21 @@ def labelled(texts: list, name: str) -> dict[str, str]:
     return options
 
 
+def by_label(options: list | dict) -> dict[str, str]:
+    """The options that are there by label, those of a list by letter, without the labels where all
+    texts begin with theirs."""
+    if isinstance(options, list):
+        options = {chr(65 + n): text for n, text in enumerate(options)}
+    if not isinstance(options, dict):
+        raise ValueError(f"options {brief(options)}: must be a list, or an object of labels")
+    there = [label for label, text in options.items() if text is not None and str(text).strip()]
+    texts = {label: option(options, label) for label in there}
+    starts = {label: rf"\(?{re.escape(label)}[.):]+\s*(?=\S)" for label in there}
+    if all(re.match(starts[label], text) for label, text in texts.items()):
+        texts = {label: re.sub(starts[label], "", text, count=1) for label, text in texts.items()}
+    return texts
+
+
 def shuffle_options(
     seed: int, id: str, right: str, wrong: Iterable[str], num: int = 10
 ) -> tuple[tuple[str, ...], str]:
@@ -431,7 +487,8 @@ def shuffle_options(
     options = [right, *(wrong if len(wrong) < num else rng.sample(wrong, num - 1))]
     if not wrong:
         raise ValueError("options: must be at least two that differ")
-    if any(re.search(r"\b[A-J],? (and|or|&) [A-J]\b", option) for option in options):
+    by_letter = r"\b[A-J]\b\W{1,3}(and|or|nor|&)\W{1,2}[A-J]\b"
+    if any(re.search(by_letter, option) for option in options):
         raise ValueError("options: one names others by letter, so their order cannot change")
     rng.shuffle(options)
     options.sort(key=lambda option: "of the above" in option.lower())
@@ -442,16 +499,22 @@ def choose(
     seed: int, id: str, options: Mapping[str, str], answer: str
 ) -> tuple[tuple[str, ...], str]:
     """shuffle_options for options by label, where `answer` is a label or, as some sources have it,
-    the text of an option."""
-    right = [label for label in options if label.casefold() == answer.casefold()]
-    right = right or [label for label, text in options.items() if slug(text) == slug(answer)]
+    the text of an option, or both as in "(A) a smash"."""
+    said = answer.casefold().strip()
+    right = [label for label in options if label.casefold() == said]
+    right = right or [label for label, text in options.items() if text.casefold().strip() == said]
+    if not right and (said := slug(answer)):
+        right = [
+            label
+            for label, text in options.items()
+            if said in (slug(label), slug(text), slug(f"{label} {text}"))
+        ]
     if len(right) != 1:
         raise ValueError(
             f"answer {brief(answer)}: must be one of {', '.join(options)}, or the text of one"
         )
-    return shuffle_options(
-        seed, id, options[right[0]], (text for label, text in options.items() if label != right[0])
-    )
+    wrong = (text for label, text in options.items() if label != right[0])
+    return shuffle_options(seed, id, options[right[0]], wrong)
 
 
 def match_group(path: str) -> str | None:
@@ -473,8 +536,10 @@ def match_group(path: str) -> str | None:
 
 def foul_group(path: str) -> str | None:
     """`mvfoul/<split>/action_N` of a path that names a clip of SoccerNet-MVFoul, as every data set
-    that has it does; None where it names none."""
-    found = re.search(r"(?:^|/)(train|valid|test|challenge)/(action_\d+)(?=$|/|__)", path, re.I)
+    that has it does; None where it names none. The folder of a split may be called `train_720p` or
+    `Chall`."""
+    path = path.replace("\\", "/")
+    found = re.search(r"(?:^|/)(train|valid|test|chall)[^/]*/(action_\d+)", path, re.I)
     return f"mvfoul/{found[1]}/{found[2]}".lower() if found else None
 
 

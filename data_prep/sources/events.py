@@ -22,9 +22,11 @@ from pathlib import Path
 from data_prep.sources import (
     Folder,
     Skip,
-    each,
+    brief,
+    clip_name,
     field,
     frames_span,
+    place_of,
     read_entries,
     shuffle_options,
     sport_of,
@@ -72,12 +74,12 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 if isinstance(row, dict) and isinstance(row.get("label"), str):
                     labels.add(words(row["label"]))
         others = sorted(labels - {""})
-        clips = enumerate(read_entries(root / path))
-        yield from each(path, clips, partial(_questions, folder, seed, path, others))
+        yield from folder.each(path, partial(_questions, folder, seed, path, others))
 
 
 def group_of(name: str, sport: str) -> str:
     """The match or video that a clip is of, as the other data sets call it that have it too."""
+    name = clip_name(name)
     if gym := re.match(r"([\w-]{11})_E_\d+", name):
         return f"sports_qa/{gym[1]}"  # FineGym's
     if dive := re.fullmatch(r"(.+)__\d+", name):
@@ -85,12 +87,21 @@ def group_of(name: str, sport: str) -> str:
     return f"{SOURCE}/{sport}/{re.sub(r'_[0-9]+_[0-9]+$', '', name)}"
 
 
+def _rate(fps) -> float:
+    """Frames a second; 25 where none are given. Raises ValueError where they are no number."""
+    try:
+        rate = float(-1 if fps is None else fps)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"fps {brief(fps)}: must be a number") from None
+    return rate if 0 < rate < 1000 else 25.0
+
+
 def _clip(folder: Folder, name: str) -> tuple[str, tuple | None]:
     """(video, span) of a clip."""
     try:
         return folder.video(name), None
     except ValueError:
-        part = re.fullmatch(r"(.+)_(\d+)_(\d+)", name)
+        part = re.fullmatch(r"(.+)_(\d+)_(\d+)(\.\w+)?", name)
         try:
             video = folder.video(part[1]) if part else None
         except ValueError:
@@ -104,8 +115,7 @@ def _questions(
     folder: Folder, seed: int, path: str, labels: list[str], number: int, entry
 ) -> Iterator[Question | Skip]:
     name, num_frames = field(entry, "video"), field(entry, "num_frames", int)
-    fps = entry.get("fps")
-    rate = fps if isinstance(fps, int | float) and 0 < fps < 1000 else 25.0
+    rate = _rate(entry.get("fps"))
     video, span = _clip(folder, name)
     sport = sport_of(path, name, str(folder.root.name))
     rows, where = field(entry, "events", list), f"{path} {number}"
@@ -113,7 +123,7 @@ def _questions(
         "video": video, "sport": sport, "span_s": span, "group": group_of(name, sport),
         "provenance": f"{where}: {name}", "source": SOURCE, "licence": LICENCE,
     }  # fmt: skip
-    place = f"{SOURCE}/{Path(path).parent.name or 'list'}/{Path(path).stem}/{number}"
+    place = f"{SOURCE}/{place_of(path)}/{number}"
     yield from event_questions(rows, num_frames, rate, labels, (seed, place, where), common)
 
 

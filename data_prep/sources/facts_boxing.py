@@ -8,6 +8,7 @@ Quirks: none known. A class that no other one stands beside gives no question.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from data_prep.sources import Folder, Skip
@@ -25,12 +26,16 @@ ASK = (
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
-    classes = sorted({name_class(name) for _, (_, name) in labelled_clips(folder) if name})
-    return class_questions(folder, seed, SOURCE, LICENCE, "boxing", ASK, name_class, classes)
+    classes = set()
+    for _, (_, name) in labelled_clips(folder):
+        with suppress(ValueError):  # its row is skipped below
+            classes.add(name_class(name))
+    known = sorted(classes)
+    return class_questions(folder, seed, SOURCE, LICENCE, "boxing", ASK, name_class, known)
 
 
 def name_class(text: str) -> str:
     """The class in words. Raises ValueError where there is none."""
     if not (words := " ".join(text.replace("_", " ").replace("-", " ").lower().split())):
-        raise ValueError("class '': must be a name")
+        raise ValueError(f"class {text!r}: must be a name")
     return words

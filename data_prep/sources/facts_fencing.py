@@ -30,23 +30,20 @@ CLASS_COLUMNS = ("label", "class", "action", "category")
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
-    names = {
-        name_class(f"{action} {side}"): None for action in ACTIONS for side in ("left", "right")
-    }
-    return class_questions(
-        Folder(root), seed, SOURCE, LICENCE, "fencing", ASK, name_class, list(names)
-    )
+    names = [name_class(f"{action} {side}") for action in ACTIONS for side in ("left", "right")]
+    return class_questions(Folder(root), seed, SOURCE, LICENCE, "fencing", ASK, name_class, names)
 
 
 def name_class(text: str) -> str:
     """The class that a folder or a row names. Raises ValueError where it names none."""
-    side = re.search("left|right", text.lower())
-    action = re.search(r"(counter)?[\W_]*attack|riposte|remise", text.lower())
-    if not side or not action:
+    sides = {*re.findall("left|right", text.lower())}
+    found = re.findall(r"(counter)?[\W_]*(attack|riposte|remise)", text.lower())
+    actions = {f"counter-{action}" if counter else action for counter, action in found}
+    if len(sides) != 1 or len(actions) != 1 or not actions <= set(ACTIONS):
         raise ValueError(
             f"class {text!r}: must name one of {', '.join(ACTIONS)}, and left or right"
         )
-    return f"{'counter-attack' if action[1] else action[0].strip('_- ')} by the {side[0]} fencer"
+    return f"{actions.pop()} by the {sides.pop()} fencer"
 
 
 def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
@@ -58,11 +55,8 @@ def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
             f"{folder.root}: holds neither a folder of clips for each class nor a CSV file of "
             "clips and classes"
         )
-    clips = (
-        []
-        if tables
-        else [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
-    )
+    clips = [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
+    clips = [] if tables else clips
     for path in tables:
         try:
             with (folder.root / path).open(newline="", encoding="utf-8-sig") as file:
@@ -79,13 +73,9 @@ def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
                         f"its columns are {brief([*columns])}; one of {FILE_COLUMNS} and one "
                         f"of {CLASS_COLUMNS} are needed"
                     )
-                clips += [
-                    (
-                        f"{path} line {rows.line_num}",
-                        tuple((row[column] or "").strip() for column in of),
-                    )
-                    for row in rows
-                ]
+                for row in rows:
+                    clip = tuple((row[column] or "").strip() for column in of)
+                    clips.append((f"{path} line {rows.line_num}", clip))
         except (ValueError, csv.Error) as error:
             raise ValueError(
                 f"{folder.root / path}: not a table of clips and classes: {error}"

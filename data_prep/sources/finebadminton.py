@@ -84,13 +84,8 @@ def _collect(strokes: dict, number: int, entry: dict) -> Iterator[Skip]:
     last) marks where it lies.
     """
     match, rows = field(entry, "video").partition("_")[0], field(entry, "hitting", list)
-    named = [
-        row[name]
-        for row in rows
-        if isinstance(row, dict)
-        for name in FRAMES
-        if isinstance(row.get(name), int)
-    ]
+    fields = [row.get(name) for row in rows if isinstance(row, dict) for name in FRAMES]
+    named = [frame for frame in fields if isinstance(frame, int)]
     try:
         strokes[match] |= {
             _frames(row): row.get("hitter")
@@ -128,11 +123,8 @@ def _window(
 def _question(
     folder: Folder, strokes: dict, seed: int, path: str, number: int, entry
 ) -> Iterator[Question]:
-    name, match, task = (
-        field(entry, "question_id"),
-        field(entry, "video_id").partition(".")[0],
-        field(entry, "temporal").lower(),
-    )
+    name, match = field(entry, "question_id"), field(entry, "video_id").partition(".")[0]
+    task, clip = field(entry, "temporal").lower(), entry.get("local_video")
     if task not in DIMENSION:
         raise ValueError(f"temporal {task!r}: must be one of {', '.join(DIMENSION)}")
     start, end = field(entry, "start_frame", int), field(entry, "end_frame", int)
@@ -140,18 +132,14 @@ def _question(
         raise ValueError(
             f"start_frame {start}, end_frame {end}: must be 0 or above, and in this order"
         )
-    question, id = (
-        field(field(entry, "question", dict), "question_en"),
-        f"{SOURCE}/{name.replace(' ', '_')}",
-    )
+    name, question = name.replace(" ", "_"), field(field(entry, "question", dict), "question_en")
+    id = f"{SOURCE}/{name}"
     labels = labelled(field(entry, "options_en", list), "options_en")
     options, answer = choose(seed, id, labels, field(entry, "answer"))
     right = options["ABCDEFGHIJ".index(answer)]
     yield Question(
         id=id,
-        video=folder.video(
-            field(entry, "local_video") if "local_video" in entry else name.replace(" ", "_")
-        ),
+        video=folder.video(name if clip is None else field(entry, "local_video")),
         sport="badminton",
         dimension=DIMENSION[task],
         question=question,

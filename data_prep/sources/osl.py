@@ -28,12 +28,15 @@ from data_prep.sources import (
     Folder,
     Skip,
     brief,
+    by_label,
     choose,
     each,
     field,
     foul_group,
+    joined,
     match_group,
     option,
+    place_of,
     read_items,
     shuffle_options,
     sport_of,
@@ -69,13 +72,15 @@ def read(folder: Folder, path: str, seed: int, of=(SOURCE, LICENCE)) -> Iterator
         if place is None:
             header[member] = value
         else:
-            header.setdefault(member, {})
+            if not isinstance(header.get(member), dict):
+                header[member] = {}
             if member != "data":
                 header[member][place] = value
-    if not isinstance(header.get("data"), dict):
+    if not isinstance(header.get("data"), dict | list):
         raise ValueError(f"{folder.root / path}: holds no list `data` of samples; move it away")
     reader = Reader(folder, path, seed, of, header)
-    samples = ((k, s) for member, k, s in read_items(folder.root / path, dict) if member == "data")
+    items = read_items(folder.root / path, dict)
+    samples = ((k, s) for member, k, s in items if member == "data" and k is not None)
     for _, same in groupby(samples, key=lambda pair: _base_id(*pair)):
         yield from reader.samples(list(same))
 
@@ -132,12 +137,11 @@ class Reader:
         }
         asked = filter(is_object, _part(header, "questions", dict).values())
         self.asked = {str(each.get("id")): each.get("question") for each in asked}
-        stem = path.removesuffix(".json").replace("/", "-")
-        self.place = f"{self.source}/{stem}"
+        self.place = f"{self.source}/{place_of(path)}"
 
     def samples(self, same: list[tuple]) -> Iterator[Question | Skip]:
         """The questions of the samples of one clip."""
-        answered: dict[tuple, tuple] = {}  # by video and question: its place, and all answers
+        answered: list[Question | Skip] = []
         for number, sample in same:
             where = f"{self.path} {number}"
             try:
@@ -147,7 +151,7 @@ class Reader:
                 continue
             made = 0
             forms = {
-                "answers": partial(self._answers, answered, number),
+                "answers": partial(self._answers, number),
                 "labels": partial(self._class, number),
                 "captions": partial(self._caption, number),
                 "dense_captions": partial(self._dense, number),
@@ -157,15 +161,17 @@ class Reader:
                 rows = sample.get(name)
                 rows = list(rows.items()) if is_object(rows) else list(enumerate(_list(rows)))
                 made += len(rows)
-                yield from each(f"{where}, {name}", rows, partial(make, common))
+                found = each(f"{where}, {name}", rows, partial(make, common))
+                if name == "answers":
+                    answered += found
+                else:
+                    yield from found
             if sample.get("events"):
                 made += 1
                 yield from each(where, [("events", sample)], partial(self._events, number, common))
             if not made:
                 yield Skip(where, "the sample has no question, class, event or caption")
-        for (_, question), (place, common, texts) in answered.items():
-            answer, *also = dict.fromkeys(texts)
-            yield self._question(place, question, answer, common, also=tuple(also))
+        yield from joined(answered)
 
     def _common(self, where: str, sample) -> dict:
         """The fields that all questions of a sample share. Raises ValueError where it shows no
@@ -199,10 +205,8 @@ class Reader:
         values = {"dimension": dimension, "options": (), **common, **more}
         return Question(id=f"{self.place}/{place}", question=question, answer=answer, **values)
 
-    def _answers(
-        self, answered: dict, number: int, common: dict, k: int, group
-    ) -> Iterator[Question]:
-        """Keep the answers to a question."""
+    def _answers(self, number: int, common: dict, k: int, group) -> Iterator[Question]:
+        """A question with its answers."""
         asked = group.get("question") if is_object(group) else None
         if asked is None and is_object(group):
             asked = self.asked.get(str(group.get("question_id")))
@@ -212,9 +216,8 @@ class Reader:
         texts = [option({"answer": text}, "answer") for text in texts if text not in (None, "")]
         if not texts:
             raise ValueError("answers: none is given")
-        kept = answered.setdefault((common["video"], question), (f"{number}/{k}", common, []))
-        kept[2].extend(texts)
-        yield from ()
+        answer, *also = dict.fromkeys(texts)
+        yield self._question(f"{number}/{k}", question, answer, common, also=tuple(also))
 
     def _class(self, number: int, common: dict, head: str, value) -> Iterator[Question]:
         """What the clip's class is, of those of its head."""
@@ -229,9 +232,10 @@ class Reader:
         if said.strip().isdecimal():
             raise ValueError(f"{head} {brief(said)}: is a number, and no class that can be seen")
         id = f"{self.place}/{number}/{head}"
-        known = (text for text in self.heads.get(head, ()) if text.casefold() not in UNKNOWN)
-        others = (words(text) for text in known if words(text) != words(said))
-        options, letter = shuffle_options(self.seed, id, words(said), others)
+        known = [words(text) for text in self.heads.get(head, ()) if text.casefold() not in UNKNOWN]
+        same = [text for text in known if text.casefold() == words(said).casefold()]
+        right, others = (*same, words(said))[0], (text for text in known if text not in same)
+        options, letter = shuffle_options(self.seed, id, right, others)
         text = template(self.seed, id, CLASS).format(head.replace("_", " "))
         yield self._question(f"{number}/{head}", text, letter, common, options=options)
 
@@ -244,7 +248,7 @@ class Reader:
     def _dense(self, number: int, common: dict, k: int, row) -> Iterator[Question]:
         """What is said of a part of a clip."""
         field(row, "text")
-        if "start_ms" in row:
+        if row.get("start_ms") is not None:
             start_s, end_s = _seconds(row, "start_ms"), _seconds(row, "end_ms")
         else:
             start_s, end_s = _seconds(row) - AROUND_S, _seconds(row) + AROUND_S
@@ -255,10 +259,12 @@ class Reader:
 
     def _asked_then(self, number: int, common: dict, k: int, row) -> Iterator[Question]:
         """A question that is asked at a time, about what was before."""
-        question, right = field(row, "question"), field(row, "correct_option_id")
-        offered = {
-            str(each.get("id")): option(each, "text") for each in field(row, "options", list)
-        }
+        question, right = field(row, "question"), option(row, "correct_option_id")
+        offered = field(row, "options", list)
+        if any(map(is_object, offered)):
+            offered = {option(each, "id"): option(each, "text") for each in offered}
+        else:
+            offered = by_label(offered)
         place, span = f"{number}/then{k}", (0.0, _seconds(row))
         options, letter = choose(self.seed, f"{self.place}/{place}", offered, right)
         yield self._question(place, question, letter, common, options=options, span_s=span)
@@ -270,8 +276,13 @@ class Reader:
         times, fps = video.times_s, video.fps
         size = len(times) if len(times) <= WHOLE_S * fps else round(PART_S * fps)
         parts: dict[int, list] = {}
-        for row in rows:
-            at = np.searchsorted(times, _seconds(row) - 1e-3)
+        for k, row in enumerate(rows):
+            at_s = _seconds(row)
+            if at_s > video.end_s:
+                why = f"position_ms {row['position_ms']}: the video ends at {video.end_s:.2f} s"
+                yield Skip(f"{self.path} {number}, event {k}", why)
+                continue
+            at = np.searchsorted(times, at_s - 1e-3)
             part, frame = divmod(min(int(at), len(times) - 1), size)
             parts.setdefault(part, []).append({"frame": frame, "label": row.get("label")})
         labels = sorted({words(text) for texts in self.heads.values() for text in texts})

@@ -25,15 +25,15 @@ from data_prep.sources import (
     Folder,
     Skip,
     brief,
+    by_label,
     choose,
-    each,
     field,
     foul_group,
     match_group,
     option,
-    read_entries,
+    place_of,
 )
-from nanosport.records import Question
+from nanosport.records import Question, is_text
 
 SOURCE = "soccerbench"
 LICENCE = "CC BY-NC-SA 4.0; test only"
@@ -54,9 +54,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     if not any(re.fullmatch(numbered, Path(path).name, re.I) for path in folder.files):
         numbered = r"(?!q\d+\.json).*\.json"
     for path in folder.named(numbered, "q8.json … q14.json"):
-        yield from each(
-            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
-        )
+        yield from folder.each(path, partial(_question, folder, seed, path))
 
 
 def _material(entry) -> tuple[str, str]:
@@ -64,15 +62,13 @@ def _material(entry) -> tuple[str, str]:
     materials = entry.get("materials") or ["none"]
     if materials == ["none"]:
         raise ValueError("materials: none, the question is about no video")
-    context = materials.get("context") if isinstance(materials, dict) else None
     materials = materials if isinstance(materials, list) else [materials]
-    if len(materials) == 1 and isinstance(materials[0], dict):
-        context = materials[0].get("context")
-        materials = [materials[0].get("path")]
-    views = {VIEW.sub("", path) for path in materials if isinstance(path, str)}
-    if len(views) != 1 or not all(isinstance(path, str) for path in materials):
+    objects = [each if isinstance(each, dict) else {"path": each} for each in materials]
+    paths, context = [each.get("path") for each in objects], objects[0].get("context")
+    paths = [path.replace("\\", "/") for path in paths if is_text(path)]
+    if len({VIEW.sub("", path) for path in paths}) != 1 or len(paths) < len(materials):
         raise ValueError(f"materials {brief(materials)}: must name one video, the question has one")
-    path = re.sub(r"^.*/(?=materials/)", "", materials[len(materials) > 1])
+    path = re.sub(r"^.*/(?=materials/)", "", paths[len(paths) > 1])
     if path.lower().endswith(IMAGES):
         raise ValueError(f"materials {brief(path)}: a picture, the question is about no video")
     context = context if isinstance(context, str) else ""
@@ -90,14 +86,10 @@ def _material(entry) -> tuple[str, str]:
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
     task, question = Path(path).stem.lower(), field(entry, "Q")
     material, group = _material(entry)
-    labels = sorted(
-        (key for key in entry if re.fullmatch(r"O\d+", key) and entry[key]),
-        key=lambda key: int(key[1:]),
-    )
-    id = f"{SOURCE}/{task}/{number}"
-    options, answer = choose(
-        seed, id, {label: option(entry, label) for label in labels}, field(entry, "closeA")
-    )
+    labels = [key for key in entry if re.fullmatch(r"O\d+", key)]
+    id = f"{SOURCE}/{place_of(path)}/{number}"
+    offered = by_label({key: entry[key] for key in sorted(labels, key=lambda key: int(key[1:]))})
+    options, answer = choose(seed, id, offered, option(entry, "closeA"))
     yield Question(
         id=id,
         video=folder.video(material),

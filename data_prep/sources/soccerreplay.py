@@ -33,6 +33,7 @@ from data_prep.sources import (
     field,
     labelled,
     match_group,
+    place_of,
     read_items,
     shuffle_options,
     slug,
@@ -104,7 +105,7 @@ class Matches:
             if (half := re.search(r"/([12])-half\.\w+$", video)) and (match := match_of(video)):
                 self.halves[match.rpartition("/")[2], half[1]] = video, match
         for path in paths:
-            if match := match_of(path.removesuffix(".json")):
+            if match := match_of(path.rpartition(".")[0]):
                 self.files[match.rpartition("/")[2]].append(path)
 
     def half(self, match: str, half: str) -> tuple[str, str]:
@@ -122,7 +123,8 @@ class Matches:
             for member, place, entry in read_items(self.folder.root / path, dict, list):
                 if member in COMMENTS and isinstance(entry, dict):
                     with suppress(ValueError):
-                        found[entry.get("index", place)] = _moment(entry)
+                        index = place if entry.get("index") is None else entry["index"]
+                        found[field({"index": index}, "index", int)] = _moment(entry)
         return found
 
 
@@ -131,13 +133,13 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     paths = folder.named(r".*\.json", "JSON file of a match")
     matches = Matches(folder, paths)
     for path in paths:
-        match, used = match_of(path.removesuffix(".json")), False
+        match, used = match_of(path.rpartition(".")[0]), False
         for member, place, entry in read_items(root / path, dict, list):
             make = _form(member, entry)
             if make is not None:
                 used = True
                 ask = partial(make, matches, match, seed, path)
-                yield from each(path, [(place, entry)], ask)
+                yield from each(path, [] if place is None else [(place, entry)], ask)
         if not used:
             yield Skip(path, "holds no comments of a match, and no questions on one")
 
@@ -152,7 +154,7 @@ def _form(member: str | None, entry) -> Callable | None:
 
 def _moment(entry) -> tuple[str, int]:
     """(half, second) of a comment."""
-    time, half = field(entry, "time_stamp"), brief(entry.get("half")).strip("'")  # 1 or "1"
+    time, half = field(entry, "time_stamp"), str(field(entry, "half", int))
     if not (clock := re.fullmatch(r"(\d{1,3}):([0-5]?\d)", time)):
         raise ValueError(f"time_stamp {time!r}: must be MM:SS")
     return half, 60 * int(clock[1]) + int(clock[2])
@@ -170,8 +172,8 @@ def _about_half(
     if match is None:
         raise ValueError("its path names no match: keep the file's name")
     if about == "past":
-        event = entry.get("current_event_index")
-        half, second = matches.events(match).get(event if isinstance(event, int) else None, ("", 0))
+        event = field(entry, "current_event_index", int)
+        half, second = matches.events(match).get(event, ("", 0))
         if half != "1":
             why = (
                 "asks about both halves, which are two videos" if half else "its JSON is not there"
@@ -179,8 +181,7 @@ def _about_half(
             raise ValueError(f"type 'past', event {brief(event)} of the match: {why}")
         span = (0.0, float(second + AROUND_S))
     video, group = matches.half(match, "1")
-    place = Path(path).parent.name or "questions"
-    id = f"{SOURCE}/{group.removeprefix('soccer/')}/{place}/{number}"
+    id = f"{SOURCE}/{place_of(path)}/{number}"
     labels = labelled(field(entry, "choices", list), "choices")
     options, answer = choose(seed, id, labels, field(entry, "answer"))
     yield Question(
@@ -207,9 +208,9 @@ def _clip(
     if (group := match_group(name)) is None:
         raise ValueError(f"video {name!r}: names no match")
     about = matches.folder.video(name), group, None
-    place = path.removesuffix(".json").replace("/", "-")
+    id = f"{SOURCE}/{place_of(path)}/{number}"
     fields = (("event", "caption"), ("commentary", "comments_text_anonymized"))
-    yield from _ask(about, f"{SOURCE}/{place}/{number}", seed, f"{path} {number}", entry, fields)
+    yield from _ask(about, id, seed, f"{path} {number}", entry, fields)
 
 
 def _questions(

@@ -13,9 +13,21 @@ skipped.
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, choose, each, field, read_entries
+from data_prep.sources import (
+    Folder,
+    Skip,
+    brief,
+    by_label,
+    choose,
+    field,
+    joined,
+    option,
+    place_of,
+    read_entries,
+)
 from nanosport.records import Question
 
 SOURCE = "sportr"
@@ -38,22 +50,20 @@ DIMENSION = {  # by the first that the task, or where it has none the question, 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r".*\.jsonl?", "JSON or JSON-lines file"):
-        first = next(read_entries(root / path), None)
-        if isinstance(first, dict) and (
-            lacking := [n for n in ("video", "question", "answer") if _name(first, n) is None]
-        ):
-            found = ", ".join(map(str, first))
+        first = islice(read_entries(root / path), 100)  # an entry may lack a field
+        names = {name: None for entry in first if isinstance(entry, dict) for name in entry}
+        lacking = [n for n in ("video", "question", "answer") if _name(names, n) is None]
+        if names and lacking:
+            found = ", ".join(names)
             raise ValueError(
                 f"{root / path}: no field for {lacking[0]} among {found}; add its name to NAMES "
                 "in data_prep/sources/sportr.py"
             )
-        yield from each(
-            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
-        )
+        yield from joined(folder.each(path, partial(_question, folder, seed, path)))
 
 
 def _name(entry: dict, what: str) -> str | None:
-    """What the entry calls it."""
+    """What the entry, or the entries with these fields, calls it."""
     found = {str(name).lower(): name for name in entry}
     return next((found[name] for name in NAMES[what] if name in found), None)
 
@@ -63,7 +73,7 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         raise ValueError(f"a {type(entry).__name__}: must be an object of fields")
     names = {what: _name(entry, what) or what for what in NAMES}
     video, question = folder.video(field(entry, names["video"])), field(entry, names["question"])
-    id, kind, answer = f"{SOURCE}/{Path(path).stem}/{number}", "open", entry.get(names["answer"])
+    id, kind, answer = f"{SOURCE}/{place_of(path)}/{number}", "open", entry.get(names["answer"])
     options = entry.get(names["options"]) or {}
     if isinstance(answer, list):
         if len(answer) != 2 or not all(isinstance(x, int | float) and 0 <= x < 1e6 for x in answer):
@@ -72,18 +82,9 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
             )
         kind, answer, options = "span", f"{answer[0]:g}-{answer[1]:g}", ()
     else:
-        answer = field(entry, names["answer"])
-        options = (
-            {chr(65 + n): text for n, text in enumerate(options)}
-            if isinstance(options, list)
-            else options
-        )
+        answer = option(entry, names["answer"])
         if options:
-            options = {
-                label: re.sub(rf"^\(?{re.escape(label)}[.):]\s*", "", field(options, label))
-                for label in options
-            }
-            kind, (options, answer) = "choice", choose(seed, id, options, answer)
+            kind, (options, answer) = "choice", choose(seed, id, by_label(options), answer)
     task = entry.get(names["task"])
     task = task.lower() if isinstance(task, str) else question.lower()
     yield Question(

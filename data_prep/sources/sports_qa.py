@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, each, field, read_entries, shuffle_options
+from data_prep.sources import Folder, Skip, clip_name, field, option, place_of, shuffle_options
 from nanosport.records import Question
 
 SOURCE = "sports_qa"
@@ -38,13 +38,12 @@ DIMENSION = {
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r"(train|val|test)\.json", "train.json, val.json or test.json"):
-        yield from each(
-            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
-        )
+        yield from folder.each(path, partial(_question, folder, seed, path))
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
-    prefix, _, stem = field(entry, "video").partition("/")
+    clip = field(entry, "video").replace("\\", "/")
+    prefix, stem = clip.partition("/")[0].lower(), clip_name(clip)
     if prefix not in SPORTS:
         raise ValueError(f"video {entry['video']!r}: must be in one of {', '.join(SPORTS)}")
     youtube = re.fullmatch(r"v_([\w-]{11})_c\d+_\d+|([\w-]{11})(?:_E_\w+)?", stem)
@@ -55,20 +54,12 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         )
     if (kind := field(entry, "type").lower()) not in DIMENSION:
         raise ValueError(f"type {kind!r}: must be one of {', '.join(DIMENSION)}")
-    for name in ("qa_id", "answer"):
-        if not isinstance(entry.get(name), int | str) or not str(entry[name]).strip():
-            raise ValueError(f"{name} {brief(entry.get(name))}: must be a number or a text")
-    id, answer, options = (
-        f"{SOURCE}/{Path(path).stem}/{entry['qa_id']}",
-        str(entry["answer"]).strip(),
-        (),
-    )
-    scored = "number" if answer.isdecimal() else "open"
-    if answer.lower() in ("yes", "no"):
-        scored, (options, answer) = (
-            "choice",
-            shuffle_options(seed, id, answer.lower(), {"yes", "no"} - {answer.lower()}),
-        )
+    qa_id, answer, options = option(entry, "qa_id"), option(entry, "answer"), ()
+    id = f"{SOURCE}/{place_of(path)}/{qa_id}"
+    scored, said = "number" if answer.isdecimal() else "open", answer.lower()
+    if said in ("yes", "no"):
+        scored, other = "choice", "no" if said == "yes" else "yes"
+        options, answer = shuffle_options(seed, id, said, [other])
     yield Question(
         id=id,
         video=folder.video(stem),
@@ -80,6 +71,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         kind=scored,
         source=SOURCE,
         group=f"{SOURCE}/{youtube[1] or youtube[2]}",
-        provenance=f"{path} {number}: qa_id {entry['qa_id']}, {kind}",
+        provenance=f"{path} {number}: qa_id {qa_id}, {kind}",
         licence=LICENCE,
     )

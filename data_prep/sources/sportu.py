@@ -18,20 +18,15 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, choose, each, field, option, read_entries
+from data_prep.sources import Folder, Skip, by_label, choose, clip_name, field, joined, option
 from nanosport.records import Question
 
 SOURCE = "sportu"
 LICENCE = "none stated"
 SPORTS = (
-    "soccer",
-    "basketball",
-    "volleyball",
-    "american football",
-    "ice hockey",
-    "baseball",
+    "soccer", "basketball", "volleyball", "american football", "ice hockey", "baseball",
     "badminton",
-)
+)  # fmt: skip
 DIMENSION = {  # by the first that the question matches
     "rules": r"foul|fault|rule|violat|penal|offside|referee|infraction|illegal|allowed",
     "assessment": r"error|mistake|technique|technical|tactic|strateg|improve|should",
@@ -43,23 +38,20 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.files:
         if path.lower().endswith("sportu_text.json"):
-            for number, _ in enumerate(read_entries(root / path)):
-                yield Skip(f"{path} {number}", "the question is about no video")
+            yield from folder.each(path, _about_no_video)
     for path in folder.named(
         r"SportU_video_(mc|oe)\.json", "SportU_Video_mc.json or SportU_Video_oe.json"
     ):
-        yield from each(
-            path, enumerate(read_entries(root / path)), partial(_question, folder, seed, path)
-        )
+        yield from joined(folder.each(path, partial(_question, folder, seed, path)))
+
+
+def _about_no_video(number: int, entry) -> Iterator[Question]:
+    raise ValueError("the question is about no video")
 
 
 def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Iterator[Question]:
-    stem, question, answer, options = (
-        field(entry, "id"),
-        field(entry, "question"),
-        field(entry, "answer"),
-        (),
-    )
+    stem, question = clip_name(field(entry, "id")), field(entry, "question")
+    answer, options = option(entry, "answer"), ()
     play = re.fullmatch(r"([a-z_ ]+?)_(\d+)(?:_\d+)?", stem.lower())
     sport = play[1].replace("_", " ") if play else ""
     sport = "ice hockey" if sport == "hockey" else sport
@@ -70,8 +62,7 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
     kind = "mc" if path.lower().endswith("mc.json") else "oe"
     id = f"{SOURCE}/{stem}/{kind}/{hashlib.sha256(question.encode()).hexdigest()[:12]}"
     if kind == "mc":
-        texts = {label: option(entry["options"], label) for label in field(entry, "options", dict)}
-        options, answer = choose(seed, id, texts, answer)
+        options, answer = choose(seed, id, by_label(field(entry, "options", dict)), answer)
     yield Question(
         id=id,
         video=folder.video(stem),

@@ -1,7 +1,7 @@
 """T3-Set: multi-ball table tennis training, with what two coaches said about each round.
 
-`<player>/<technique>/round_NN/` holds `video/remote/` (else `video/right/`) and, in folders named
-after comments or suggestions, lists of {start "HH:MM:SS,mmm", end, text, comment_en,
+`<player>/<technique>/round_NN/` holds `video/remote/` (else `video/right/`) and, in folders or
+files named after comments or suggestions, lists of {start "HH:MM:SS,mmm", end, text, comment_en,
 suggestion_key, suggestion_type, type, stroke_index, index}. Questions, all of coaching: what the
 coach says (one a comment, open), what part of the stroke the coaches correct (one a round and part)
 and what is wrong with it.
@@ -65,20 +65,18 @@ ASK = {
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
-    folder, rounds = Folder(root), defaultdict(list)
+    folder, rounds, others = Folder(root), defaultdict(list), []
     for path in folder.named(r".*\.json", "JSON files of comments"):
-        place = re.fullmatch(
-            r"(.*/round[_-]?\d+)/(?:.*/)?[^/]*(?:comment|suggestion)[^/]*/.*|(.*/round[_-]?\d+)/[^/]*comment[^/]*",
-            path,
-            re.I,
-        )
-        if place:
-            rounds[place[1] or place[2]].append(path)
+        if place := re.fullmatch(r"(.*/round[ _-]?\d+)/.*(?:comment|suggestion).*", path, re.I):
+            rounds[place[1]].append(path)
+        else:
+            others.append(Skip(path, "is not called after comments or suggestions of a round"))
     if not rounds:
         raise ValueError(
             f"{root}: holds no comments in <player>/<technique>/round_NN/; --root is the folder "
             "of the players"
         )
+    yield from others
     for place, paths in rounds.items():
         *_, player, technique, _ = ("", "", *place.split("/"))
         videos = [video for video in folder.videos if video.startswith(place + "/")]
@@ -148,8 +146,8 @@ def _corrections(
     for where, entry in said:
         try:
             if key := _key(entry):
-                types[key].add(field(entry, "suggestion_type").lower())
                 first.setdefault(key, where)
+                types[key].add(field(entry, "suggestion_type").lower())
         except ValueError as error:
             yield Skip(f"{where}, correction", str(error))
 

@@ -153,13 +153,14 @@ def finediving(root: Path) -> None:
 
 
 def facts_fencing(root: Path) -> None:
-    touch(root, "clips/left_attack/001.mp4", "clips/Counter-Attack Right/001.mp4", "clips/riposte_LEFT/002.avi", "clips/bow/3.mp4")
+    touch(root, "clips/left_attack/001.mp4", "clips/Counter-Attack Right/001.mp4", "clips/riposte_LEFT/002.avi", "clips/bow/3.mp4",
+        "clips/counter-riposte_left/4.mp4")
 
 
 def facts_boxing(root: Path) -> None:
     touch(root, *(f"videos/{n}.mp4" for n in range(4)))
     lines = ["\ufeffVideo,Label,fps", "0.mp4,left_jab,25", "1.mp4,Right-Hook,25", "9.mp4,left_jab,25",
-        "../../etc/passwd,left_jab,25", "2.mp4,"]
+        "../../etc/passwd,left_jab,25", "2.mp4,", "3.mp4,-,25"]
     (root / "labels.csv").write_text("\n".join(lines))
 
 
@@ -189,7 +190,8 @@ def t3set(root: Path) -> None:
     put(root, f"{first}/coach_suggestions/summary_suggestions/coach_comment_2.json", [comment("right wrist", type="global")])
     put(root, f"{first}/sensor/aligned.json", {"not": "comments"})
     put(root, f"{second}/comments/global/coach_comment_1.json", [comment("grip_of_racket", "others", type="global")])
-    put(root, "P02/push/round_00/comments/global/coach_comment_1.json", [comment("waist", type="global")])
+    put(root, f"{second}/suggestion.json", [comment("waist", None)])
+    put(root, "P02/push/round 00/comments/global/coach_comment_1.json", [comment("waist", type="global")])
 
 
 def sportu(root: Path) -> None:
