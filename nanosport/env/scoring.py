@@ -4,37 +4,50 @@ distillation all score here."""
 import re
 from collections.abc import Sequence
 
-from nanosport.reading import CJK, WORD_BEFORE, numerals, plain, readings, time_span
+from nanosport.reading import CJK, MARKS, WORD_BEFORE, numerals, plain, readings, time_span
 from nanosport.records import LETTERS, Question
 
 TOKEN = re.compile(  # a number with its sign, a score such as 2-1, a word
-    rf"(?:[<>≤≥]|(?<![\w)])-(?=\d))?\d+(?:[./-]\d+)*[^\W\d_{CJK}]*|(?!\W)[{CJK}]|[^\W_{CJK}]+"
+    rf"(?:[<>≤≥]|(?<![\w)])-(?=\d))?\d+(?:[./-]\d+)*(?:[^\W\d_{CJK}][{MARKS}]*)*"
+    rf"|(?!\W)[{CJK}]|(?:[^\W_{CJK}][{MARKS}]*)+"
 )
 COMPOUND = re.compile(r"(?<![^\W\d_])[^\W\d_]++-[^\W\d_]+")
+NOT = re.compile(r"(?<=\bcan)(?:'t|not)\b|(?<!\bca)n't|[不無无非未]|[没沒]有?|ない|なし|ません")
+ORDINALS = dict(zip("1st 2nd 3rd 4th 5th".split(), "first second third fourth fifth".split()))
+LABEL = re.compile(r"\w [A-HJ-Z]\b(?!')|^[A-Z]$")
+"""A letter that is a name, as in "Team A": where there are such, "a" is no article."""
 ARTICLES = frozenset("a an the".split())
 FILLERS = frozenset(
     "it its is was were are be been by with of and this that he she they his her did does do has"
     " have had".split()
 )
-DENIALS = frozenset("not no never without cannot nor neither hardly or".split())
+DENIALS = frozenset("not no never without nor neither hardly or".split())
 OPPOSITES = [
     (one, two) for pair in (
         "before after|more less|most least|over under|above below|in out|inside outside"
         "|up down|first last|home away|top bottom|front back|forward backward|high low|win lose"
+        "|he she|his her"
     ).split("|") for one, two in (pair.split(), pair.split()[::-1])
 ]  # fmt: skip
 ENDS = " .,;:!?'\"*_()[]{}。、【】「」"
 """Signs that may stand around an answer."""
 HEDGE = re.compile(r" (?:or|或)  pick|pick\w  (?:or|或) ")
 DENIED = re.compile(  # in words two spaces apart
-    r" (?:not|cannot|nor|neither|never|than|except|excludes?|excluding|excluded|wrong|doubt"
-    r"|unlikely|rule  out|ruled  out|instead  of|(?:all|any|anything|everything)  but|不  是)"
-    r"  (?:(?:be|think|it|is|option|true|correct|that|answer|on|in|at|to|by|with)  )*pick(\w) "
-    r"| (?:no|without)  (?:any  )?pick(\w) "
-    r"| pick(\w)  (?:(?:(?:is|was|be|can  be|seems|looks)  )?"
-    r"(?:wrong|incorrect|false|unlikely|excluded|impossible|ruled  out)"
-    r"|(?:is|was|can)  not|cannot) "
+    r" (?:not|nor|neither|never|hardly|non|than|except|excludes?|excluding|excluded|wrong|doubt"
+    r"|disagree|unlikely|rule  out|ruled  out|instead  of|far  from|nothing  like|no  (?:way|means)"
+    r"|at  (?:least|most)|(?:all|any|anything|everything)  but|除(?:  了)?)"
+    r"  (?:(?:be|think|believe|say|it|i|is|option|true|correct|that|answer|on|in|at|to|by|with"
+    r"|all|any|quite|even|\w+ly|是|选|会|应|该|能|认|为)  )*pick(\w) "
+    r"| (?:no|without)  (?:(?:any|clear|real|actual|obvious|visible|such|(?:sign|evidence)  of)  )*"
+    r"pick(\w) "
+    r"| pick(\w)  (?:(?:(?:is|was|be|can  be|seems|looks|是)  )?(?:\w+ly  )?"
+    r"(?:wrong|incorrect|false|unlikely|excluded|impossible|ruled  out|disallowed|错)"
+    r"|(?:is|was|can|could|do|does|did|will|would|should)  not|not  [对正]|no(?= $)"
+    r"|で  は  (?:あ  り  )?not) "
 )
+OF_NONE = re.compile(r"(?<!and )(?<!or ) no  (?!(?:so|wait|it|he|she|they|that|pick\w) )(?=\w)")
+"""The "no" of "Yes, no contact was made"."""
+NO_LABEL = r"pick\w|and|or|nor|both|neither|not|is|are"
 MOMENT_S = 0.5
 """A time may be off by this much where one moment is asked for."""
 
@@ -58,19 +71,25 @@ def accuracy(answer: str | None, question: Question) -> float:
     return max(map(rules[question.kind], question.answers))
 
 
-def normalise(text: str) -> list[str]:
-    """Words and numbers, without case, punctuation and articles: "Two to one!" is 2-1."""
-    text = numerals(plain(text).casefold()).replace("n't", " not").replace("'s ", " ")
+def normalise(text: str, beside: str = "") -> list[str]:
+    """Words and numbers, without case, punctuation and articles: "Two to one!" is 2-1.
+
+    beside: the text that it is compared with: "a" is a word where that names things by letters.
+    """
+    articles = ARTICLES - {"a"} if LABEL.search(plain(beside)) else ARTICLES
+    text = numerals(plain(text).casefold()).replace("won't", "will not").replace("'s ", " ")
+    text = re.sub(r"\bno\. ?(?=\d)", "", NOT.sub(" not ", text))
     text = re.sub(r"(\d)(?::| ?- ?| to )(?=\d)", r"\1-", text)
     text = re.sub(r"(\d),(?=\d{3}(?!\d))", r"\1", text)  # 1,200
     text = re.sub(r"(\d),(?=\d)", r"\1.", text).replace("%", " percent ")  # 9,5
     text = re.sub(r"(?<![\d.])(\d+(?:\.\d*[1-9])?)\.?0*(?![\d.])", r"\1", text)  # 9.50
-    return [word for word in TOKEN.findall(text) if word not in ARTICLES]
+    return [ORDINALS.get(word, word) for word in TOKEN.findall(text) if word not in articles]
 
 
 def exact(answer: str, truth: str) -> float:
     """Whether both are the same words in the same order."""
-    return float((normalise(answer) or plain(answer)) == (normalise(truth) or plain(truth)))
+    said, true = (normalise(text, truth) or plain(text) for text in (answer, truth))
+    return float(said == true)
 
 
 # Choice.
@@ -85,39 +104,61 @@ def named(answer: str, options: Sequence[str]) -> set[str]:
     """The letters of the options that an answer names and does not deny."""
     letters = LETTERS[: len(options)]
     said = plain(answer).strip(ENDS)
-    # alone: a capital letter, a letter with its own text, a text as it is written, a text by its
-    # words; the last two find several where options are alike
     if said in tuple(letters):
         return {said}
+    return alone(said, letters, options) or mentioned(said, letters, options)
+
+
+def alone(said: str, letters: str, options: Sequence[str]) -> set[str]:
+    """The options that an answer is: a letter with its own text, a text as it is written, or by its
+    words, so that "dropshot" is "drop shot". The last two find several where options are alike."""
     head = re.match(rf"([{letters}])(\W)\W*(?=\w)", said, re.IGNORECASE)
     labelled = head and head[2] in ").:,"  # "A: foul" begins with a letter, "a foul" with a word
-    for same in (same_text, same_words):
-        if head and same(said[head.end() :], options[letters.index(head[1].upper())]):
-            return {head[1].upper()}
-        alike = {each for each, text in zip(letters, options) if same(said, text)}
-        if alike and not (labelled and same is same_words):
-            return alike
+    beside = "/".join(options)
 
-    # inside a sentence: each mention becomes a word of its own, the longest texts first
-    words = marked(said, letters)
-    texts = [marked(text, letters) for text in options]
+    def by_words(text: str) -> str:
+        return "".join(normalise(text, beside))
+
+    for form in (as_written, by_words):
+        whole, forms = form(said), [form(text) for text in options]
+        if head and form(said[head.end() :]) == forms[letters.index(head[1].upper())] != "":
+            return {head[1].upper()}
+        alike = {each for each, text in zip(letters, forms) if text == whole != ""}
+        if alike and not (labelled and form is by_words):
+            return alike
+    return set()
+
+
+def as_written(text: str) -> str:
+    return plain(text).strip(ENDS).casefold()
+
+
+def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
+    """The options that a sentence names and does not deny."""
+    # each mention becomes a word of its own, the longest texts first
+    words, *texts = (marked(text, letters) for text in (said, *options))
+    for label in re.findall(rf" (?!(?:{NO_LABEL}) )(\S+)  pick", "\n".join(texts)):
+        # the letter in "Team A" is no option's
+        words, *texts = (
+            re.sub(rf" {re.escape(label)}  pick(?=\w )", f" {label}  ", text)
+            for text in (words, *texts)
+        )
+    core, *cores = (
+        f" {'  '.join(word for word in text.split() if word not in FILLERS)} "
+        for text in (words, *texts)
+    )
     for text, each in sorted(zip(texts, letters), key=lambda pair: -len(pair[0])):
+        if text == " no " and words.startswith(" pick"):
+            words = OF_NONE.sub(" without  ", words)
         if texts.count(text) == 1 and not re.fullmatch(r" (?:pick\w )?", text):
             words = words.replace(text, f" pick{each} ")
     if HEDGE.search(words):
         return set()
     kept = DENIED.sub("  ", words)
     denied = {letter for found in DENIED.findall(words) for letter in found}
-    return set(re.findall(r"pick(\w)", kept)) - denied
-
-
-def same_text(one: str, other: str) -> bool:
-    return plain(one).strip(ENDS).casefold() == plain(other).strip(ENDS).casefold() != ""
-
-
-def same_words(one: str, other: str) -> bool:
-    """Whether both have the same letters in their words, so that "dropshot" is "drop shot"."""
-    return "".join(normalise(one)) == "".join(normalise(other)) != ""
+    # a part is enough where one option alone has it: "yellow" of "yellow card"
+    parts = {each for each, text in zip(letters, cores) if core.strip() and core in text}
+    return set(re.findall(r"pick(\w)", kept)) - denied or (parts if len(parts) == 1 else set())
 
 
 def marked(text: str, letters: str) -> str:
@@ -126,7 +167,10 @@ def marked(text: str, letters: str) -> str:
     word = (
         rf"[AI] (?!(?:is|was|and|or|nor|but|because|since|instead|rather|except|[{letters}])\b)\w"
     )
-    lone = rf"(?:{WORD_BEFORE}|(?<=[Oo]ption))(?<!\w')(?!{word})([{letters}])(?!'?[^\W{CJK}])"
+    lone = (
+        rf"(?:{WORD_BEFORE}|(?<=[Oo]ption))(?<!\w')(?!{word}|(?-i:a [A-Z]))"
+        rf"([{letters}])(?!'?[^\W{CJK}])"
+    )
     text = re.sub(
         r"\b(no)\b(?=[,.:;!?])", r"\1 so", plain(text), flags=re.IGNORECASE
     )  # denies none
@@ -178,9 +222,13 @@ def in_words(answer: str, truth: str, question: str) -> float:
     if exact(answer, truth):
         return 1.0
     asked = set(normalise(question))
-    said, true = ([w for w in normalise(t) if w not in FILLERS] for t in (answer, truth))
+    said, true = (normalise(text, truth) for text in (answer, truth))
+    free = FILLERS - opposed(said, true)
+    said, true = ([word for word in words if word not in free] for words in (said, true))
     if asked.isdisjoint(true):
         said = [word for word in said if word not in asked]
+    if said[:1] == true[:1] == ["no"]:  # "No, it did not" denies once
+        said = ["no", *(word for word in said[1:] if word not in ("not", "never"))]
     if not said or not true:
         return 0.0
     f1 = 2 * common_subsequence(said, true) / (len(said) + len(true))
@@ -190,17 +238,26 @@ def in_words(answer: str, truth: str, question: str) -> float:
 
 
 def contradicts(said: Sequence[str], true: Sequence[str]) -> bool:
-    """Whether one denies and the other does not, says the opposite, or has the same words or
-    numbers in another order: "7 passes to 10" is not "10 passes to 7"."""
-    if DENIALS.isdisjoint(said) != DENIALS.isdisjoint(true):
+    """Whether one denies and the other does not, says the opposite, names another letter, or has
+    the same words or numbers in another order: "7 passes to 10" is not "10 passes to 7"."""
+    if DENIALS.isdisjoint(said) != DENIALS.isdisjoint(true) or opposed(said, true):
         return True
-    if any(w in said and w not in true and o in true and o not in said for w, o in OPPOSITES):
+    said_letters, true_letters = (
+        set(re.findall(r"\b[a-z]\b", " ".join(ws))) for ws in (said, true)
+    )
+    if said_letters and true_letters and said_letters.isdisjoint(true_letters):
         return True
     said_numbers, true_numbers = ([w for w in ws if re.search(r"\d", w)] for ws in (said, true))
     return any(
         one != two and sorted(one) == sorted(two)
         for one, two in ((said, true), (said_numbers, true_numbers))
     )
+
+
+def opposed(said: Sequence[str], true: Sequence[str]) -> set[str]:
+    """The words of one whose opposite the other says, with those."""
+    pairs = (p for p in OPPOSITES if p[0] in said and p[0] not in true)
+    return {word for pair in pairs if pair[1] in true and pair[1] not in said for word in pair}
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
