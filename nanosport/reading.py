@@ -43,7 +43,7 @@ PARTS = {word: k for word, k in RARE.items() if word.endswith(("rd", "th"))} | {
     "half": 2, "halve": 2, "quarter": 4, "hundredth": 100, "thousandth": 1000
 }  # fmt: skip
 FRACTION = re.compile(
-    r"(?<![\w.,:/-])(?:(\d{1,9})(?:[ -]and[ -]| ))?(\d{1,9}|an?)[ -]"
+    r"(?<![\w.,:/-])(?<!and )(?:(\d{1,9})(?:[ -]and[ -]| ))?(\d{1,9}|an?)[ -]"
     rf"({'|'.join(PARTS)})s?\b(?!-)"
 )
 """3 quarters, 9 and a half."""
@@ -66,13 +66,13 @@ NUMBER = re.compile(
     r"|minimum|maximum|upwards of)|n't)\b|[<>≤≥]) ?)?"
     rf"(?:(?<![\w)])(?P<sign>[-+]))?{WORD_BEFORE}(?<!\d[.,:/])"
     r"(?P<digits>(?:(?<![\w.])\.)?\d+(?:[.,:/'-]\d+)*(?:e[-+]?\d{1,3}(?!\d))?)"
-    r"(?: ?(?P<unit>%|percent\b|k\b|dozen\b|hundred\b|thousand\b|million\b|min(?:ute)?s?\b"
-    rf"|h(?:ours?)?\b|[{''.join(HAN_TIMES)}]))?"
+    rf"(?: ?(?P<unit>%|[{''.join(HAN_TIMES)}]|(?:percent|k|dozen|hundred|thousand|million|billion"
+    r"|min(?:ute)?s?|h(?:ours?)?)\b))?"
     r"(?P<beyond> ?\+(?! ?\d)| ?[<>≤≥]| ?个?半"
     r"|(?: [^\W\d]++)?,? \(?(?:at (?:the )?(?:least|most)|plus|minimum|max(?:imum)?"
-    r"|(?:or|and) (?:more|less|fewer|up|upwards?|over|above|higher|under|below|lower))\b)?"
+    r"|(?:or|and) (?:more|less|fewer|up|upwards?|over|above|higher|under|below|lower|an? half))\b)?"
 )
-TIMES = {"k": 1e3, "dozen": 12, "hundred": 1e2, "thousand": 1e3, "million": 1e6} | HAN_TIMES
+TIMES = dict(k=1e3, dozen=12, hundred=1e2, thousand=1e3, million=1e6, billion=1e9) | HAN_TIMES
 MOMENT = re.compile(
     r"(?<!\d)(?<!\d[.,:])((?:\d++:){0,2}\d++(?:[.,]\d++)?)"
     rf"(?:st|nd|rd|th)?(?: ?(?:({MINUTES})|{SECONDS}|秒)(?![a-z]))?"
@@ -214,6 +214,6 @@ def time_span(text: str) -> tuple[float, float] | None:
         return None
     minutes = [bool(m[2]) or ":" not in m[1] and bool(found[1][2]) for m in found]
     start, end = (seconds(m[1]) * (60 if in_min else 1) for m, in_min in zip(found, minutes))
-    denied = re.search(r"\bnot\b|n't\b|\d ?(?:%|percent\b|h(?:ours?|rs?)?\b)", text)
+    refused = re.search(r"\bnot\b|n't\b|\d ?(?:%|percent\b|h(?:ours?|rs?)?\b)", text)
     negative = re.match(r"\W*-\d", text)
-    return (start, end) if start <= end < math.inf and not denied and not negative else None
+    return (start, end) if start <= end < math.inf and not refused and not negative else None

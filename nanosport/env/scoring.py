@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from nanosport.reading import CJK, MARKS, WORD_BEFORE, numerals, plain, readings, time_span
 from nanosport.records import LETTERS, Question
 
+WORD = rf"[^\W\d_{CJK}]*(?:[{MARKS}]+[^\W\d_{CJK}]*)*"
 TOKEN = re.compile(  # a number with its sign, a score such as 2-1, a word
-    rf"(?:[<>≤≥]|(?<![\w)])-(?=\d))?\d+(?:[./-]\d+)*(?:[^\W\d_{CJK}][{MARKS}]*)*"
-    rf"|(?!\W)[{CJK}]|(?:[^\W_{CJK}][{MARKS}]*)+"
+    rf"(?:[<>≤≥]|(?<![\w)])-(?=\d))?\d+(?:[./-]\d+)*{WORD}|(?!\W)[{CJK}]"
+    rf"|[^\W_{CJK}]+(?:[{MARKS}]+[^\W_{CJK}]*)*"
 )
 COMPOUND = re.compile(r"(?<![^\W\d_])[^\W\d_]++-[^\W\d_]+")
 NOT = re.compile(r"(?<=\bcan)(?:'t|not)\b|(?<!\bca)n't|[不無无非未]|[没沒]有?|ない|なし|ません")
@@ -26,18 +27,19 @@ OPPOSITES = [
     (one, two) for pair in (
         "before after|more less|most least|over under|above below|in out|inside outside"
         "|up down|first last|home away|top bottom|front back|forward backward|high low|win lose"
-        "|he she|his her"
+        "|he she|his her|him her"
     ).split("|") for one, two in (pair.split(), pair.split()[::-1])
 ]  # fmt: skip
 ENDS = " .,;:!?'\"*_()[]{}。、【】「」"
 """Signs that may stand around an answer."""
 HEDGE = re.compile(r" (?:or|或)  pick|pick\w  (?:or|或) ")
 DENIED = re.compile(  # in words two spaces apart
-    r" (?:not|nor|neither|never|hardly|non|than|except|excludes?|excluding|excluded|wrong|doubt"
+    r" (?:not|nor|neither|never|hardly|non|than|except|excludes?|excluding|excluded|wrong"
+    r"|(?<!no  )(?<!without  )doubt"
     r"|disagree|unlikely|rule  out|ruled  out|instead  of|far  from|nothing  like|no  (?:way|means)"
     r"|at  (?:least|most)|(?:all|any|anything|everything)  but|除(?:  了)?)"
     r"  (?:(?:be|think|believe|say|it|i|is|option|true|correct|that|answer|on|in|at|to|by|with"
-    r"|all|any|quite|even|\w+ly|是|选|会|应|该|能|认|为)  )*pick(\w) "
+    r"|all|any|quite|even|(?!only)\w+ly|是|选|会|应|该|能|认|为)  )*pick(\w) "
     r"| (?:no|without)  (?:(?:any|clear|real|actual|obvious|visible|such|(?:sign|evidence)  of)  )*"
     r"pick(\w) "
     r"| pick(\w)  (?:(?:(?:is|was|be|can  be|seems|looks|是)  )?(?:\w+ly  )?"
@@ -47,7 +49,7 @@ DENIED = re.compile(  # in words two spaces apart
 )
 OF_NONE = re.compile(r"(?<!and )(?<!or ) no  (?!(?:so|wait|it|he|she|they|that|pick\w) )(?=\w)")
 """The "no" of "Yes, no contact was made"."""
-NO_LABEL = r"pick\w|and|or|nor|both|neither|not|is|are"
+NO_LABEL = "and|or|nor|both|neither|not|only|is|are|options?|answers?|choices?"
 MOMENT_S = 0.5
 """A time may be off by this much where one moment is asked for."""
 
@@ -103,10 +105,20 @@ def choice(answer: str, letter: str, options: Sequence[str]) -> float:
 def named(answer: str, options: Sequence[str]) -> set[str]:
     """The letters of the options that an answer names and does not deny."""
     letters = LETTERS[: len(options)]
-    said = plain(answer).strip(ENDS)
+    answer, *options = unlabelled(plain(answer), list(map(plain, options)), letters)
+    said = answer.strip(ENDS)
     if said in tuple(letters):
         return {said}
     return alone(said, letters, options) or mentioned(said, letters, options)
+
+
+def unlabelled(answer: str, options: Sequence[str], letters: str) -> list[str]:
+    """The answer and the options, where "Team A" is the word TeamA if an option has it: this letter
+    is no option's."""
+    named_by = rf"\b(?!(?i:{NO_LABEL})\b)([^\W\d_]+)[ -][{letters}]\b(?!')"
+    labels = {re.escape(word) for text in options for word in re.findall(named_by, text)}
+    found = re.compile(rf"\b({'|'.join(labels)})[ -]([{letters}])\b(?!')", re.IGNORECASE)
+    return [found.sub(r"\1\2", text) if labels else text for text in (answer, *options)]
 
 
 def alone(said: str, letters: str, options: Sequence[str]) -> set[str]:
@@ -114,11 +126,6 @@ def alone(said: str, letters: str, options: Sequence[str]) -> set[str]:
     words, so that "dropshot" is "drop shot". The last two find several where options are alike."""
     head = re.match(rf"([{letters}])(\W)\W*(?=\w)", said, re.IGNORECASE)
     labelled = head and head[2] in ").:,"  # "A: foul" begins with a letter, "a foul" with a word
-    beside = "/".join(options)
-
-    def by_words(text: str) -> str:
-        return "".join(normalise(text, beside))
-
     for form in (as_written, by_words):
         whole, forms = form(said), [form(text) for text in options]
         if head and form(said[head.end() :]) == forms[letters.index(head[1].upper())] != "":
@@ -130,19 +137,17 @@ def alone(said: str, letters: str, options: Sequence[str]) -> set[str]:
 
 
 def as_written(text: str) -> str:
-    return plain(text).strip(ENDS).casefold()
+    return text.strip(ENDS).casefold()
+
+
+def by_words(text: str) -> str:
+    return "".join(normalise(text))
 
 
 def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
     """The options that a sentence names and does not deny."""
     # each mention becomes a word of its own, the longest texts first
     words, *texts = (marked(text, letters) for text in (said, *options))
-    for label in re.findall(rf" (?!(?:{NO_LABEL}) )(\S+)  pick", "\n".join(texts)):
-        # the letter in "Team A" is no option's
-        words, *texts = (
-            re.sub(rf" {re.escape(label)}  pick(?=\w )", f" {label}  ", text)
-            for text in (words, *texts)
-        )
     core, *cores = (
         f" {'  '.join(word for word in text.split() if word not in FILLERS)} "
         for text in (words, *texts)
@@ -171,10 +176,8 @@ def marked(text: str, letters: str) -> str:
         rf"(?:{WORD_BEFORE}|(?<=[Oo]ption))(?<!\w')(?!{word}|(?-i:a [A-Z]))"
         rf"([{letters}])(?!'?[^\W{CJK}])"
     )
-    text = re.sub(
-        r"\b(no)\b(?=[,.:;!?])", r"\1 so", plain(text), flags=re.IGNORECASE
-    )  # denies none
-    found = re.sub(lone, r" pick\1 ", text.replace("_", " "), flags=re.IGNORECASE)
+    text = re.sub(r"\b(no)\b(?=[,.:;!?])", r"\1 so", text, flags=re.I)  # denies none
+    found = re.sub(lone, r" pick\1 ", text.replace("_", " "), flags=re.I)
     words = (f"pick{w[4].upper()}" if re.fullmatch("pick[a-j]", w) else w for w in normalise(found))
     return f" {'  '.join(words)} "
 
