@@ -13,6 +13,7 @@ import torch
 from data_prep import arena
 from nanosport.env.reward import (
     Reward,
+    RewardError,
     flat_groups,
     format_valid,
     gated_reward,
@@ -704,7 +705,11 @@ def test_a_reward_of_ones_own(tmp_path):
     path.write_text(
         "BONUS = 0.1\n\ndef short(episode, accuracy):\n    return accuracy - BONUS * len(episode.turns)\n\n"
         "def one(episode):\n    return 1\n\ndef bad(episode):\n    x = 1\n    return episode.nothing\n\n"
-        "def nan(episode):\n    return float('nan')\n\ndef text(episode):\n    return 'high'\n"
+        "def nan(episode):\n    return float('nan')\n\ndef text(episode):\n    return 'high'\n\n"
+        "def bonus(episode, bonus=0.1):\n    return bonus\n\ndef huge(episode):\n    return 10**400\n\n"
+        "def long(episode):\n    return 10**5000\n\ndef leave(episode):\n    raise SystemExit(0)\n\n"
+        "def tensor(episode):\n    import torch\n    return torch.tensor(0.5)\n\n"
+        "def none():\n    return 1\n\ndef three(episode, accuracy, more):\n    return 1\n"
     )
     made = episode("red 7 volley", LOOK, SAY)
     score = reward_function(f"{path}:short")
@@ -713,18 +718,29 @@ def test_a_reward_of_ones_own(tmp_path):
     ).total == pytest.approx(0.3)
     assert (score(made, 0.5).accuracy, score(made, None).new_frames) == (0.5, 2)
     assert reward_function(f"{path}:one")(made, None).total == 1.0
+    assert reward_function(f"{path}:bonus")(made, 1.0).total == 0.1
     for name, why in {
         "bad": "question 'q': AttributeError: 'Episode' object has no attribute 'nothing', line 11",
         "nan": "returned nan; it must be a finite number",
         "text": "returned 'high'; it must be a finite number",
+        "tensor": "returned tensor(0.5000); it must be a finite number below 1e+38, an int or a float of "
+        "Python's: float(…) makes one",
+        "huge": "00; it must be a finite number",
+        "long": "ValueError: Exceeds the limit",
+        "leave": "SystemExit: 0, line 29",
     }.items():
-        with pytest.raises(ValueError, match=re.escape(why)) as caught:
+        with pytest.raises(RewardError, match=re.escape(why)) as caught:
             reward_function(f"{path}:{name}")(made, None)
         assert str(caught.value).startswith(f"--reward {path}:{name}, episode of ")
+    for name in ("none", "three"):
+        with pytest.raises(ValueError, match=f"{name}: TypeError"):
+            reward_function(f"{path}:{name}")
+    path.with_name("exit.py").write_text("import sys\n\nsys.exit(0)\n")
     path.write_text("import math\n\nx = 1 / 0\n")
     for name, why in {
         f"{path}:score": "ZeroDivisionError: division by zero, line 3",
         f"{tmp_path}/gone.py:score": "FileNotFoundError",
+        f"{tmp_path}/exit.py:score": "SystemExit: 0, line 3",
         "v3": "must be one of v1, v2, videobrain, accuracy, ungated, or FILE.py:FUNCTION",
         "my_reward:score": "or FILE.py:FUNCTION",
     }.items():
