@@ -12,13 +12,11 @@ CJK = "⺀-鿿豈-﫿"
 """A range of characters, words of one sign each, that are written without spaces."""
 MARKS = "".join(c for c in map(chr, range(0x300, 0xFE00)) if unicodedata.category(c)[0] == "M")
 """Vowels and tones of Hindi, Thai and others, which belong to the letter before."""
-SHORT_VOWELS = "".join(map(chr, range(0x64B, 0x653)))
-"""Of Arabic: they are mostly left out."""
 WORD_BEFORE = rf"(?<![^\W{CJK}])"
 """No letter or digit stands before."""
 SIGNS = {ord(each): sign for sign, signs in {
     "'": "‘’‚‛′`", '"': "“”„‟«»", "-": "‐‑‒–—―−", "/": "⁄∕", ":": "∶",
-    "": "\u200b\u200d\ufeff\xad" + SHORT_VOWELS,
+    "": "\u200b\u200d\ufeff\xad" + "".join(map(chr, range(0x64B, 0x653))),  # Arabic's vowels
 }.items() for each in signs}  # fmt: skip
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -43,7 +41,7 @@ PARTS = {word: k for word, k in RARE.items() if word.endswith(("rd", "th"))} | {
     "half": 2, "halve": 2, "quarter": 4, "hundredth": 100, "thousandth": 1000
 }  # fmt: skip
 FRACTION = re.compile(
-    r"(?<![\w.,:/-])(?<!and )(?:(\d{1,9})(?:[ -]and[ -]| ))?(\d{1,9}|an?)[ -]"
+    r"(?<![\w.,:/-])(?<!and )(?:(\d{1,9})(?:[ -]and[ -]| ))?(?:(\d{1,9})|an?)[ -]"
     rf"({'|'.join(PARTS)})s?\b(?!-)"
 )
 """3 quarters, 9 and a half."""
@@ -63,14 +61,15 @@ MIXED = re.compile(r"(?<![\d.,:/-])(\d{1,3}) ([1-9])/([2-9])(?![\d.,:/])")
 """2 1/2 is 2.5."""
 NUMBER = re.compile(
     r"(?:(?P<bound>(?:\b(?:not|never|nor|than|least|most|over|under|above|below|up to|half of"
-    r"|minimum|maximum|upwards of)|n't)\b|[<>≤≥]) ?)?"
+    r"|minimum|max(?:imum)?|(?:min|max)imum of|upwards of)|n't)\b|[<>≤≥]) ?(?:about |around )?)?"
     rf"(?:(?<![\w)])(?P<sign>[-+]))?{WORD_BEFORE}(?<!\d[.,:/])"
     r"(?P<digits>(?:(?<![\w.])\.)?\d+(?:[.,:/'-]\d+)*(?:e[-+]?\d{1,3}(?!\d))?)"
     rf"(?: ?(?P<unit>%|[{''.join(HAN_TIMES)}]|(?:percent|k|dozen|hundred|thousand|million|billion"
     r"|min(?:ute)?s?|h(?:ours?)?)\b))?"
     r"(?P<beyond> ?\+(?! ?\d)| ?[<>≤≥]| ?个?半"
-    r"|(?: [^\W\d]++)?,? \(?(?:at (?:the )?(?:least|most)|plus|minimum|max(?:imum)?"
-    r"|(?:or|and) (?:more|less|fewer|up|upwards?|over|above|higher|under|below|lower|an? half))\b)?"
+    r"|(?: [^\W\d]++)?,?[ -]\(?(?:at (?:the )?(?:least|most)|(?:at a )?minimum|max(?:imum)?|plus"
+    r"|(?:or|and)[ -](?:more|less|fewer|up|upwards?|over|above|higher|under|below|lower"
+    r"|an? half))\b)?"
 )
 TIMES = dict(k=1e3, dozen=12, hundred=1e2, thousand=1e3, million=1e6, billion=1e9) | HAN_TIMES
 MOMENT = re.compile(
@@ -123,19 +122,12 @@ def han(sign: re.Match) -> str:
     total = last = 0
     for each in sign[0][:30]:
         times = HAN_TIMES.get(each, 0)
-        if not times:
-            last = 10 * last + HAN[each]
-        elif times > 1000:
+        if times > 1000:
             total, last = max(1, total + last) * times, 0
         else:
-            total, last = total + max(1, last) * times, 0
+            total += max(1, last) * times
+            last = 0 if times else 10 * last + HAN[each]
     return str(total + last)
-
-
-def fraction(found: re.Match) -> str:
-    """The digits of a match of FRACTION: three quarters is 0.75."""
-    whole, count, part = found.groups()
-    return str(int(whole or 0) + int(count if count.isdecimal() else 1) / PARTS[part])
 
 
 def in_digits(text: str) -> str:
@@ -143,7 +135,7 @@ def in_digits(text: str) -> str:
     30 s"."""
     text = plain(text).casefold()
     text = text if re.search(r"\d", text) else numerals(text)
-    text = FRACTION.sub(fraction, text)
+    text = FRACTION.sub(lambda m: str(int(m[1] or 0) + int(m[2] or 1) / PARTS[m[3]]), text)
     for spell in (rare, lambda text: re.sub(f"[{''.join(HAN | HAN_TIMES)}]+", han, text)):
         text = text if re.search(r"\d", text) else spell(text)
     text = MIXED.sub(lambda m: str(int(m[1]) + int(m[2]) / int(m[3])), text)

@@ -140,22 +140,11 @@ def reward_function(
         raise ValueError(f"--reward {name}: {rule}")
     try:
         own = runpy.run_path(path, run_name=Path(path).stem)[function]
-        wants_accuracy = _wants_accuracy(own)
+        inputs = inspect.signature(own).parameters.values()
+        needed = [p for p in inputs if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
     except (Exception, SystemExit) as error:
         raise ValueError(f"--reward {name}: {_where(error, path)}") from error
-    return partial(_own_reward, name, own, wants_accuracy)
-
-
-def _wants_accuracy(own: Callable) -> bool:
-    """Whether a function must be given two arguments. Raises TypeError where it takes neither one
-    nor two."""
-    takes = inspect.signature(own).bind
-    try:
-        takes("episode")
-    except TypeError:
-        takes("episode", "accuracy")
-        return True
-    return False
+    return partial(_own_reward, name, own, len(needed) > 1)
 
 
 def flat_groups(rewards: Sequence[Reward], group_size: int) -> list[int]:
@@ -177,14 +166,10 @@ def _own_reward(
         said = short(total)
     except (Exception, SystemExit) as error:
         raise RewardError(f"{about}: {_where(error, name.rpartition(':')[0])}") from error
-    if (
-        isinstance(total, bool)
-        or not isinstance(total, int | float)
-        or not abs(total) < LIMITS[float]
-    ):
-        rule = f"must be a finite number below {LIMITS[float]:g}"
-        fix = "an int or a float of Python's: float(…) makes one"
-        raise RewardError(f"{about}: returned {said}; it {rule}, {fix}")
+    is_number = isinstance(total, int | float) and not isinstance(total, bool)
+    if not is_number or not abs(total) < LIMITS[float]:
+        rule = "must be a finite number, an int or a float of Python's: float(…) makes one"
+        raise RewardError(f"{about}: returned {said}; it {rule}")
     parts = float(format_valid(episode)), float(used_tool(episode)), float(new_frames(episode))
     return Reward(float(total), acc, 0.0, *parts)
 

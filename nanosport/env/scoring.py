@@ -44,7 +44,7 @@ DENIED = re.compile(  # in words two spaces apart
     r"pick(\w) "
     r"| pick(\w)  (?:(?:(?:is|was|be|can  be|seems|looks|是)  )?(?:\w+ly  )?"
     r"(?:wrong|incorrect|false|unlikely|excluded|impossible|ruled  out|disallowed|错)"
-    r"|(?:is|was|can|could|do|does|did|will|would|should)  not|not  [对正]|no(?= $)"
+    r"|(?:is|was|can|could|do|does|did|will|would|should)  not(?!  pick)|not  [对正]|no(?= $)"
     r"|で  は  (?:あ  り  )?not) "
 )
 OF_NONE = re.compile(r"(?<!and )(?<!or ) no  (?!(?:so|wait|it|he|she|they|that|pick\w) )(?=\w)")
@@ -64,7 +64,7 @@ def accuracy(answer: str | None, question: Question) -> float:
     if answer is None:
         return 0.0
     if question.kind == "choice":
-        return choice(answer, question.answer, question.options)
+        return float(named(answer, question.options) == {question.answer})
     rules = {
         "number": lambda truth: number(answer, truth, question.tolerance),
         "span": lambda truth: span(answer, truth, question.tolerance),
@@ -95,11 +95,6 @@ def exact(answer: str, truth: str) -> float:
 
 
 # Choice.
-
-
-def choice(answer: str, letter: str, options: Sequence[str]) -> float:
-    """Whether the answer names option `letter`, by letter or by text, and no other."""
-    return float(named(answer, options) == {letter})
 
 
 def named(answer: str, options: Sequence[str]) -> set[str]:
@@ -148,10 +143,7 @@ def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
     """The options that a sentence names and does not deny."""
     # each mention becomes a word of its own, the longest texts first
     words, *texts = (marked(text, letters) for text in (said, *options))
-    core, *cores = (
-        f" {'  '.join(word for word in text.split() if word not in FILLERS)} "
-        for text in (words, *texts)
-    )
+    core, *cores = ([w for w in text.split() if w not in FILLERS] for text in (words, *texts))
     for text, each in sorted(zip(texts, letters), key=lambda pair: -len(pair[0])):
         if text == " no " and words.startswith(" pick"):
             words = OF_NONE.sub(" without  ", words)
@@ -161,21 +153,26 @@ def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
         return set()
     kept = DENIED.sub("  ", words)
     denied = {letter for found in DENIED.findall(words) for letter in found}
-    # a part is enough where one option alone has it: "yellow" of "yellow card"
-    parts = {each for each, text in zip(letters, cores) if core.strip() and core in text}
-    return set(re.findall(r"pick(\w)", kept)) - denied or (parts if len(parts) == 1 else set())
+    said = set(re.findall(r"pick(\w)", kept)) - denied
+    parts = {each for each, text in zip(letters, cores) if is_part(core, text)}
+    return said or (parts if len(parts) == 1 else set())
+
+
+def is_part(words: list[str], text: list[str]) -> bool:
+    """Whether words are a run of a text that holds its denials: "yellow" is enough for "yellow
+    card" where no other option has it, "offside" is not for "not offside"."""
+    places = (k for k in range(len(text)) if words and text[k : k + len(words)] == words)
+    return any(DENIALS.isdisjoint(text[:k] + text[k + len(words) :]) for k in places)
 
 
 def marked(text: str, letters: str) -> str:
     """Words with two spaces between, and `pickB` for an option's letter. "A player" and "I think"
     begin with a word, not with a letter."""
     word = (
-        rf"[AI] (?!(?:is|was|and|or|nor|but|because|since|instead|rather|except|[{letters}])\b)\w"
+        r"(?-i:a [A-Z])|[AI] (?!(?:is|was|and|or|nor|but|because|since|instead|rather|except"
+        rf"|[{letters}])\b)\w"
     )
-    lone = (
-        rf"(?:{WORD_BEFORE}|(?<=[Oo]ption))(?<!\w')(?!{word}|(?-i:a [A-Z]))"
-        rf"([{letters}])(?!'?[^\W{CJK}])"
-    )
+    lone = rf"(?:{WORD_BEFORE}|(?<=[Oo]ption))(?<!\w')(?!{word})([{letters}])(?!'?[^\W{CJK}])"
     text = re.sub(r"\b(no)\b(?=[,.:;!?])", r"\1 so", text, flags=re.I)  # denies none
     found = re.sub(lone, r" pick\1 ", text.replace("_", " "), flags=re.I)
     words = (f"pick{w[4].upper()}" if re.fullmatch("pick[a-j]", w) else w for w in normalise(found))
@@ -245,10 +242,8 @@ def contradicts(said: Sequence[str], true: Sequence[str]) -> bool:
     the same words or numbers in another order: "7 passes to 10" is not "10 passes to 7"."""
     if DENIALS.isdisjoint(said) != DENIALS.isdisjoint(true) or opposed(said, true):
         return True
-    said_letters, true_letters = (
-        set(re.findall(r"\b[a-z]\b", " ".join(ws))) for ws in (said, true)
-    )
-    if said_letters and true_letters and said_letters.isdisjoint(true_letters):
+    letters = [{w for w in words if re.fullmatch("[a-z]", w)} for words in (said, true)]
+    if all(letters) and letters[0].isdisjoint(letters[1]):
         return True
     said_numbers, true_numbers = ([w for w in ws if re.search(r"\d", w)] for ws in (said, true))
     return any(
