@@ -15,7 +15,7 @@ MARKS = "".join(c for c in map(chr, range(0x300, 0xFE00)) if unicodedata.categor
 WORD_BEFORE = rf"(?<![^\W{CJK}])"
 """No letter or digit stands before."""
 SIGNS = {ord(each): sign for sign, signs in {
-    "'": "‘’‚‛′`", '"': "“”„‟«»", "-": "‐‑‒–—―−", "/": "⁄∕", ":": "∶",
+    "'": "‘’‚‛′`", '"': "“”„‟«»", "-": "‐‑‒–—―−", "/": "⁄∕", ":": "∶", "I": "İ", "i": "ı",
     "": "\u200b\u200d\ufeff\xad" + "".join(map(chr, range(0x64B, 0x653))),  # Arabic's vowels
 }.items() for each in signs}  # fmt: skip
 ONES = (
@@ -61,12 +61,13 @@ MIXED = re.compile(r"(?<![\d.,:/-])(\d{1,3}) ([1-9])/([2-9])(?![\d.,:/])")
 """2 1/2 is 2.5."""
 NUMBER = re.compile(
     r"(?:(?P<bound>(?:\b(?:not|never|nor|than|least|most|over|under|above|below|up to|half of"
-    r"|minimum|max(?:imum)?|(?:min|max)imum of|upwards of)|n't)\b|[<>≤≥]) ?(?:about |around )?)?"
+    r"|minimum|max(?:imum)?|(?:min|max)imum of|upwards of)|n't)\b|[<>≤≥]|不[是到止]?|[没沒]有?"
+    r"|[至最][少多]|[大小多少高低]于|超过) ?(?:about |around )?)?"
     rf"(?:(?<![\w)])(?P<sign>[-+]))?{WORD_BEFORE}(?<!\d[.,:/])"
     r"(?P<digits>(?:(?<![\w.])\.)?\d+(?:[.,:/'-]\d+)*(?:e[-+]?\d{1,3}(?!\d))?)"
     rf"(?: ?(?P<unit>%|[{''.join(HAN_TIMES)}]|(?:percent|k|dozen|hundred|thousand|million|billion"
     r"|min(?:ute)?s?|h(?:ours?)?)\b))?"
-    r"(?P<beyond> ?\+(?! ?\d)| ?[<>≤≥]| ?个?半"
+    r"(?P<beyond> ?\+(?! ?\d)| ?[<>≤≥]| ?个?(?:半|以[上下])"
     r"|(?: [^\W\d]++)?,?[ -]\(?(?:at (?:the )?(?:least|most)|(?:at a )?minimum|max(?:imum)?|plus"
     r"|(?:or|and)[ -](?:more|less|fewer|up|upwards?|over|above|higher|under|below|lower"
     r"|an? half))\b)?"
@@ -136,15 +137,13 @@ def in_digits(text: str) -> str:
     text = plain(text).casefold()
     text = text if re.search(r"\d", text) else numerals(text)
     text = FRACTION.sub(lambda m: str(int(m[1] or 0) + int(m[2] or 1) / PARTS[m[3]]), text)
-    for spell in (rare, lambda text: re.sub(f"[{''.join(HAN | HAN_TIMES)}]+", han, text)):
-        text = text if re.search(r"\d", text) else spell(text)
+    for words, spell in (
+        (rf"\b(?:{'|'.join(RARE)})\b", lambda found: str(RARE[found[0]])),
+        (f"[{''.join(HAN | HAN_TIMES)}]+", han),
+    ):
+        text = text if re.search(r"\d", text) else re.sub(words, spell, text)
     text = MIXED.sub(lambda m: str(int(m[1]) + int(m[2]) / int(m[3])), text)
     return IN_WORDS.sub(lambda m: f"{m[1]}:{m[2].zfill(2)}", text)
-
-
-def rare(text: str) -> str:
-    """The text with digits for RARE words."""
-    return re.sub(rf"\b(?:{'|'.join(RARE)})\b", lambda m: str(RARE[m[0]]), text)
 
 
 def number(text: str) -> float | None:
@@ -206,6 +205,6 @@ def time_span(text: str) -> tuple[float, float] | None:
         return None
     minutes = [bool(m[2]) or ":" not in m[1] and bool(found[1][2]) for m in found]
     start, end = (seconds(m[1]) * (60 if in_min else 1) for m, in_min in zip(found, minutes))
-    refused = re.search(r"\bnot\b|n't\b|\d ?(?:%|percent\b|h(?:ours?|rs?)?\b)", text)
+    refused = re.search(r"\bnot\b|n't\b|不|\d ?(?:%|percent\b|h(?:ours?|rs?)?\b)", text)
     negative = re.match(r"\W*-\d", text)
     return (start, end) if start <= end < math.inf and not refused and not negative else None

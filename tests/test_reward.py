@@ -263,6 +263,7 @@ AS_A_PERSON_SAYS = {
         ("choice", "A", SHOTS, "A is right", 1),
         ("choice", "I", TEN, "I cannot tell", 0),
         ("choice", "I", TEN, "I'm not sure", 0),
+        ("choice", "I", TEN, "İ foo", 0),
         ("choice", "I", TEN, "I", 1),
         ("choice", "I", TEN, "Option I.", 1),
         ("choice", "D", SHOTS + ("lob",), "He'd lobbed it", 0),
@@ -508,7 +509,7 @@ AS_A_PERSON_SAYS = {
         ("number", "7", (), said, 0)
         for said in (
             "7 at most|7 at least|7 goals at most|7, at least|7 (at most)|7 plus|7 or higher|7 and up|7 or above|7 goals or more|"
-            "7 and over|7 or below|7 maximum|7 max|7 players minimum|upwards of 7|7-plus|7-or-more|a minimum of 7|max 7|at least about 7|7 at a minimum|7 and fewer|not 7, at most 7"
+            "7 and over|7 or below|7 maximum|7 max|7 players minimum|upwards of 7|至少7|最多七|不是7|没有7|不到七|超过7|少于7|7以上|7个以下|7-plus|7-or-more|a minimum of 7|max 7|at least about 7|7 at a minimum|7 and fewer|not 7, at most 7"
         ).split("|")
     ]
     + [("number", "7", (), said, 1) for said in "7 up front|7 and no more|7 minutes|7 at the break".split("|")],
@@ -640,7 +641,7 @@ AS_A_PERSON_SAYS = {
     ]
     + [
         ("span", "12-15", (), said, 0)
-        for said in "12-15 h|12%-15%|12 % to 15 %|12 hours to 15 hours|first: 12, last: not 15|about 12|last: 15, first: 12".split("|")
+        for said in "12-15 h|12%-15%|12 % to 15 %|12 hours to 15 hours|不是12到15|first: 12, last: not 15|about 12|last: 15, first: 12".split("|")
     ],
     "listing does not pay": [
         ("open", "white 1 smash", CALL, "white 1 smash", 1),

@@ -33,8 +33,6 @@ End with one line: GRADE: n"""
 
 TEMPERATURES = (0.0, 0.7, 0.7)
 """A judge that rambles is asked again."""
-
-
 LEAD = r'(?:.*[.!?])?[ *_#>-]*(?:\{ ?"|(?:(?:the|my|final|overall) )+)?'
 VALUE = (
     rf'[ :=*_`(\["]*(?:is[ :*_`(]*)?([0-{GRADES}])(?:\.0)?[ *_`)\]"]*+'

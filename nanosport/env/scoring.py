@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from nanosport.reading import CJK, MARKS, WORD_BEFORE, numerals, plain, readings, time_span
 from nanosport.records import LETTERS, Question
 
-WORD = rf"[^\W\d_{CJK}]*(?:[{MARKS}]+[^\W\d_{CJK}]*)*"
+ENDING = rf"[^\W\d_{CJK}]*(?:[{MARKS}]+[^\W\d_{CJK}]*)*"
 TOKEN = re.compile(  # a number with its sign, a score such as 2-1, a word
-    rf"(?:[<>≤≥]|(?<![\w)])-(?=\d))?\d+(?:[./-]\d+)*{WORD}|(?!\W)[{CJK}]"
-    rf"|[^\W_{CJK}]+(?:[{MARKS}]+[^\W_{CJK}]*)*"
+    rf"(?:[<>≤≥]|(?<![\w)])-(?=\d))?\d+(?:[./-]\d+)*{ENDING}|(?!\W)[{CJK}]|[^\W_{CJK}]+{ENDING}"
 )
 COMPOUND = re.compile(r"(?<![^\W\d_])[^\W\d_]++-[^\W\d_]+")
 NOT = re.compile(r"(?<=\bcan)(?:'t|not)\b|(?<!\bca)n't|[不無无非未]|[没沒]有?|ない|なし|ません")
@@ -23,25 +22,21 @@ FILLERS = frozenset(
     " have had".split()
 )
 DENIALS = frozenset("not no never without nor neither hardly or".split())
-OPPOSITES = [
-    (one, two) for pair in (
-        "before after|more less|most least|over under|above below|in out|inside outside"
-        "|up down|first last|home away|top bottom|front back|forward backward|high low|win lose"
-        "|he she|his her|him her"
-    ).split("|") for one, two in (pair.split(), pair.split()[::-1])
-]  # fmt: skip
+OPPOSITES = [pair.split() for pair in (
+    "before after|more less|most least|over under|above below|in out|inside outside|up down"
+    "|first last|home away|top bottom|front back|forward backward|high low|win lose|he she|his her"
+    "|him her"
+).split("|")]  # fmt: skip
 ENDS = " .,;:!?'\"*_()[]{}。、【】「」"
 """Signs that may stand around an answer."""
 HEDGE = re.compile(r" (?:or|或)  pick|pick\w  (?:or|或) ")
 DENIED = re.compile(  # in words two spaces apart
-    r" (?:not|nor|neither|never|hardly|non|than|except|excludes?|excluding|excluded|wrong"
-    r"|(?<!no  )(?<!without  )doubt"
-    r"|disagree|unlikely|rule  out|ruled  out|instead  of|far  from|nothing  like|no  (?:way|means)"
-    r"|at  (?:least|most)|(?:all|any|anything|everything)  but|除(?:  了)?)"
-    r"  (?:(?:be|think|believe|say|it|i|is|option|true|correct|that|answer|on|in|at|to|by|with"
-    r"|all|any|quite|even|(?!only)\w+ly|是|选|会|应|该|能|认|为)  )*pick(\w) "
-    r"| (?:no|without)  (?:(?:any|clear|real|actual|obvious|visible|such|(?:sign|evidence)  of)  )*"
-    r"pick(\w) "
+    r" (?:not|nor|neither|never|hardly|non|than|except|exclud\w+|wrong|disagree|unlikely"
+    r"|ruled?  out|(?<!no  )(?<!without  )doubt|instead  of|far  from|nothing  like"
+    r"|no  (?:way|means)|at  (?:least|most)|(?:all|any|anything|everything)  but|除(?:  了)?)"
+    r"  (?:(?:be|think|believe|say|it|i|is|option|true|correct|that|answer|on|in|at|to|by|with|all"
+    r"|any|quite|even|(?!only)\w+ly|[是选会应该能认为])  )*pick(\w) "
+    r"| (?:no|without)  (?:(?:any|clear|real|actual|obvious|visible|such|sign  of)  )*pick(\w) "
     r"| pick(\w)  (?:(?:(?:is|was|be|can  be|seems|looks|是)  )?(?:\w+ly  )?"
     r"(?:wrong|incorrect|false|unlikely|excluded|impossible|ruled  out|disallowed|错)"
     r"|(?:is|was|can|could|do|does|did|will|would|should)  not(?!  pick)|not  [对正]|no(?= $)"
@@ -74,10 +69,8 @@ def accuracy(answer: str | None, question: Question) -> float:
 
 
 def normalise(text: str, beside: str = "") -> list[str]:
-    """Words and numbers, without case, punctuation and articles: "Two to one!" is 2-1.
-
-    beside: the text that it is compared with: "a" is a word where that names things by letters.
-    """
+    """Words and numbers, without case, punctuation and articles: "Two to one!" is 2-1. An "a" is
+    no article where the text `beside` names things by letters."""
     articles = ARTICLES - {"a"} if LABEL.search(plain(beside)) else ARTICLES
     text = numerals(plain(text).casefold()).replace("won't", "will not").replace("'s ", " ")
     text = re.sub(r"\bno\. ?(?=\d)", "", NOT.sub(" not ", text))
@@ -121,29 +114,22 @@ def alone(said: str, letters: str, options: Sequence[str]) -> set[str]:
     words, so that "dropshot" is "drop shot". The last two find several where options are alike."""
     head = re.match(rf"([{letters}])(\W)\W*(?=\w)", said, re.IGNORECASE)
     labelled = head and head[2] in ").:,"  # "A: foul" begins with a letter, "a foul" with a word
-    for form in (as_written, by_words):
+    for form in (lambda text: text.strip(ENDS).casefold(), lambda text: "".join(normalise(text))):
         whole, forms = form(said), [form(text) for text in options]
         if head and form(said[head.end() :]) == forms[letters.index(head[1].upper())] != "":
             return {head[1].upper()}
         alike = {each for each, text in zip(letters, forms) if text == whole != ""}
-        if alike and not (labelled and form is by_words):
+        if alike and not labelled:
             return alike
     return set()
-
-
-def as_written(text: str) -> str:
-    return text.strip(ENDS).casefold()
-
-
-def by_words(text: str) -> str:
-    return "".join(normalise(text))
 
 
 def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
     """The options that a sentence names and does not deny."""
     # each mention becomes a word of its own, the longest texts first
     words, *texts = (marked(text, letters) for text in (said, *options))
-    core, *cores = ([w for w in text.split() if w not in FILLERS] for text in (words, *texts))
+    core = f" {'  '.join(word for word in words.split() if word not in FILLERS)} "
+    parts = [k for k in range(len(texts)) if core.strip() and core in texts[k]]
     for text, each in sorted(zip(texts, letters), key=lambda pair: -len(pair[0])):
         if text == " no " and words.startswith(" pick"):
             words = OF_NONE.sub(" without  ", words)
@@ -154,15 +140,10 @@ def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
     kept = DENIED.sub("  ", words)
     denied = {letter for found in DENIED.findall(words) for letter in found}
     said = set(re.findall(r"pick(\w)", kept)) - denied
-    parts = {each for each, text in zip(letters, cores) if is_part(core, text)}
-    return said or (parts if len(parts) == 1 else set())
-
-
-def is_part(words: list[str], text: list[str]) -> bool:
-    """Whether words are a run of a text that holds its denials: "yellow" is enough for "yellow
-    card" where no other option has it, "offside" is not for "not offside"."""
-    places = (k for k in range(len(text)) if words and text[k : k + len(words)] == words)
-    return any(DENIALS.isdisjoint(text[:k] + text[k + len(words) :]) for k in places)
+    if not said and len(parts) == 1:  # "yellow" of "yellow card", not "offside" of "not offside"
+        rest = texts[parts[0]].replace(core, " ").split()
+        return {letters[parts[0]]} if DENIALS.isdisjoint(rest) else set()
+    return said
 
 
 def marked(text: str, letters: str) -> str:
@@ -254,8 +235,11 @@ def contradicts(said: Sequence[str], true: Sequence[str]) -> bool:
 
 def opposed(said: Sequence[str], true: Sequence[str]) -> set[str]:
     """The words of one whose opposite the other says, with those."""
-    pairs = (p for p in OPPOSITES if p[0] in said and p[0] not in true)
-    return {word for pair in pairs if pair[1] in true and pair[1] not in said for word in pair}
+    pairs = OPPOSITES
+    for one, other in ((said, true), (true, said)):
+        alone = set(one).difference(other)
+        pairs = [pair for pair in pairs if not alone.isdisjoint(pair)]
+    return {word for pair in pairs for word in pair}
 
 
 def common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
