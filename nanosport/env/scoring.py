@@ -126,10 +126,10 @@ def alone(said: str, letters: str, options: Sequence[str]) -> set[str]:
 
 def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
     """The options that a sentence names and does not deny."""
-    # each mention becomes a word of its own, the longest texts first
     words, *texts = (marked(text, letters) for text in (said, *options))
     core = f" {'  '.join(word for word in words.split() if word not in FILLERS)} "
-    parts = [k for k in range(len(texts)) if core.strip() and core in texts[k]]
+    parts = [(text, each) for text, each in zip(texts, letters) if core.strip() and core in text]
+    # each mention becomes a word of its own, the longest texts first
     for text, each in sorted(zip(texts, letters), key=lambda pair: -len(pair[0])):
         if text == " no " and words.startswith(" pick"):
             words = OF_NONE.sub(" without  ", words)
@@ -139,11 +139,11 @@ def mentioned(said: str, letters: str, options: Sequence[str]) -> set[str]:
         return set()
     kept = DENIED.sub("  ", words)
     denied = {letter for found in DENIED.findall(words) for letter in found}
-    said = set(re.findall(r"pick(\w)", kept)) - denied
-    if not said and len(parts) == 1:  # "yellow" of "yellow card", not "offside" of "not offside"
-        rest = texts[parts[0]].replace(core, " ").split()
-        return {letters[parts[0]]} if DENIALS.isdisjoint(rest) else set()
-    return said
+    picked = set(re.findall(r"pick(\w)", kept)) - denied
+    if not picked and len(parts) == 1:  # "yellow" of "yellow card", not "offside" of "not offside"
+        text, each = parts[0]
+        picked = {each} if DENIALS.isdisjoint(text.replace(core, " ").split()) else picked
+    return picked
 
 
 def marked(text: str, letters: str) -> str:
