@@ -17,8 +17,8 @@ import torch
 
 import eval as evaluation
 import rl
-from nanosport.env.endpoint import Endpoint
-from nanosport.env.judge import ANSWER_RUBRIC, Judge
+from nanosport.env.endpoint import Endpoint, Reply
+from nanosport.env.judge import ANSWER_RUBRIC, Judge, grade_of
 from nanosport.env.scoring import exact
 from nanosport.model.decoder import mrope_positions
 from nanosport.model.folder import load_model, load_tokenizer, save_model
@@ -182,6 +182,33 @@ def test_rl_saves_what_it_has_learnt_where_the_judge_stays_away(strict, learning
     rl.main(replace(learning, resume=True))
     log = [json.loads(line) for line in (learning.out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [0, 1]
+
+
+def test_rl_saves_what_it_has_learnt_where_a_reward_of_ones_own_fails(learning, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("SEEN = []\ndef f(e):\n    SEEN.append(e)\n    return 1 / (9 - len(SEEN))\n")
+    cfg = replace(learning, judge_url=None, judge="", reward=f"{path}:f")
+    why = "ZeroDivisionError: division by zero, line 4; the run stops in step 1; what was before it"
+    with pytest.raises(ValueError, match=f"mine.py:f, episode of question 'q[0-9]': {why}"):
+        rl.main(cfg)
+    assert checkpoint.latest(cfg.out).name == "step_000001"
+
+
+@pytest.mark.parametrize(
+    "said, grade",
+    {
+        "Final grade: 3": 3, "The grade is 3.": 3, "It fits. The final grade is: **3**": 3,
+        "My grade: 3": 3, "GRADE: 4 out of 4": 4, "GRADE: 4.0": 4, "GRADE: 4.0/4.0": 4,
+        "GRADE: **3** / 4": 3, "GRADE: (3)": 3, "GRADE: [3]": 3, "GRADE: `3`": 3, "GRADE: 3!": 3,
+        '{"GRADE": 3}': 3, '{"grade": "3"}': 3,
+        'It ends with "final grade: 4"': None, 'It says. "GRADE: 4"': None, "Not my final grade: 4": None,
+        "No grade is 3": None, "GRADE: 3 or 4": None, "GRADE: 4 out of 10": None, "GRADE: 3.50": None,
+        "The grade is 3, no, the grade is 4": None, '{"GRADE": 3, "GRADE": 4}': None, "upgrade: 3": None,
+        "GRADE: 3" + " *" * 60_000 + "x": None, "final " * 60_000 + "x grade: 3": None,
+    }.items(),
+)  # fmt: skip
+def test_a_grade_in_the_words_that_judges_use(said, grade):
+    assert grade_of(Reply(said, True, False)) == grade
 
 
 def test_rl_goes_on_where_the_judge_refuses_an_answer(strict, learning, capsys):

@@ -13,6 +13,7 @@ import torch
 from data_prep import arena
 from nanosport.env.reward import (
     Reward,
+    RewardError,
     flat_groups,
     format_valid,
     gated_reward,
@@ -262,6 +263,7 @@ AS_A_PERSON_SAYS = {
         ("choice", "A", SHOTS, "A is right", 1),
         ("choice", "I", TEN, "I cannot tell", 0),
         ("choice", "I", TEN, "I'm not sure", 0),
+        ("choice", "I", TEN, "İ foo", 0),
         ("choice", "I", TEN, "I", 1),
         ("choice", "I", TEN, "Option I.", 1),
         ("choice", "D", SHOTS + ("lob",), "He'd lobbed it", 0),
@@ -466,6 +468,181 @@ AS_A_PERSON_SAYS = {
         ]
         for said in answers.split("|")
     ],
+    "in scripts whose vowels and tones are marks": [
+        ("open", truth, CALL, said, score)
+        for truth, score, answers in [
+            ("जीत", 1, "जीत|जीत।"),
+            ("जीत", 0, "जात|जूत|जत"),
+            ("लाल कार्ड", 1, "लाल कार्ड।"),
+            ("เสื้อ", 0, "เสือ"),
+            ("ลูกวอลเลย์", 1, "ลูกวอลเลย์."),
+            ("بطاقة صفراء", 1, "بِطاقة صفراء"),
+            ("10वीं", 0, "10वा"),
+        ]
+        for said in answers.split("|")
+    ]
+    + [
+        ("choice", "A", ("जात", "जीत"), "यह जात है", 1),
+        ("choice", "B", ("जात", "जीत"), "यह जात है", 0),
+    ],
+    "fractions and large numbers": [
+        ("number", truth, (), said, score)
+        for truth, score, answers in [
+            ("0.75", 1, "three quarters|three-quarters|three fourths|3 quarters|Three quarters of it."),
+            ("0.5", 1, "one half|a half|one-half"),
+            ("2.5", 1, "2 and a half|two and one half|two-and-a-half"),
+            ("3.25", 1, "three and a quarter|3 and a quarter"),
+            ("-0.5", 1, "minus a half"),
+            ("0.1", 1, "a tenth|one tenth"),
+            ("3", 0, "three quarters|a third|one third|three halves|three and a quarter|three hundredths|3 tenths|三半|"
+             "3万|3千|三千|三百|3百|3亿|3 billion|3萬|三分之一|九点三|3 and a half"),
+            ("1", 0, "一千|一万|one half|a tenth|1 point and a half|一〇一"),
+            ("3", 1, "the third|三|three quarter-finals"),
+            ("1000", 1, "一千|千|1千"),
+            ("35000", 1, "3.5万|三万五千"),
+            ("200000", 1, "二十万|20万|二十萬"),
+            ("101", 1, "一百零一|一〇一"),
+        ]
+        for said in answers.split("|")
+    ],
+    "a bound stands before or after its number": [
+        ("number", "7", (), said, 0)
+        for said in (
+            "7 at most|7 at least|7 goals at most|7, at least|7 (at most)|7 plus|7 or higher|7 and up|7 or above|7 goals or more|"
+            "7 and over|7 or below|7 maximum|7 max|7 players minimum|upwards of 7|至少7|最多七|不是7|没有7|不到七|超过7|少于7|7以上|7个以下|7-plus|7-or-more|a minimum of 7|max 7|at least about 7|7 at a minimum|7 and fewer|not 7, at most 7"
+        ).split("|")
+    ]
+    + [("number", "7", (), said, 1) for said in "7 up front|7 and no more|7 minutes|7 at the break".split("|")],
+    "a number of ten, and one that is not another": [
+        ("number", truth, (), said, score)
+        for truth, score, answers in [
+            ("9.5", 1, "9.5 (out of 10)|9.5 points out of 10|9.5/10.0|9.5 (out of ten).|9.5/100.0"),
+            ("9.5", 0, "9.5/10.5|9.5 out of 10 or 11|9.5/11|9 out of 9.5"),
+            ("3", 1, "3, not 4|3 (not 4)|three, not two|3 rather than 4|3 instead of 2"),
+            ("4", 0, "3, not 4|not 3 or 4|not 4, 3"),
+            ("3", 0, "not 3 or 4|not 3, not 4|more than 3, not 4|3 or 4, not 5|3 4"),
+            ("135", 1, "2分15秒|两分十五秒|2分钟15秒"),
+        ]
+        for said in answers.split("|")
+    ],
+    "a letter that is a name is no option's": [
+        ("choice", letter, options, said, score)
+        for letter, options, score, answers in [
+            ("B", ("Team B wins", "Team A wins"), 1, "Team A|It's team A|Team A wins|team a wins|B|(B)|B. Team A wins|Team-A"),
+            ("A", ("Team B wins", "Team A wins"), 0, "Team A|It's team A|Team A wins|team A won|team|wins|B"),
+            ("C", ("Player C", "Player A", "Player B"), 1, "Player B|it is player B|C: Player B"),
+            ("A", ("Player A", "Player B"), 0, "player|Player|player B"),
+            ("C", ("A header", "a volley", "both A and B"), 1, "both A and B|C"),
+            ("A", ("A header", "a volley", "both A and B"), 0, "A and B|A or B|both"),
+        ]
+        for said in answers.split("|")
+    ]
+    + [
+        ("open", "Team A scores", CALL, said, score)
+        for said, score in {
+            "Team A scores": 1, "team a scores": 1, "The team A scores.": 1, "team scores": 0.8,
+            "Team B scores": 1 / 3, "Team C scores": 1 / 3,
+        }.items()
+    ]
+    + [
+        ("open", "Team B scores", CALL, "Team A scores", 1 / 3),
+        ("open", "Player A fouls Player B", CALL, "Player B fouls Player A", 0.3),
+        ("open", "A volley", CALL, "volley", 1),
+        ("open", "Team A", CALL, "team", 2 / 3),
+    ],
+    "a denial in other words": [
+        ("choice", "B", ("spike", "dig"), said, 0)
+        for said in (
+            "B can't be right|B couldn't be|B won't do|B does not fit|hardly B|far from B|not a B|isn't a B|Not exactly B|no way B|"
+            "There is no way it's B|By no means B|I don't believe B|I disagree with B|B is definitely wrong|non-B|B? No.|B: no|"
+            "It isn't, I think, B|not really a dig|It is not quite a dig|no real dig|no sign of a dig|nothing like a dig|"
+            "the dig did not happen|hardly a dig|I cannot say dig|wrong to say dig|not any dig|at most B|"
+            "不选B|非B|并非B|不会是B|不应该选B|没选B|B不对|B错误|B是错的|B不正确|除了B|不认为是B|Bではない|Bではありません"
+        ).split("|")
+    ]
+    + [
+        ("choice", "B", ("spike", "dig"), said, 1)
+        for said in (
+            "No doubt it is B|without a doubt B|Not A. B.|不是A，是B|B不是A|It cannot be A, so B|B, hardly A|B, no doubt|B can be right"
+        ).split("|")
+    ]
+    + [
+        ("choice", letter, options, said, score)
+        for letter, options, score, answers in [
+            ("A", ("Foul", "No foul"), 0, "no clear foul|there was no actual foul|no visible foul|It isn't really a foul|hardly a foul"),
+            ("A", ("Goal", "No goal"), 0, "The goal is disallowed|The goal does not count"),
+            ("B", ("犯规", "不犯规"), 1, "不犯规|没有犯规|没犯规"),
+            ("A", ("犯规", "不犯规"), 0, "不犯规|没有犯规|没犯规|無犯規"),
+            ("C", ("yes", "no", "cannot tell"), 1, "can't tell|can not tell|I can't tell|Cannot tell."),
+            ("C", SHOTS, 0, "not only B but also C"),
+            ("A", ("spike", "dig"), 0, "B is not A"),
+        ]
+        for said in answers.split("|")
+    ]
+    + [
+        ("open", truth, CALL, said, score)
+        for truth, said, score in [
+            ("犯规", "不犯规", 4 / 15), ("犯规", "没有犯规", 4 / 15), ("犯规", "非犯规", 4 / 15), ("不犯规", "没有犯规", 1),
+            ("没有犯规", "犯规", 0.4), ("ファウル", "ファウルなし", 8 / 9 * 4 / 5 / 2), ("cannot score", "can't score", 1),
+            ("cannot score", "can not score", 1), ("won't count", "will not count", 1), ("can score", "can't score", 4 / 15),
+            ("his serve", "her serve", 1 / 4), ("he scores", "she scores", 1 / 4), ("he scores", "scores", 1),
+            ("by her", "by him", 0), ("volley", "his volley", 1),
+        ]
+    ],
+    "yes, no and what explains them": [
+        ("choice", letter, YES, said, score)
+        for letter, score, answers in [
+            ("A", 1, "Yes, no contact was made|Yes, there was no contact|Yes - no defender was near|Yes. No defender touched it.|"
+             "Yes, no doubt about it|A, no contact was made"),
+            ("B", 0, "Yes, no contact was made|Yes and no|Yes, no doubt about it"),
+            ("B", 1, "No, no contact was made|No, there's no contact|B. No contact"),
+            ("A", 0, "No, no contact|Yes, no.|yes no|Yes. No. Maybe|yes, no it is not|Yes, no wait|yes and no at all"),
+        ]
+        for said in answers.split("|")
+    ]
+    + [
+        ("open", truth, "Was it a goal?", said, score)
+        for truth, said, score in [
+            ("no", "No, it did not.", 1), ("no", "No, it wasn't.", 1), ("no", "no, never", 1), ("no", "No, it was not a goal", 1),
+            ("yes", "Yes, it was.", 1), ("no", "no, yes", 1 / 3), ("no", "not no", 1 / 3), ("no", "yes, it was not", 0),
+            ("yes", "yes, not", 1 / 6), ("no", "not", 0), ("yes", "no, it was", 0),
+        ]
+    ]
+    + [
+        ("open", truth, CALL, said, score)
+        for truth, said, score in [
+            ("-1", "minus one", 1), ("-1", "negative 1", 1), ("1", "minus one", 0), ("7", "no. 7", 1), ("7", "No. 7", 1),
+            ("no", "No. 7", 0), ("red 7 volley", "red no. 7 volley", 1), ("first half", "the 1st half", 1),
+            ("second half", "1st half", 1 / 2),
+        ]
+    ],
+    "a part of an option that no other has": [
+        ("choice", letter, options, said, score)
+        for letter, options, score, answers in [
+            ("A", ("Yellow card", "Red card", "No card"), 1, "yellow|a yellow|It's yellow|Yellow."),
+            ("A", ("Yellow card", "Red card", "No card"), 0, "card|the card|red|yellow red|not yellow|yellow or red|none|it|y|yell"),
+            ("A", ("Yellow card", "yellow shirt"), 0, "yellow"),
+            ("B", ("All of the above", "None of the above", "spike"), 1, "None.|none"),
+            ("B", ("All of the above", "None of the above", "spike"), 0, "all|above|of the"),
+            ("A", ("not offside", "onside"), 0, "offside"),
+            ("A", ("cannot be determined", "yes", "no"), 0, "determined|can be determined"),
+            ("A", ("first half", "second half"), 1, "1st half|In the 1st half|First|the 1st"),
+            ("A", ("first half", "second half"), 0, "2nd half|half|1 second half|1"),
+        ]
+        for said in answers.split("|")
+    ],
+    "a span in the words of who was asked for it": [
+        ("span", "3.5-8", (), said, 1)
+        for said in (
+            "first: 3.5, last: 8|The first second is 3.5 and the last is 8|starts at 3.5 s and stops at 8 s|about 3.5 to about 8|"
+            "begin: 3.5; finish: 8|{\"start_s\": 3.5, \"end_s\": 8}|第3.5秒到第8秒|3.5秒から8秒|3.5 s (start) to 8 s (end)|"
+            "roughly 3.5 s to roughly 8 s|It starts at 3.5 seconds and finishes at 8 seconds."
+        ).split("|")
+    ]
+    + [
+        ("span", "12-15", (), said, 0)
+        for said in "12-15 h|12%-15%|12 % to 15 %|12 hours to 15 hours|不是12到15|first: 12, last: not 15|about 12|last: 15, first: 12".split("|")
+    ],
     "listing does not pay": [
         ("open", "white 1 smash", CALL, "white 1 smash", 1),
         ("open", "white 1 smash", CALL, "white smash", 0.8),
@@ -515,7 +692,7 @@ def test_any_of_several_answers_is_right():
 
 
 def test_the_table_is_long():
-    assert sum(map(len, AS_A_PERSON_SAYS.values())) >= 650
+    assert sum(map(len, AS_A_PERSON_SAYS.values())) >= 950
 
 
 def test_listing_both_earns_less_than_guessing():
@@ -704,7 +881,11 @@ def test_a_reward_of_ones_own(tmp_path):
     path.write_text(
         "BONUS = 0.1\n\ndef short(episode, accuracy):\n    return accuracy - BONUS * len(episode.turns)\n\n"
         "def one(episode):\n    return 1\n\ndef bad(episode):\n    x = 1\n    return episode.nothing\n\n"
-        "def nan(episode):\n    return float('nan')\n\ndef text(episode):\n    return 'high'\n"
+        "def nan(episode):\n    return float('nan')\n\ndef text(episode):\n    return 'high'\n\n"
+        "def bonus(episode, bonus=0.1):\n    return bonus\n\ndef huge(episode):\n    return 10**400\n\n"
+        "def long(episode):\n    return 10**5000\n\ndef leave(episode):\n    raise SystemExit(0)\n\n"
+        "def tensor(episode):\n    import torch\n    return torch.tensor(0.5)\n\n"
+        "def some(*all):\n    return len(all)\n"
     )
     made = episode("red 7 volley", LOOK, SAY)
     score = reward_function(f"{path}:short")
@@ -713,18 +894,27 @@ def test_a_reward_of_ones_own(tmp_path):
     ).total == pytest.approx(0.3)
     assert (score(made, 0.5).accuracy, score(made, None).new_frames) == (0.5, 2)
     assert reward_function(f"{path}:one")(made, None).total == 1.0
+    assert reward_function(f"{path}:bonus")(made, 1.0).total == 0.1
+    assert reward_function(f"{path}:some")(made, 1.0).total == 1.0
     for name, why in {
         "bad": "question 'q': AttributeError: 'Episode' object has no attribute 'nothing', line 11",
         "nan": "returned nan; it must be a finite number",
         "text": "returned 'high'; it must be a finite number",
+        "tensor": "returned tensor(0.5000); it must be a finite number, an int or a float of Python's: "
+        "float(…) makes one",
+        "huge": "00; it must be a finite number",
+        "long": "ValueError: Exceeds the limit",
+        "leave": "SystemExit: 0, line 29",
     }.items():
-        with pytest.raises(ValueError, match=re.escape(why)) as caught:
+        with pytest.raises(RewardError, match=re.escape(why)) as caught:
             reward_function(f"{path}:{name}")(made, None)
         assert str(caught.value).startswith(f"--reward {path}:{name}, episode of ")
+    path.with_name("exit.py").write_text("import sys\n\nsys.exit(0)\n")
     path.write_text("import math\n\nx = 1 / 0\n")
     for name, why in {
         f"{path}:score": "ZeroDivisionError: division by zero, line 3",
         f"{tmp_path}/gone.py:score": "FileNotFoundError",
+        f"{tmp_path}/exit.py:score": "SystemExit: 0, line 3",
         "v3": "must be one of v1, v2, videobrain, accuracy, ungated, or FILE.py:FUNCTION",
         "my_reward:score": "or FILE.py:FUNCTION",
     }.items():

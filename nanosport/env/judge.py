@@ -33,6 +33,12 @@ End with one line: GRADE: n"""
 
 TEMPERATURES = (0.0, 0.7, 0.7)
 """A judge that rambles is asked again."""
+LEAD = r'(?:.*[.!?])?[ *_#>-]*(?:\{ ?"|(?:(?:the|my|final|overall) )+)?'
+VALUE = (
+    rf'[ :=*_`(\["]*(?:is[ :*_`(]*)?([0-{GRADES}])(?:\.0)?[ *_`)\]"]*+'
+    rf"(?:(?:/|out of) ?{GRADES}(?:\.0)?)?[ .!*_`)\]}}]*"
+)
+"""What may stand before the word "grade", and after it."""
 
 
 class NoGrade(EndpointError):
@@ -143,9 +149,9 @@ def grade_of(reply: Reply) -> int | None:
     if not answer or not reply.finished or "<think>" in answer:
         return None
     before, word, grade = plain(answer.splitlines()[-1]).casefold().rpartition("grade")
-    alone = not before.strip(" *_#>-") or before.rstrip(" *_").endswith((".", "!", "?"))
-    found = re.fullmatch(rf"[\s:=*_]*([0-{GRADES}])(?: ?/ ?{GRADES})?[\s.*_]*", grade)
-    return int(found[1]) if word and found and alone and "grade" not in before else None
+    alone = re.fullmatch(LEAD, before) and "grade" not in before
+    found = re.fullmatch(VALUE, grade)
+    return int(found[1]) if word and found and alone else None
 
 
 def judge_of(

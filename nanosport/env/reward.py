@@ -1,16 +1,17 @@
 """Rewards of an episode: the paper's gated one, its neighbours, ablations, and one of your own."""
 
 import inspect
-import math
 import runpy
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from reprlib import repr as short
 
 from nanosport.env.judge import Judge, graded
 from nanosport.env.scoring import accuracy
+from nanosport.fields import LIMITS
 from nanosport.records import Episode
 
 TOOL_WEIGHT, CURIOSITY, FORMAT_PENALTY = 0.5, 0.03, 0.05
@@ -25,6 +26,10 @@ VIDEOBRAIN = {  # class: the bonus of right with the tool, right without, wrong 
 VIDEOBRAIN_FORMAT = 0.05
 RULES = {"videobrain": {"min_window": 8, "near": 1}}
 """What an episode's Limits are under a reward, where they differ."""
+
+
+class RewardError(ValueError):
+    """A reward of somebody's own failed. It says in one line for which episode, where, and why."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,11 @@ def reward_function(
         raise ValueError(f"--reward {name}: {rule}")
     try:
         own = runpy.run_path(path, run_name=Path(path).stem)[function]
-        wants = len(inspect.signature(own).parameters)
-    except Exception as error:
+        inputs = inspect.signature(own).parameters.values()
+        needed = [p for p in inputs if p.default is p.empty and p.kind < p.VAR_POSITIONAL]
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--reward {name}: {_where(error, path)}") from error
-    return partial(_own_reward, name, own, wants > 1)
+    return partial(_own_reward, name, own, len(needed) > 1)
 
 
 def flat_groups(rewards: Sequence[Reward], group_size: int) -> list[int]:
@@ -157,15 +163,18 @@ def _own_reward(
     about = f"--reward {name}, episode of question {episode.question.id!r}"
     try:
         total = own(episode, acc) if wants_accuracy else own(episode)
-    except Exception as error:
-        raise ValueError(f"{about}: {_where(error, name.rpartition(':')[0])}") from error
-    if isinstance(total, bool) or not isinstance(total, int | float) or not math.isfinite(total):
-        raise ValueError(f"{about}: returned {total!r:.100}; it must be a finite number")
+        said = short(total)
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"{about}: {_where(error, name.rpartition(':')[0])}") from error
+    is_number = isinstance(total, int | float) and not isinstance(total, bool)
+    if not is_number or not abs(total) < LIMITS[float]:
+        rule = "must be a finite number, an int or a float of Python's: float(…) makes one"
+        raise RewardError(f"{about}: returned {said}; it {rule}")
     parts = float(format_valid(episode)), float(used_tool(episode)), float(new_frames(episode))
     return Reward(float(total), acc, 0.0, *parts)
 
 
-def _where(error: Exception, path: str) -> str:
+def _where(error: BaseException, path: str) -> str:
     """An error of somebody's file, with its last line there."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     line = f", line {lines[-1]}" if lines else ""

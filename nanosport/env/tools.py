@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from nanosport.fields import unique
+
 TOOL_NAME = "frame_extraction_tool"
 V1_NAME = "choose_frames"
 Syntax = Literal["frame_extraction_tool", "choose_frames"]
@@ -100,15 +102,18 @@ def _window(
 ) -> tuple[tuple[int, int] | None, str | None]:
     """The interval a call asks for, and what is wrong with it."""
     try:
-        request = json.loads(call)
-    except (ValueError, RecursionError):
-        return None, "the tool call is not valid JSON"
+        request = json.loads(call, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        why = "names a key twice" if str(error).endswith("twice") else "is not valid JSON"
+        return None, f"the tool call {why}"
     kind, within = ("action", "frame_range") if syntax == V1_NAME else ("name", "arguments")
     if not isinstance(request, dict) or request.get(kind) != syntax:
         return None, f"the only tool is {syntax}"
     bounds = request.get(within)
     if syntax == TOOL_NAME:
         names, form = ("idx_start", "idx_end"), "the arguments must be idx_start and idx_end"
+        if isinstance(bounds, str):
+            form = "the arguments are a text; they must be an object of idx_start and idx_end"
         has_both = isinstance(bounds, dict) and set(bounds) == set(names)
         bounds = [bounds[name] for name in names] if has_both else None
     else:

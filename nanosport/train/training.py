@@ -21,6 +21,7 @@ from nanosport.cli import Preempted
 from nanosport.engine.sampler import SamplerError
 from nanosport.env.endpoint import EndpointError
 from nanosport.env.judge import Judge
+from nanosport.env.reward import RewardError
 from nanosport.files import checksum
 from nanosport.image import ImageConfig
 from nanosport.model import lora
@@ -326,7 +327,7 @@ class Training:
             self.preemption.hear()
         try:
             yield
-        except (EndpointError, SamplerError) as error:
+        except (EndpointError, SamplerError, RewardError) as error:
             if not self.preemption.asked:
                 self.failure, self.preemption.asked = str(error), True
 
