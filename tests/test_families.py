@@ -11,6 +11,8 @@ from transformers import Qwen3VLForConditionalGeneration
 
 import rl
 import train
+from data_prep import pretrain
+from nanosport.fields import read_json
 from nanosport.image import ImageConfig
 from nanosport.model import lora
 from nanosport.model.decoder import mrope_positions
@@ -81,6 +83,18 @@ def test_two_ranks_compute_what_one_does(runs, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for script, (_, cfg) in runs.items():
         assert_same(log(tmp_path / script), log(cfg.out))
+
+
+@pytest.mark.parametrize("family, preset", pretrain.PRESETS.items())
+def test_the_shipped_backbone_of_each_family_sees(family, preset):
+    """Two replies of three about a close-up are right to the last token; what no frame shows it
+    cannot know."""
+    folder = pretrain.Config(**preset).out
+    model = load_model(folder).requires_grad_(False)
+    assert read_json(folder / "config.json")["model_type"] == family
+    assert (folder / "model.safetensors").stat().st_size < 5.1e6
+    right = pretrain.perception(model, folder, ImageConfig.from_folder(folder), 4, batches=1)
+    assert right["close-up answers"] > 0.66 and right["JSON"] > 0.66
 
 
 def test_transformers_loads_what_rl_leaves(runs, arena_folder):

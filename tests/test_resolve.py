@@ -22,7 +22,7 @@ from tests.helpers.hub_cache import hub_cache
 def test_shipped_models_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", ask_nobody)
-    for name in ("nano-deepsport", "nano-sft", "nano-backbone"):
+    for name in ("nano-deepsport", "nano-sft", "nano-backbone", "nano-backbone-qwen3-vl"):
         assert resolve(f"assets/{name}") == ASSETS / name
     for config in (infer.Config, evaluation.Config, train.Config, difficulty.Config):
         assert resolve(config.model).parent == ASSETS

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanosport.bench import train as bench
 from nanosport.bench.device import kind_of
-from nanosport.bench.theirs import Theirs, Work
+from nanosport.bench.theirs import Theirs, Work, family_of
 from nanosport.bench.train import NANO, Ours
 from nanosport.model.cost import causal_pairs, head_flops, text_flops
 from nanosport.model.folder import load_config
@@ -87,6 +88,13 @@ def ceiling(cfg, lengths) -> float:
     )
 
 
+@pytest.mark.parametrize("name", bench.SHAPES)
+def test_each_shape_has_its_cases(name):
+    cfg, label, timed = bench.shape(name, None)
+    assert label == name and len(timed) == 5
+    assert family_of(cfg) == ("qwen3_vl" if "qwen3" in bench.SHAPES[name] else "qwen2_5_vl")
+
+
 def test_what_sharing_can_save_is_a_matter_of_width(nano_folder):
     nano = load_config(nano_folder)
     three, seven = (load_config(ROOT / f"assets/qwen2.5-vl-{size}") for size in ("3b", "7b"))
@@ -104,7 +112,7 @@ class Missing:
         if name.split(".")[0] in ("av", "torchcodec", "tyro"):
             raise ImportError(name)
 sys.meta_path.insert(0, Missing())
-sys.argv[1:] = ["--out", sys.argv[1], "--repeats", "1"]
+sys.argv[1:] = ["--out", sys.argv[1], "--repeats", "1", "--shapes", "nano"]
 runpy.run_module("nanosport.bench.train", run_name="__main__")
 """
     env = {
