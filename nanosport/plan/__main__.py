@@ -182,7 +182,7 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
     prefill    F of prompts and tool results; each frame goes once through the tower
     update     36·W/n through memory: norm and scaling of the gradients, AdamW, its square roots;
                here and below W is what learns
-    sampler    4·W·(n − 1)/n over NVLink, then 2·W written
+    sampler    2·W·(n − 1)/n over NVLink, then 2·W written
     """
     model, lengths, run, prompts = stage.model, stage.lengths, stage.run, stage.prompts
     shares = cfg.mfu, cfg.bandwidth, cfg.bandwidth
@@ -203,7 +203,7 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
         spent["decode"] = decode_seconds(stage, cfg, memory_s)
         spent["reference"] = (forward + head) / flops if run.kl > 0 else 0.0
         sent = trained if run.sampler == "own" else moved  # to vLLM merged weights
-        spent["weights to the sampler"] = 4 * sent * away / nvlink + 2 * sent / memory_s
+        spent["weights to the sampler"] = 2 * sent * (away / nvlink + 1 / memory_s)
     return spent | {"train": max(computing, moving), "update": 36 * trained / cfg.gpus / memory_s}
 
 
