@@ -30,8 +30,8 @@ from nanosport.engine.own import OwnSampler
 from nanosport.engine.players import Room, load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
+from nanosport.env.printing import Stream, answer_line, as_json, show
 from nanosport.env.rollout import rollout
-from nanosport.env.told import Stream, answer_line, as_json, show
 from nanosport.env.tools import STOPS, TOOL_NAME, Syntax
 from nanosport.fields import NAMES, Above, AtLeast, AtMost
 from nanosport.files import ASSETS, replacing, write_atomically

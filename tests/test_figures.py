@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanosport.env import statistics
 from nanosport.env.figures import compared, figures, latex, published, row_named, table
-from nanosport.env.statistics import intervals, pass_at, sign_flip
+from nanosport.env.intervals import intervals, pass_at, sign_flip
 from nanosport.records import Episode, Question, Turn
 
 
@@ -22,7 +21,7 @@ def answers(rng, num_videos: int, per_video: np.ndarray) -> tuple[np.ndarray, np
 
 def test_the_intervals_hold_the_truth_in_95_of_100_cases(monkeypatch):
     """93 to 97 %, with few videos and with more, some of which have more questions."""
-    monkeypatch.setattr(statistics, "DRAWS", 1000)
+    monkeypatch.setattr("nanosport.env.intervals.DRAWS", 1000)
     rng = np.random.default_rng(0)
     for num_videos in (12, 50):
         per_video = 2 + np.arange(num_videos) % 9

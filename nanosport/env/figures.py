@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nanosport.env.intervals import intervals, numbered, pass_at, sign_flip, sums
 from nanosport.env.reward import format_valid, used_tool
 from nanosport.env.scoring import temporal_iou
-from nanosport.env.statistics import intervals, numbered, pass_at, sign_flip, sums
 from nanosport.records import DIMENSIONS, Episode, Question
 
 TITLES = {"accuracy": "overall"} | {name: name for name in DIMENSIONS}

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nanosport.env.told import as_json
+from nanosport.env.printing import as_json
 from nanosport.records import Episode, Question, Turn, check_text
 from nanosport.serve.desk import Desk, Full, Job
 from nanosport.serve.uploads import MB, Refused, Uploads

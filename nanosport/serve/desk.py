@@ -15,8 +15,8 @@ import torch
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.sampler import Generated
 from nanosport.env.env import Limits
+from nanosport.env.printing import Stream
 from nanosport.env.rollout import Conversation
-from nanosport.env.told import Stream
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Question
 from nanosport.video import VideoError
