@@ -146,6 +146,20 @@ def test_the_tables_are_made_of_the_committed_figures(demo):
     assert len(reports) == 3 and seeds_table(reports) in README
 
 
+def test_adapters_reach_what_the_page_says_of_the_gain_of_all_weights():
+    shares = []
+    for seed in range(3):
+        rows = json.loads((ROOT / f"results/demo/seed{seed}.json").read_text())["rows"]
+        own = json.loads((ROOT / f"results/lora/seed{seed}.json").read_text())["rows"]
+        (adapted,), sft = own.values(), rows["SFT"]["accuracy"]
+        gain = adapted["accuracy"] - sft
+        shares.append(round(100 * gain / (rows["SFT+RL"]["accuracy"] - sft)))
+    assert min(shares) >= 90
+    assert f"{min(shares)} to {max(shares)} %](../results/README.md#lora)" in PAGES["lora.md"]
+    said = (ROOT / "results/README.md").read_text()
+    assert "| share of the gain | " + " | ".join(f"{share} %" for share in shares) + " |" in said
+
+
 def test_reports_of_two_families_make_no_table():
     report = {"family": "Qwen3-VL", "rows": {}}
     with pytest.raises(ValueError, match="reports on Qwen2.5-VL and Qwen3-VL: give those of one"):
