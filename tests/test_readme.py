@@ -146,6 +146,16 @@ def test_the_tables_are_made_of_the_committed_figures(demo):
     assert len(reports) == 3 and seeds_table(reports) in README
 
 
+def test_the_ablations_table_is_made_of_what_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where nothing is made
+    cfg = ablate.Config(rows=("v1", "v2", "videobrain"), keep=ROOT / "results/ablate")
+    found = ablate.results(cfg)
+    assert set(found) >= set(cfg.rows) and all(len(seeds) == 3 for seeds in found.values())
+    table = f"{ablate.figures_table(found)}\n\n{ablate.sentences(found)}\n"
+    assert table == (cfg.keep / "table.md").read_text()
+    assert table.strip() in (ROOT / "results/README.md").read_text()
+
+
 def test_adapters_reach_what_the_page_says_of_the_gain_of_all_weights():
     shares = []
     for seed in range(3):
