@@ -100,7 +100,7 @@ class Training:
             saved_as |= {"dtype": torch.float32, "adapter": self._about_adapter()}
         self.checkpoints = Checkpoints(cfg.out, self.source, self.rank, cfg.keep, **saved_as)
         self.began_with = self._checksums()
-        if cfg.resumable:
+        if cfg.resume and cfg.resumable:
             self._resume()
         if self.run:
             if self.device.type == "cuda":
