@@ -252,34 +252,38 @@ class Player:
             raw.write(inline(png, self.cfg.inline))
 
 
-def main(cfg: Config) -> None:
-    cfg.check()
-    player, broken, num_unasked = Player(cfg), set(), 0
-    try:
-        for text in questions_of(cfg):
-            if cfg.questions and not cfg.json:
-                print(f"ask     {text}")
-            for path in (path for path in cfg.videos if path not in broken):
-                try:
-                    player.ask(path, text)
-                except TooLong as error:  # another question may fit
-                    if cfg.question and len(cfg.videos) == 1:
-                        raise
-                    print(printable(f"error: {path}: {error}"), file=sys.stderr, flush=True)
-                    num_unasked += 1
-                except VideoError as error:
-                    if len(cfg.videos) == 1:
-                        raise
-                    print(printable(f"error: {error}"), file=sys.stderr, flush=True)
-                    broken.add(path)
-    finally:
-        if cfg.page is not None and player.episodes:
-            cfg.page.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(cfg.page, episode_page(*player.episodes))
+def ask_all(cfg: Config, player: Player) -> None:
+    """Put each question to each video. Raises ValueError at the end where one could not be."""
+    broken, num_unasked = set(), 0
+    for text in questions_of(cfg):
+        if cfg.questions and not cfg.json:
+            print(f"ask     {text}")
+        for path in (path for path in cfg.videos if path not in broken):
+            try:
+                player.ask(path, text)
+            except (VideoError, TooLong) as error:
+                is_long = isinstance(error, TooLong)  # another question may fit
+                if len(cfg.videos) == 1 and (cfg.question or not is_long):
+                    raise
+                about = f"{path}: {error}" if is_long else error
+                print(printable(f"error: {about}"), file=sys.stderr, flush=True)
+                num_unasked += is_long
+                broken |= set() if is_long else {path}
     if broken:
         raise ValueError(f"{len(broken)} of {len(cfg.videos)} videos could not be used")
     if num_unasked:
         raise ValueError(f"{num_unasked} questions are too long, and were not asked")
+
+
+def main(cfg: Config) -> None:
+    cfg.check()
+    player = Player(cfg)
+    try:
+        ask_all(cfg, player)
+    finally:
+        if cfg.page is not None and player.episodes:
+            cfg.page.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cfg.page, episode_page(*player.episodes))
 
 
 if __name__ == "__main__":

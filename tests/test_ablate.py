@@ -172,6 +172,8 @@ def test_what_is_kept_is_not_made_again_where_its_commands_are_the_same(tmp_path
     ablate.main(here)
     assert ablate.write(here) == said and "| v1 | 0 | 90.0 |" in said
     assert len(ablate.results(here)["v1"][0][0]["rows"]["x"]["episodes"]) == 9
+    made(replace(here, smoke=True), 0, "v1", **dict.fromkeys(ablate.COLUMNS, 10.0))
+    assert ablate.write(here) == said, "what was made otherwise takes nobody's place"
     other = json.loads((here.keep / "v1_seed0.json").read_text())
     other["made"][-1]["commands"][0] += " --seed 3"
     (here.keep / "v1_seed0.json").write_text(json.dumps(other))

@@ -220,24 +220,36 @@ def run(args: list[str], log: Path) -> None:
         raise ValueError(f"python {shlex.join(args)}: ended with {code}: {last} (see {log})")
 
 
+def commands_of(stages: list[Stage]) -> list[str]:
+    return [shlex.join(stage.args) for stage in stages]
+
+
+def is_made(cfg: Config, seed: int, row: str) -> bool:
+    """Whether a row's seed was made here, with these commands, to its end."""
+    stages = stages_of(cfg, seed, row)
+    done = record_of(stages[-1], stages[-1].made.parent)
+    same = done.get("commands") == commands_of(stages)
+    return same and "seconds" in done and stages[-1].made.exists()
+
+
 def kept(cfg: Config, seed: int, row: str) -> tuple[dict, list[dict]] | None:
     """(report, RL's log) of a row's seed as --keep holds them, if it does and they were made with
     these commands."""
-    stages = stages_of(cfg, seed, row)
     path = cfg.keep and cfg.keep / f"{row}_seed{seed}.json"
     if not path or not path.exists():
         return None
     report, scores = read(path), path.with_suffix(".scores.jsonl")
-    if report["made"][-1]["commands"] != [shlex.join(stage.args) for stage in stages]:
+    if report["made"][-1]["commands"] != commands_of(stages_of(cfg, seed, row)):
         return None
-    next(iter(report["rows"].values()))["episodes"] = [one for _, one in read_lines(scores, "a")]
+    episodes = [one for _, one in read_lines(scores, "a question's score")]
+    next(iter(report["rows"].values()))["episodes"] = episodes
     return report, [line for _, line in read_lines(path.with_suffix(".jsonl"), "a step")]
 
 
 def keep(cfg: Config, seed: int, row: str) -> None:
     """Put a row's seed where `kept` finds it, if it was made here."""
     *_, learn, judge = stages_of(cfg, seed, row)
-    if not cfg.keep or not judge.made.exists():
+    if not cfg.keep or not is_made(cfg, seed, row):
         return
     report, path = read(judge.made), cfg.keep / f"{row}_seed{seed}.json"
     episodes = [one for figures in report["rows"].values() for one in figures.pop("episodes")]
@@ -258,10 +270,8 @@ def results(cfg: Config) -> Found:
     found: Found = {}
     for row in ROWS:
         for seed in cfg.seeds:
-            *_, learn, judge = stages = stages_of(cfg, seed, row)
-            done = record_of(judge, judge.made.parent)
-            commands = [shlex.join(stage.args) for stage in stages]
-            if done.get("commands") == commands and "seconds" in done and judge.made.exists():
+            *_, learn, judge = stages_of(cfg, seed, row)
+            if is_made(cfg, seed, row):
                 log = [line for _, line in read_lines(learn.made / "log.jsonl", "a step")]
                 found.setdefault(row, {})[seed] = read(judge.made), log
             elif one := kept(cfg, seed, row):
@@ -352,8 +362,7 @@ def main(cfg: Config) -> None:
             folder = cfg.out / f"seed{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             for k, stage in enumerate(stages if not there else (), 1):
-                commands = [shlex.join(earlier.args) for earlier in stages[:k]]
-                ensure(stage, commands, folder, demos.get(seed), seed)
+                ensure(stage, commands_of(stages[:k]), folder, demos.get(seed), seed)
             report = there[0] if there else read(stages[-1].made)
             figures = next(iter(report["rows"].values()))
             said = f"overall {figures['accuracy']:.1f}, tool rate {figures['tool_rate']:.1f}"

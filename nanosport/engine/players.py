@@ -81,10 +81,8 @@ def load_sampler(
         rule = "must be own or vllm here: servers play what rl.py trains"
         raise ValueError(f"--sampler {name}: {rule}")
     where = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    if name == "own":
-        model = load_model(folder, *where)
-    else:
-        model = load_model(folder)
+    model = load_model(folder, *(where if name == "own" else ()))
+    if name == "vllm":
         model.model.layers = nn.ModuleList()  # vLLM has them; this one sees
         model = model.to(*where)
     encoder = FrameEncoder(model, ImageConfig.from_folder(settings_folder(folder), max_pixels))

@@ -99,17 +99,9 @@ def opening(
 
 def opening_of(env: Env, tokens_per_frame: int) -> str:
     """The opening of an episode."""
-    sizes, limits = [tokens_per_frame] * len(env.overview), env.limits
-    return opening(
-        env.question,
-        env.overview,
-        sizes,
-        env.video.num_frames,
-        limits.use_tool,
-        env.fps,
-        env.times_s,
-        limits.syntax,
-    )
+    shown, limits = (env.overview, [tokens_per_frame] * len(env.overview)), env.limits
+    about = (env.video.num_frames, limits.use_tool, env.fps, env.times_s, limits.syntax)
+    return opening(env.question, *shown, *about)
 
 
 def tool_result(content: str) -> str:

@@ -120,9 +120,9 @@ def gated_reward(
     else:
         tool = (TOOL_WEIGHT * acc if right else CURIOSITY) if num_new else 0.0
 
-    total = acc + tool if valid or version == "accuracy" else -FORMAT_PENALTY
-    if version == "videobrain":
-        total = VIDEOBRAIN_FORMAT + right + tool if valid else 0.0
+    answered = VIDEOBRAIN_FORMAT + right if version == "videobrain" else acc
+    broken = {"accuracy": acc, "videobrain": 0.0}.get(version, -FORMAT_PENALTY)
+    total = answered + tool if valid else broken
     return Reward(total, acc, tool, float(valid), float(used), float(num_new))
 
 
