@@ -30,8 +30,8 @@ from nanosport.env.env import Limits  # noqa: E402
 from nanosport.env.tools import STOPS  # noqa: E402
 from nanosport.files import ASSETS  # noqa: E402
 from nanosport.records import read_questions  # noqa: E402
-from nanosport.serve.app import Server, application  # noqa: E402
-from nanosport.serve.desk import Desk  # noqa: E402
+from nanosport.serve.app import Server, application, question_of  # noqa: E402
+from nanosport.serve.desk import Desk, Job  # noqa: E402
 from nanosport.serve.uploads import Uploads  # noqa: E402
 from tests.helpers.browser import Browser, in_a_browser  # noqa: E402
 from tests.helpers.clips import write  # noqa: E402
@@ -220,6 +220,23 @@ def test_fifty_questions_at_once_are_all_answered_and_batched(start, clip, desk)
     ]
     # 2.8 to 4.4 were measured, with two cores and now and then other work
     assert sum(alone_times) > 2 * sum(times), (alone_times, times)
+
+
+def test_a_turn_comes_in_pieces_only_to_those_who_watch(clip, desk):
+    told, ended = {True: [], False: []}, threading.Semaphore(0)
+
+    def tell(watches, kind, value):
+        told[watches].append((kind, value))
+        if kind == "end":
+            ended.release()
+
+    for watches in told:
+        question = question_of(clip, ASKED)
+        desk.put(Job(question, partial(tell, watches), is_watched=watches))
+    assert ended.acquire(timeout=60) and ended.acquire(timeout=60)
+    rest = [(kind, value) for kind, value in told[True] if kind != "text"]
+    assert len(rest) < len(told[True]) and [kind for kind, _ in rest] == [k for k, _ in told[False]]
+    assert [value.text for _, value in rest[:-1]] == [value.text for _, value in told[False][:-1]]
 
 
 # Bad guests.

@@ -215,9 +215,10 @@ async def complete(server: Server, request: Request) -> Response:
     on the way; else the answer alone is the content."""
     asked, text, url = await read_request(server, request)
     name, came_along = await video_at(server, url)
-    events = answering(server, request, name, text, came_along)
-    first = await anext(events)  # refused before an answer begins
     shows = bool(asked.get("show_turns"))
+    is_watched = shows and bool(asked.get("stream"))
+    events = answering(server, request, name, text, came_along, is_watched)
+    first = await anext(events)  # refused before an answer begins
     about = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time())}
     about["model"] = server.model
     if asked.get("stream"):
@@ -266,7 +267,7 @@ async def streamed(first, events: AsyncIterator, about: dict, shows: bool) -> As
     try:
         yield line(**first)
         async for kind, value in events:
-            if kind == "text" and shows:
+            if kind == "text":
                 yield line(value)
             elif kind == "turn":
                 yield line("\n" if shows else "", turn=turn_json(value))
@@ -286,7 +287,7 @@ def turn_json(turn: Turn) -> dict:
 
 
 async def answering(
-    server: Server, request: Request, name: str, text: str, came_along: bool
+    server: Server, request: Request, name: str, text: str, came_along: bool, is_watched: bool
 ) -> AsyncIterator:
     """Yield what the page must know of the video, then what the desk tells of the question. However
     it ends, the desk goes on to others, and a video that came along is removed.
@@ -303,7 +304,7 @@ async def answering(
     try:
         with server.uploads.reading(name) as path:
             desk, question = server.desk, question_of(path, text)
-            job = Job(question, tell)
+            job = Job(question, tell, is_watched)
             try:
                 prompt = (question, desk.encoder, desk.sampler.tokenizer, [desk.limits])
                 await asyncio.to_thread(check_prompt, *prompt)

@@ -32,6 +32,8 @@ class Job:
     tell: Callable[[str, object], None]
     """Called on the desk's thread: ("text", the next piece of a turn), ("turn", a Turn), and last
     ("end", the Episode) or ("error", a line)."""
+    is_watched: bool = True
+    """Whether the pieces are told: each costs as much as a row's part of a step."""
     given_up: bool = False
     """Set by whoever does not wait any more: its conversation ends with its turn."""
     conversation: Conversation | None = None
@@ -102,7 +104,7 @@ class Desk:
 
     def _say(self, number: int, token: int) -> None:
         job = self.playing[number]
-        if text := job.stream.add(token):
+        if job.is_watched and (text := job.stream.add(token)):
             job.tell("text", text)
 
     def _take(self, number: int, said: Generated) -> None:
