@@ -15,6 +15,7 @@ from nanosport import cli  # isort: skip (first: with it Ctrl-C ends the imports
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -155,8 +156,9 @@ def run_mode(
     cfg: Config, mode: str, players: Players, played: Played, rank: int, judge: Judge | None
 ) -> dict:
     """Figures of one mode, with every episode's outcome. The ranks share the questions."""
-    began = time.time()
+    began, known = time.time(), {place for its, place in played.episodes if its == mode}
     places = play_all(cfg, mode, players, played, rank)
+    new, _ = dist.gather_items([place for place in places if place not in known])
     lost = [played.questions[k].id for k in places if played.episodes[mode, k] is None]
     places = [place for place in places if played.episodes[mode, place] is not None]
     episodes = [played.episodes[mode, place] for place in places]
@@ -168,6 +170,7 @@ def run_mode(
     scored.sort(key=lambda one: one[0])  # as one process has played them
     places, episodes, scores, grades = map(list, zip(*scored))
 
+    size = len(played.questions) // len(cfg.seeds)
     more: dict = {"lost": [*dict.fromkeys(lost)]} if lost else {}
     if judge is not None:
         more["ungraded"] = grades.count(None)
@@ -175,14 +178,19 @@ def run_mode(
         if pairs := [pair for pair in zip(by_rule, grades) if pair[1] is not None]:
             more["judge_and_rule"] = agreement(*zip(*pairs))
     if len(cfg.seeds) > 1:
-        size, by_seed = len(played.questions) // len(cfg.seeds), [[] for _ in cfg.seeds]
+        by_seed = [[] for _ in cfg.seeds]
         for place, score in zip(places, scores):
             by_seed[place // size].append(score)
         means = [round(100 * sum(t) / len(t), 2) if t else None for t in by_seed]
         more["by_seed"] = dict(zip(map(str, cfg.seeds), means))
     seconds = time.time() - began
-    more |= {"seconds": round(seconds, 1), "seconds_per_question": round(seconds / len(scores), 3)}
-    outcomes = [outcome(episode, score) for episode, score in zip(episodes, scores)]
+    more["seconds"] = round(seconds, 1)
+    if new:  # else there is nothing that these seconds were for
+        more["seconds_per_question"] = round(seconds / len(new), 3)
+    outcomes = [
+        outcome(episode, score) | {"seed": cfg.seeds[place // size], "sample": place % cfg.samples}
+        for place, episode, score in zip(places, episodes, scores)
+    ]
     return {**figures(episodes, scores), **more, "episodes": outcomes}
 
 
@@ -256,7 +264,8 @@ def show(cfg: Config, rows: dict[str, dict], examples: int = 3) -> None:
     for label, row in rows.items():
         for one in [one for one in row["episodes"] if "error" in one][:examples]:
             said = " ".join(one["text"].split())[:300]
-            print(f"{label}: {one['id']}: {one['error']}: {said}")
+            to = sys.stderr if cfg.table == "latex" else sys.stdout  # a paper takes the table alone
+            print(f"{label}: {one['id']}: {one['error']}: {said}", file=to)
 
 
 def main(cfg: Config) -> None:

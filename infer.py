@@ -1,10 +1,10 @@
 """Ask questions about videos; see each turn as it happens, then the answer.
 
-python infer.py clip.mp4 "Which shirt number scored?"
-python infer.py clip.mp4 "How was the point scored?" --options header volley tap-in
-python infer.py clips/*.mp4 "Who scored?" --json          # an object a line
-python infer.py clip.mp4 --questions questions.txt        # one a line; the frames are kept
-python infer.py clip.mp4                                  # asks you, until Ctrl-D
+    python infer.py clip.mp4 "Which shirt number scored?"
+    python infer.py clip.mp4 "How was the point scored?" --options header volley tap-in
+    python infer.py clips/*.mp4 "Who scored?" --json          # an object a line
+    python infer.py clip.mp4 --questions questions.txt        # one a line; the frames are kept
+    python infer.py clip.mp4                                  # asks you, until Ctrl-D
 
 It exits with 0 when each question has been put to each video, whether or not an answer came of it;
 1 after an error, also where one of several videos could not be used; 2 for wrong flags; 130 after
@@ -122,6 +122,8 @@ class Config:
             raise ValueError(
                 f"{self.question}: is there as a file; the question comes after the videos"
             )
+        if len(self.videos) == 1 and not self.videos[0].exists():
+            Video(self.words[0])  # raises, before a model is loaded
         if self.question is not None and not self.question.strip():
             raise ValueError("the question is empty")
         if self.end is not None and self.end <= self.start:
@@ -200,6 +202,7 @@ class Player:
             self.stream = Stream(self.sampler.tokenizer)
             self.sampler.on_token = self.say
         self.episodes: list[Episode] = []
+        self.has_noted = False
 
     def ask(self, path: Path, text: str) -> None:
         """Put a question to a video, and print what comes of it. Raises VideoError or TooLong."""
@@ -210,8 +213,9 @@ class Player:
         video = self.encoder.open(question.clip)
         note = ARENA_ONLY if is_lost(self.folder, video) else None
         if not cfg.json:
-            if note and not self.episodes:
+            if note and not self.has_noted:
                 print(f"note    {note}")
+                self.has_noted = True
             name = f"{path}: " if len(cfg.videos) > 1 else ""
             overview = ", ".join(map(str, video.sample(num_frames)))
             print(f"video   {name}{video.num_frames} frames, seen first: {overview}")

@@ -129,16 +129,24 @@ def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = 
 @contextmanager
 def tyro_prints(args: Sequence[str], stream: TextIO):
     """Let tyro print to the terminal: --help in colour; a completion script with the help of each
-    flag on one line, for shells take a second one for another flag."""
+    flag on one line, for shells take a second one for another flag, and with file names where no
+    flag is meant. Raises ValueError for a shell of which tyro knows none."""
     is_script = "--tyro-print-completion" in args
     printed = io.StringIO() if is_script else stream
     try:
         with redirect_stdout(printed):
             yield
+    except ImportError:
+        if not is_script:
+            raise
+        raise ValueError("--tyro-print-completion: bash, zsh or fish") from None
     finally:
         if is_script:
             flags = re.compile("^COMPLETION_SPEC = .*", re.MULTILINE)
-            stream.write(flags.sub(lambda line: line[0].replace(r"\n", " "), printed.getvalue()))
+            script = flags.sub(lambda line: line[0].replace(r"\n", " "), printed.getvalue())
+            script = script.replace("complete -F ", "complete -o default -F ")
+            is_file = '"$completions" == "__TYRO_COMPLETE_FILES__"'
+            stream.write(script.replace(is_file, f'{is_file} || -z "$completions"'))
 
 
 def ending(command: Callable[[], None]) -> None:

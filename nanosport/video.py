@@ -561,7 +561,8 @@ def _head(path: Path) -> bytes:
         if not path.exists():
             if ADDRESS.search(str(path)):
                 what = "an address, and nothing is downloaded here"
-                raise VideoError(f"{path}: {what}; download the video, and give its file")
+                address = str(path).replace(":/", "://", 1)  # Path has taken one slash
+                raise VideoError(f"{address}: {what}; download the video, and give its file")
             raise VideoError(f"{path}: no such file; check the path")
         if not path.is_file():  # a pipe would block for ever
             raise VideoError(f"{path}: not a regular file; copy the video to disk")

@@ -100,6 +100,12 @@ def test_a_stopped_evaluation_goes_on_where_it_was(number, after, whole, tmp_pat
     evaluation.main(cfg)
     assert f"{before} episodes are played already: going on from {kept}" in capsys.readouterr().out
     assert rows_of(cfg.out) == wanted and not played_in(tmp_path)
+    # the seconds are this command's, and so are the questions that they are shared among
+    first = next(iter(json.loads(cfg.out.read_text())["rows"].values()))
+    new = len(first["episodes"]) - min(before, len(first["episodes"]))
+    assert bool(new) == ("seconds_per_question" in first)
+    if new:
+        assert first["seconds_per_question"] == pytest.approx(first["seconds"] / new, abs=0.06)
 
 
 def test_seeds_and_samples_are_played_apart_and_kept_after_a_kill(whole, tmp_path, capsys):
@@ -130,6 +136,11 @@ def test_seeds_and_samples_are_played_apart_and_kept_after_a_kill(whole, tmp_pat
     alone = next(iter(whole[1].values()))["episodes"][:4]
     assert row["episodes"][:8:2] == alone, "seed 0's first sample is the one without others"
     assert row["episodes"][8:] != row["episodes"][:8] and "against" not in row
+    told = [json.loads(line) for line in cfg.lines.read_text().splitlines()]
+    names = [(one["id"], one["seed"], one["sample"]) for one in told]
+    assert len({*names}) == 16 and {name[1:] for name in names} == {(0, 0), (0, 1), (5, 0), (5, 1)}
+    assert all(one["dimension"] and one["sport"] and one["frames"] >= 8 for one in told)
+    assert sum(one["tokens"] for one in told) / 16 == pytest.approx(row["tokens"], abs=0.01)
 
 
 def test_other_flags_begin_anew(whole, tmp_path, capsys):
@@ -242,6 +253,10 @@ def test_what_broke_the_format_is_in_the_report_and_below_the_table(whole, tmp_p
     said = capsys.readouterr().out.split("\n|")[-1].splitlines()[1:]
     assert len(said) == 3 and broken[0]["error"] in said[0] and broken[0]["id"] in said[0]
     assert " ".join(broken[0]["text"].split())[:20] in said[0]
+    evaluation.show(replace(cfg, table="latex"), {"a": row})
+    printed = capsys.readouterr()
+    assert printed.out.rstrip().endswith(r"\end{tabular}"), "a paper takes the output as it is"
+    assert len(printed.err.splitlines()) == 3
 
 
 def test_infer_shows_what_broke_the_format(tmp_path, capsys):

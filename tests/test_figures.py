@@ -56,6 +56,8 @@ def test_nothing_is_said_of_answers_that_are_all_alike():
     values = np.stack([np.full(60, 1.0), np.arange(60) % 2], 1)
     sure, open_ = intervals(values, np.arange(60) // 5)
     assert np.isnan(sure).all() and open_[0] < 0.5 < open_[1]
+    each = np.tile([1.0, 1.0, 0.0], 20)[:, None]  # two of three in every video
+    assert np.isnan(intervals(each, np.arange(60) // 3)).all()
 
 
 def test_the_parts_of_a_video_stand_or_fall_together():
@@ -144,7 +146,7 @@ def test_two_rows_are_compared_question_by_question(tmp_path):
     label, other = row_named(f"{report(tmp_path, [0.0, 1.0] * 15, 's.json')}:a: b", ids)
     found = compared(mine, label, other)
     assert label == "a: b" and found["questions"] == 30 and found["difference"] == 50.0
-    assert found["interval"] == [50.0, 50.0] and found["p"] < 0.001
+    assert found["interval"] is None and found["p"] < 0.001  # each video differs by 50 points
     assert compared(mine, label, mine)["p"] == 1.0
     for name in ("gone.json", f"{tmp_path}/r.json:c", f"{tmp_path}"):
         with pytest.raises(ValueError, match="--against .*: must be tool, no-tool, or a report"):

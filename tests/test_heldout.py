@@ -3,7 +3,9 @@ trackers get what the log gets."""
 
 import json
 import shutil
+import struct
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -253,12 +255,53 @@ def test_tensorboard_has_what_the_log_has(sft, tmp_path):
     assert "truth: " in text and "<think>" in text
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_trackers_that_are_offline_leave_their_files_in_the_run(name, sft, tmp_path):
-    tracked(name, sft, tmp_path / "run")
-    files = [path for path in (tmp_path / "run" / name).rglob("*") if path.is_file()]
+def wandb_history(path: Path) -> list[dict]:
+    """The rows that a .wandb file holds when wandb's own process has ended it: a log of LevelDB's
+    form, in blocks of 32 KiB, of records in protobuf."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    raw, at, whole, rows, has_ended = path.read_bytes(), 7, b"", [], False
+    while at + 7 <= len(raw):
+        if 2**15 - at % 2**15 < 7:  # too little of the block is left for a head
+            at += 2**15 - at % 2**15
+            continue
+        _, length, part = struct.unpack("<IHB", raw[at : at + 7])
+        whole += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):  # a whole record, or the last part of one
+            record = Record.FromString(whole)
+            items, has_ended = record.history.item, has_ended or record.HasField("exit")
+            rows += [{i.key or ".".join(i.nested_key): json.loads(i.value_json) for i in items}]
+            whole = b""
+    if not has_ended:
+        time.sleep(0.1)
+        return wandb_history(path)
+    return [row for row in rows if row]
+
+
+def test_wandb_has_what_the_log_has_and_a_resumed_run_goes_on_in_it(sft, tmp_path):
+    run = tmp_path / "run"
+    tracked("wandb", sft, run)
+    (written,) = run.glob("wandb/offline-run-*/*.wandb")
+    rows = wandb_history(written)
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in log(run)])
+    assert [row["_step"] for row in rows if "held_out/accuracy" in row] == [0, 2]
+    shown = rows[0]["held_out/0.path"], rows[0]["held_out/0.caption"]
+    assert (written.parent / "files" / shown[0]).read_bytes()[:4] == b"\x89PNG"
+    assert "<think>" in shown[1]
+
+    train.main(replace(sft, out=run, track="wandb", steps=3, resume=True))
+    first, second = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert first.name == second.name  # wandb sync makes one run of both
+    assert [row["_step"] for row in wandb_history(second) if "loss" in row] == [2]
+
+
+def test_trackio_leaves_its_files_in_the_run(sft, tmp_path):
+    tracked("trackio", sft, tmp_path / "run")
+    files = [path for path in (tmp_path / "run/trackio").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) > 10_000
-    assert any(path.suffix == {"wandb": ".wandb", "trackio": ".db"}[name] for path in files)
+    assert any(path.suffix == ".db" for path in files)
     assert any(path.suffix == ".png" for path in files)
 
 

@@ -54,6 +54,15 @@ def test_a_clip_of_another_size_or_rate_gets_one_before_the_answer(size, rate, t
     assert said[0].startswith(NOTE) and not any("note " in line for line in said[1:])
 
 
+def test_the_first_of_several_videos_that_is_not_the_arenas_gets_it(arena_folder, tmp_path, capsys):
+    other = str(write(tmp_path / "clip.mp4", height=48, width=64))
+    words = (arena_clip(arena_folder), other, other, "Who scored?")
+    infer.main(infer.Config(words, max_new_tokens=5))
+    said = capsys.readouterr().out.splitlines()
+    (k,) = (k for k, line in enumerate(said) if line.startswith("note "))
+    assert said[k + 1].startswith(f"video   {other}") and said[0].startswith("video ")
+
+
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not beside this checkout")
 def test_a_real_clip_gets_one_inside_json(capsys):
     clip = sorted(CLIPS.iterdir())[0]
@@ -281,10 +290,9 @@ def test_a_video_of_two_hours_takes_little_memory(tmp_path, capsys):
 
 def test_an_address_is_refused_in_a_clear_word(tmp_path):
     for name in ("https://example.com/clip.mp4", "rtsp://camera/1", "s3://bucket/clip.jpg"):
-        with pytest.raises(
-            VideoError, match="an address, and nothing is downloaded here; download"
-        ):
-            infer.main(infer.Config((name, "Who?")))
+        said = f"^{name}: an address, and nothing is downloaded here; download"
+        with pytest.raises(VideoError, match=said):  # before a model is
+            infer.main(infer.Config((name, "Who?"), model="no/model"))
         with pytest.raises(
             VideoError, match="an address, and nothing is downloaded here; download"
         ):

@@ -94,3 +94,15 @@ def test_a_shell_completes_flags_and_nothing_else(installed, tmp_path):
     for typed, flags in (("--mod", ["--model"]), ("--st", ["--start", "--stream", "--strip"])):
         said = run("bash", "-c", ask, script, typed).stdout.split("\n")[:-1]
         assert sorted(line.split()[0] for line in said) == flags, said
+    # where a file is meant, the shell goes on to names of files
+    assert run("bash", "-c", ask, script, "clip_").stdout.strip() == ""
+    assert "complete -o default -F" in done.stdout
+    clip = tmp_path / "clip_0.mp4"
+    clip.touch()
+    assert run("bash", "-c", ask, script, f"{tmp_path}/cl").stdout.strip() == str(clip)
+
+
+def test_a_shell_without_completion_is_one_line(installed):
+    done = installed("nanosport-infer", "--tyro-print-completion", "tcsh")
+    assert done.returncode and done.stderr.splitlines()[-1].endswith("bash, zsh or fish"), done
+    assert "Traceback" not in done.stderr

@@ -216,6 +216,8 @@ def test_a_run_is_shown_with_its_curves_frames_and_tokens(run, opened):
     assert page.value("document.querySelectorAll('ruby').length") == count
     shown = page.value("document.querySelector('ruby rt').textContent")
     assert float(shown) == pytest.approx(episode["turns"][0]["logp"][0], abs=0.006)
+    torn = "[...document.querySelectorAll('rt')].filter(e => e.getClientRects().length > 1).length"
+    assert not page.value(torn), "a number stays on its line, below its token"
     assert all(url.startswith(("file:", "data:")) for url in page.asked_for())
 
 

@@ -147,7 +147,8 @@ def test_an_answer_has_openais_form_and_the_episode_beside_it(start, clip, arena
     assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"] > 100
     status, shown = running.ask(running.send(clip)["url"], show_turns=True)
     assert shown["choices"][0]["message"]["content"] == "\n".join(t["text"] for t in turns)
-    assert running.call("GET", "/v1/models")[1]["data"][0]["id"] == "nano"
+    (about,) = running.call("GET", "/v1/models")[1]["data"]
+    assert about["id"] == "nano" and time.time() - 3600 < about["created"] <= time.time()
 
 
 @pytest.mark.parametrize("shows", [False, True])
@@ -161,6 +162,8 @@ def test_an_answer_is_streamed_with_its_turns_hidden_or_shown(start, clip, shows
     chunks = [json.loads(line[6:]) for line in lines]
     content = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     said = "".join(turn["text"] + "\n" for turn in whole["turns"])
+    roles = [chunk["choices"][0]["delta"].get("role") for chunk in chunks]
+    assert roles == ["assistant"] + [None] * (len(chunks) - 1)
     assert "".join(content) == (said if shows else whole["answer"])
     assert len(list(filter(None, content))) > 30 if shows else 1
     beside = [chunk["nanosport"] for chunk in chunks if "nanosport" in chunk]

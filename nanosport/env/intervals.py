@@ -45,7 +45,7 @@ def sums(values_EF: np.ndarray, video_E: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def intervals(values_EF: np.ndarray, video_E: np.ndarray, seed: int = 0) -> np.ndarray:
     """bounds_F2: the 95 % interval of each column's mean by the bootstrap over videos; nan where
-    fewer than five have a value, or all are alike: what is drawn again then says nothing.
+    fewer than five have a value, or their means are alike: what is drawn again then says nothing.
 
     values_EF: a row an episode, nan where it does not count. video_E: its video's number.
     """
@@ -58,8 +58,11 @@ def intervals(values_EF: np.ndarray, video_E: np.ndarray, seed: int = 0) -> np.n
     means_BF = weights_BV @ sum_VF / np.where(counts_BF > 0, counts_BF, np.nan)
     bounds = np.full((values_EF.shape[1], 2), np.nan)
     for f, num in enumerate((count_VF > 0).sum(0)):
-        if num >= MIN_VIDEOS and np.nanmin(values_EF[:, f]) < np.nanmax(values_EF[:, f]):
-            bounds[f] = np.nanquantile(means_BF[:, f], [tail(num), 1 - tail(num)])
+        if num < MIN_VIDEOS:
+            continue
+        low, high = np.nanquantile(means_BF[:, f], [tail(num), 1 - tail(num)])
+        if high - low > 1e-9:
+            bounds[f] = low, high
     return bounds
 
 

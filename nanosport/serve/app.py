@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -45,6 +45,7 @@ class Server:
     """What each request must bring; empty: none."""
     timeout_s: float
     """A question is given up after so long, the time that it waits included."""
+    began: int = field(default_factory=lambda: int(time.time()))
 
     def admit(self, request: Request) -> None:
         """Raise Refused for whoever may not ask: without the token; or, where there is none, a page
@@ -120,6 +121,7 @@ def page(request: Request) -> Response:
 
 async def list_models(server: Server, request: Request) -> Response:
     about = {"id": server.model, "object": "model", "owned_by": "nanosport"}
+    about["created"] = server.began
     return JSONResponse({"object": "list", "data": [about]})
 
 
@@ -258,14 +260,14 @@ def finish(episode: Episode) -> str:
 async def streamed(first, events: AsyncIterator, about: dict, shows: bool) -> AsyncIterator[str]:
     """Server-sent events: pieces of the content, and beside them turns as they end."""
 
-    def line(content: str = "", finish_reason: str | None = None, **beside) -> str:
-        delta = {"content": content} if content else {}
+    def line(content: str = "", finish_reason: str | None = None, role: str = "", **beside) -> str:
+        delta = ({"role": role} if role else {}) | ({"content": content} if content else {})
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         chunk = about | {"object": "chat.completion.chunk", "choices": [choice]}
         return f"data: {json.dumps(chunk | ({'nanosport': beside} if beside else {}))}\n\n"
 
     try:
-        yield line(**first)
+        yield line(role="assistant", **first)
         async for kind, value in events:
             if kind == "text":
                 yield line(value)

@@ -2,7 +2,7 @@
 // Every text enters the page as a text node: nothing that is sent or said is read as HTML.
 const $ = id => document.getElementById(id);
 const form = $("ask"), button = form.querySelector("button");
-let upload = null, preview = null, newest = null;
+let upload = null, preview = null, newest = null, sentName = "";
 
 function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
@@ -35,6 +35,7 @@ async function send(file) {
   newest = file;
   forget();
   ready(false);
+  $("video").hidden = true;
   say(`sending ${file.name} …`);
   try {
     const body = {method: "POST", body: file, headers: {"Content-Type": "application/octet-stream"}};
@@ -47,6 +48,7 @@ async function send(file) {
   }
   say(`${file.name}: ${upload.num_frames} frames`);
   if (preview) URL.revokeObjectURL(preview);
+  sentName = file.name;
   $("video").src = preview = URL.createObjectURL(file);
   $("video").hidden = false;
   ready(true);
@@ -59,7 +61,7 @@ function forget(sent = upload) {
 async function ask(text) {
   const lines = make("div", {role: "group", "aria-label": "Time line"}), said = make("pre");
   const stop = make("button", {type: "button"}, "Stop"), last = make("p", {role: "status"});
-  const article = make("article", {}, make("h2", {}, text), lines, said, last, stop);
+  const article = make("article", {}, make("h2", {}, text), make("small", {}, sentName), lines, said, last, stop);
   $("answers").prepend(article);
   const control = new AbortController();
   stop.addEventListener("click", () => control.abort());
@@ -117,6 +119,10 @@ for (const [name, isOver] of [["dragover", true], ["dragleave", false], ["drop",
     drop.classList.toggle("over", isOver);
     if (name === "drop") send(event.dataTransfer.files[0]);
   });
+$("video").addEventListener("error", () => {
+  if (!$("video").hidden) say(`${$("state").textContent} (this browser cannot play it)`);
+  $("video").hidden = true;
+});
 $("file").addEventListener("change", () => send($("file").files[0]));
 $("token").addEventListener("change", () => send(newest));
 $("secret").addEventListener("submit", event => event.preventDefault());

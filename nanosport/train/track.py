@@ -34,7 +34,9 @@ def open_tracker(name: Tracker, folder: Path, config: dict, step: int):
     """The tracker of a run that begins, or goes on, with `step`; None where there is to be none."""
     if name == "none":
         return None
-    return TensorBoard(folder, step) if name == "tensorboard" else Logged(name, folder, config)
+    if name == "tensorboard":
+        return TensorBoard(folder, step)
+    return Logged(name, folder, config, step)
 
 
 def numbers_of(row: dict, prefix: str = "") -> dict[str, float]:
@@ -70,12 +72,14 @@ class TensorBoard:
 class Logged:
     """Weights & Biases, and trackio, which has its interface."""
 
-    def __init__(self, name: Tracker, folder: Path, config: dict):
+    def __init__(self, name: Tracker, folder: Path, config: dict, step: int):
         os.environ.setdefault("TRACKIO_DIR", str(folder.absolute() / "trackio"))  # read on import
         self.module = importlib.import_module(name)
-        offline = {"mode": "offline", "dir": str(folder)} if name == "wandb" else {}
+        how = {} if name == "trackio" else {"mode": "offline", "dir": str(folder)}
+        if name == "wandb" and step and (before := sorted(folder.glob("wandb/offline-run-*"))):
+            how["id"] = before[-1].name.rpartition("-")[2]  # `wandb sync` makes one run of both
         config = {key: str(value) for key, value in config.items()}
-        self.module.init(project="nanosport", name=folder.name, config=config, **offline)
+        self.module.init(project="nanosport", name=folder.name, config=config, **how)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         self.module.log(numbers, step=step)
