@@ -34,7 +34,7 @@ from nanosport.model import lora
 from nanosport.model.folder import ASSETS
 from nanosport.records import Episode, Question, read_records
 from nanosport.train import dist, presets
-from nanosport.train.actors import Actors, RolloutConfig
+from nanosport.train.actors import Actors, Draw, RolloutConfig
 from nanosport.train.heldout import HeldOut
 from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.train.metrics import (
@@ -147,12 +147,12 @@ def collect(training: Training, actors: Actors, records: Records, step: int) -> 
     Raises Preempted after SIGTERM, ValueError where the judge fails.
     """
     size, num_prompts = training.cfg.group_size, training.cfg.num_prompts
-    rollouts = gathered(training, actors, records, step)
+    rollouts = gathered(training, actors, records, Draw(step))
     flat = flat_groups(rollouts.rewards, size)
     num_flat = len(flat)
     for again in range(1, training.cfg.refill + 1):
         if flat:
-            more = gathered(training, actors, records, step, again, len(flat))
+            more = gathered(training, actors, records, Draw(step, again, len(flat)))
             rollouts = rollouts.refilled(flat, more, size)
             flat = flat_groups(rollouts.rewards, size)
     actors.sampler.sleep()

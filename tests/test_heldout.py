@@ -2,7 +2,9 @@
 trackers get what the log gets."""
 
 import json
+import os
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -23,6 +25,7 @@ from nanosport.records import Episode, Turn, read_questions, record_row
 from nanosport.report import THUMBNAIL
 from nanosport.strip import strip
 from nanosport.train import heldout, track
+from nanosport.train.inputs import Records
 from nanosport.video import Video
 from tests.helpers.runs import ROOT, flags, killed, log, torchrun
 
@@ -159,14 +162,16 @@ def test_other_questions_say_nothing_about_which_model_is_better(sft, tmp_path, 
 
 
 def test_sigterm_in_an_evaluation_ends_the_run_where_it_can_go_on(sft, tmp_path, monkeypatch):
-    cfg, play = replace(sft, out=tmp_path / "run"), heldout.HeldOut._play
+    cfg, play, plays = replace(sft, out=tmp_path / "run"), Records.play, []
 
-    def asked(self, first: int, numbers: list[int]) -> list[Episode]:
-        self.training.preemption.asked = self.training.state["step"] == 2
-        return play(self, first, numbers)
+    def asked(self, *args, **how) -> list[Episode]:
+        plays.append(1)
+        if len(plays) == 2:  # the first evaluation is before the first step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return play(self, *args, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(heldout.HeldOut, "_play", asked)
+        patch.setattr(Records, "play", asked)
         with pytest.raises(Preempted, match="stopped by SIGTERM in step 2; what was before it"):
             train.main(cfg)
     assert [row["step"] for row in evaluations(cfg.out)] == [0]

@@ -235,7 +235,7 @@ def test_an_adapter_is_merged_on_request_and_taken_wherever_a_model_is(sft, grpo
         theirs = PeftModel.from_pretrained(theirs, adapter).merge_and_unload()
     assert relative_error(logits, their_hidden_logits(theirs, IDS)) < 1e-5
     with pytest.raises(ValueError, match=r"vLLM takes no adapter; merge it: python -m nanosport"):
-        start_engine(folder, "float32", 100, 1)
+        start_engine(folder, 100, 1)
 
 
 def test_a_run_that_would_replace_its_base_is_refused(sft, grpo):

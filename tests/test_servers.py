@@ -7,6 +7,7 @@ import threading
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from nanosport.engine import servers
 from nanosport.engine.players import Room, load_sampler, make_sampler, server_urls
 from nanosport.engine.sampler import Piece, SamplerError, Sampling
 from nanosport.engine.servers import Servers
-from nanosport.engine.vllm import Answer, Talk, VllmSampler
+from nanosport.engine.vllm import Answer, Talk, VllmSampler, frames_of
 from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
@@ -248,25 +249,22 @@ def test_only_rl_speaks_to_servers():
 # A conversation, as vLLM is asked for it.
 
 
-def talk_of() -> Talk:
-    return Talk(np.random.default_rng(0), [7])
-
-
 def test_a_turn_has_one_token_more_after_a_stop_text():
-    sampling, talk = Sampling(0.0, max_new_tokens=5, stops=("</answer>",)), talk_of()
-    assert talk.params(sampling)["max_tokens"] == 5 and talk.params(sampling)["stop"]
-    assert talk.take(Answer([1, 2], [-1.0, -2.0], "stop", "</answer>", 3), 5) is None
-    assert talk.params(sampling)["max_tokens"] == 1 and not talk.params(sampling)["stop"]
-    turn = talk.take(Answer([4], [-3.0], "length", None, 3), 5)
+    sampling = Sampling(0.0, max_new_tokens=5, stops=("</answer>",))
+    talk = Talk(np.random.default_rng(0), sampling)
+    assert talk.params()["max_tokens"] == 5 and talk.params()["stop"]
+    assert talk.take(Answer([1, 2], [-1.0, -2.0], "stop", "</answer>", 3)) is None
+    assert talk.params()["max_tokens"] == 1 and not talk.params()["stop"]
+    turn = talk.take(Answer([4], [-3.0], "length", None, 3))
     assert turn.ids == (1, 2, 4) and turn.sampled_logp == (-1.0, -2.0, -3.0)
     assert turn.stopped and turn.num_end == 1 and turn.version == 3 and turn.text_ids == (1, 2)
     assert talk.ids == [1, 2, 4] and not talk.said
     # its own end of turn, the length, and a stop text with no room for an end
-    ended = talk.take(Answer([1, 7], [0.0, 0.0], "stop", None, 3), 5)
+    ended = talk.take(Answer([1, 7], [0.0, 0.0], "stop", None, 3))
     assert ended.stopped and ended.num_end == 1
-    cut = talk.take(Answer([1] * 5, [0.0] * 5, "length", None, 3), 5)
+    cut = talk.take(Answer([1] * 5, [0.0] * 5, "length", None, 3))
     assert not cut.stopped and cut.num_end == 0
-    full = talk.take(Answer([1] * 5, [0.0] * 5, "stop", "</answer>", 3), 5)
+    full = talk.take(Answer([1] * 5, [0.0] * 5, "stop", "</answer>", 3))
     assert full.stopped and full.num_end == 0
 
 
@@ -319,19 +317,25 @@ def test_on_a_gpu_the_engine_sleeps_while_the_policy_learns(model, tokenizer, mo
 def test_placeholders_are_as_many_as_features(model):
     cfg, grid = model.cfg, (1, 4, 4)
     ids, width = [900] + [cfg.image_token_id] * 4 + [901], 8
-    talk = talk_of()
-    talk.add(Piece([1, 2]), None, cfg)
-    talk.add(Piece(ids + ids, [grid, grid]), torch.rand(8, width), cfg)
+
+    def piece_of(ids, grids, num_rows: int) -> Piece:
+        encoder = SimpleNamespace(features=lambda names: torch.rand(num_rows, width))
+        return Piece(ids, grids, range(len(grids)), encoder)
+
+    talk = Talk(np.random.default_rng(0), Sampling())
+    assert frames_of(Piece([1, 2]), cfg) == []
+    talk.add([1, 2], [])
+    talk.add(ids + ids, frames_of(piece_of(ids + ids, [grid, grid], 8), cfg))
     assert [frame.start for frame in talk.frames] == [3, 9]
     assert talk.frames[0].name != talk.frames[1].name
-    for piece, features_ND in (
-        (Piece(ids, [grid]), None),  # expanded, and no features
-        (Piece(ids, [grid]), torch.rand(3, width)),
-        (Piece([900, cfg.image_token_id, 901], [grid]), torch.rand(4, width)),  # one for a picture
-        (Piece(ids), torch.rand(4, width)),
+    for piece in (
+        Piece(ids, [grid]),  # expanded, and no features
+        piece_of(ids, [grid], 3),
+        piece_of([900, cfg.image_token_id, 901], [grid], 4),  # one for a picture
+        piece_of(ids, [], 4),
     ):
         with pytest.raises(ValueError, match="placeholders for"):
-            talk_of().add(piece, features_ND, cfg)
+            frames_of(piece, cfg)
 
 
 # RL with servers: the step ends, or the run does, with one line.

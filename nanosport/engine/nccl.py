@@ -5,7 +5,7 @@ communicator alone: what goes over the wire has not been measured.
 """
 
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import torch
@@ -35,22 +35,23 @@ class Client:
         self.post("/shutdown_weight_transfer_engine", {})
 
 
-def connect(url: str, post: Post, num_workers: int, weights: Iterable[tuple[str, torch.Tensor]]):
-    """vLLM's trainer engine for one server. Its `send_weights` sends all of its `source.weights`,
-    which say beforehand what comes (`announced`)."""
+def connect(
+    url: str, post: Post, num_workers: int, announced: list[tuple[str, torch.dtype, tuple]]
+):
+    """vLLM's trainer engine for one server. Its `send_weights` sends what is left of its
+    `source.weights`, an iterator. announced: (name, dtype, shape) of all that comes each time."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     class Source(WeightSource):
-        def __init__(self):
-            self.weights = weights
+        weights: Iterator[tuple[str, torch.Tensor]] = iter(())
 
         def metadata(self) -> list[ParamMeta]:
-            return [ParamMeta(*about) for about in self.weights.announced]
+            return [ParamMeta(*about) for about in announced]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return iter(self.weights)
+            return self.weights
 
     at = urlsplit(url)
     with socket.create_connection((at.hostname, at.port), 10) as way, socket.socket() as free:

@@ -63,9 +63,7 @@ def make_sampler(
     about = tokenizer, model.cfg, banned_ids(model, tokenizer).to(model.head_weight_VD.device)
     if urls:
         return ServerSampler(urls, servers, room.tokens, *about, sampling)
-    on_gpu = model.head_weight_VD.device.type == "cuda"
-    engine = start_engine(folder, "bfloat16" if on_gpu else "float32", room.tokens, room.rows)
-    return VllmSampler(engine, *about, sampling)
+    return VllmSampler(start_engine(folder, room.tokens, room.rows), *about, sampling)
 
 
 def load_sampler(

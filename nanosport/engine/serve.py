@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,7 +23,7 @@ from safetensors import safe_open
 
 from nanosport.engine.vllm import engine_flags, import_vllm, renew_packed_head
 from nanosport.fields import Above, AtLeast, AtMost
-from nanosport.model.folder import check_whole_model, load_config, resolve
+from nanosport.model.folder import resolve
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Config:
     """The model is split over so many GPUs."""
     gpu_memory: Annotated[float, Above(0), AtMost(1)] = 0.9
     """The share of a GPU's memory that it takes."""
-    weights_over: str = "files"
-    """As rl.py's: files, or nccl."""
+    weights_over: Literal["files", "nccl"] = "files"
+    """As rl.py's."""
 
 
 class Updates:
@@ -68,14 +68,11 @@ def read_files(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def arguments(cfg: Config) -> list[str]:
     """What the server's command line says."""
-    on_gpu = torch.cuda.is_available()
-    folder, dtype = resolve(cfg.model), "bfloat16" if on_gpu else "float32"
-    check_whole_model(folder, "vLLM")
-    flags = engine_flags(load_config(folder), dtype, cfg.max_tokens, cfg.rows)
-    flags |= {"model": str(folder), "host": cfg.host, "port": cfg.port}
+    flags = engine_flags(resolve(cfg.model), cfg.max_tokens, cfg.rows)
+    flags |= {"host": cfg.host, "port": cfg.port}
     flags |= {"worker_extension_cls": f"{Updates.__module__}.{Updates.__qualname__}"}
-    flags |= {"enable_scale_out": True, "disable_log_stats": True}  # the route of ids in, ids out
-    if on_gpu:
+    flags |= {"enable_scale_out": True}  # the route of ids in, ids out
+    if torch.cuda.is_available():
         flags |= {"tensor_parallel_size": cfg.gpus, "gpu_memory_utilization": cfg.gpu_memory}
     if cfg.weights_over == "nccl":
         flags |= {"weight_transfer_config": {"backend": "nccl"}}
@@ -90,8 +87,6 @@ def arguments(cfg: Config) -> list[str]:
 
 
 def main(cfg: Config) -> None:
-    if cfg.weights_over not in ("files", "nccl"):
-        raise ValueError(f"--weights-over {cfg.weights_over}: must be files or nccl")
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # its routes for new weights
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     import_vllm()

@@ -32,11 +32,16 @@ from safetensors.torch import save_file
 
 from nanosport.engine import nccl
 from nanosport.engine.sampler import Generated, Piece, SamplerError, Sampling
-from nanosport.engine.vllm import Answer, Frame, Talk, features_of, import_vllm, items_of
+from nanosport.engine.vllm import (
+    Answer,
+    Frame,
+    Talk,
+    constant_params,
+    frames_of,
+    import_vllm,
+    items_of,
+)
 from nanosport.model.decoder import ModelConfig
-
-SHARD_BYTES = 4e9
-"""Weights are written to files of about this size."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,6 @@ class Server:
     wait_s: float
     down: str = ""
     """Why it is given up; empty where it is not."""
-    load: int = 0
-    """Conversations that it plays."""
     way: object = None
     """To its GPUs, once weights have gone there."""
 
@@ -108,22 +111,23 @@ class Server:
         """Have it load the weights in a folder's files."""
         self.post("/collective_rpc", {"method": "take_files", "args": [str(folder)]})
 
-    def take_sent(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Send it the weights from GPU to GPU."""
+    def take_sent(self, weights: Iterator[tuple[str, torch.Tensor]], announced: list) -> None:
+        """Send it the weights from GPU to GPU. announced: as nccl.connect has it."""
         try:
             if self.way is None:
                 workers = int(self.get("/get_world_size")["world_size"])
-                self.way = nccl.connect(self.url, self.post, workers, weights)
+                self.way = nccl.connect(self.url, self.post, workers, announced)
             self.way.source.weights = weights
             self.way.send_weights()
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise Lost(f"takes no weights: {error!r}") from error
 
-    def renew(self, bring: Callable[["Server"], None], version: int) -> None:
-        """Have it take new weights, and forget what the old ones have computed."""
+    def renew(self, take: Callable[[], None], version: int) -> None:
+        """Have it take new weights, and forget what the old ones have computed. take: one of its
+        two ways to do so."""
         self.post("/pause?mode=abort")  # what was asked for before it was given up
         try:
-            bring(self)
+            take()
         except Lost:
             with suppress(Lost):  # paused, it would keep other ranks waiting; its version is old
                 self.post("/resume")
@@ -151,14 +155,13 @@ class ServerSampler:
         """Raises SamplerError where no server can play conversations of max_tokens."""
         import_vllm()
         self.tokenizer, self.cfg, self.banned, self.sampling = tokenizer, cfg, banned, sampling
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.ends = sorted({end, *cfg.eos_token_ids})
-        self.bias = {str(int(i)): float("-inf") for i in banned}
+        self.constant_params = constant_params(tokenizer, cfg, banned)
         self.how, self.version = how, 0
         self.servers = [Server(url, how.wait_s) for url in urls]
         self.lock = threading.Lock()
         self.talks: dict[int, Talk] = {}
         self.homes: dict[int, Server] = {}
+        """Who plays each of them."""
         self.waiting: set[int] = set()
         """Conversations that wait for a turn."""
         self.num_opened = 0
@@ -177,14 +180,15 @@ class ServerSampler:
     # The seam.
 
     def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
-        features_ND = features_of(prompt)
+        frames = frames_of(prompt, self.cfg)
         numbers = range(self.num_opened, self.num_opened + len(streams))
         self.num_opened += len(streams)
         home = self._some_server()  # a group has one: it reads their prompt once
+        with self.lock:
+            self.homes |= dict.fromkeys(numbers, home)
         for number, stream in zip(numbers, streams):
-            self.talks[number] = Talk(stream, self.ends)
-            self.talks[number].add(prompt, features_ND, self.cfg)
-            self._settle(number, home)
+            self.talks[number] = Talk(stream, self.sampling)
+            self.talks[number].add(prompt.ids, frames)
             self._ask(number)
         return list(numbers)
 
@@ -202,14 +206,14 @@ class ServerSampler:
             yield number, turn
 
     def say(self, number: int, piece: Piece) -> None:
-        features_ND = features_of(piece)
-        self.talks[number].add(piece, features_ND, self.cfg)
+        self.talks[number].add(piece.ids, frames_of(piece, self.cfg))
         self._ask(number)
 
     def close(self, number: int) -> None:
         self.waiting.discard(number)
-        if self.talks.pop(number, None):
-            self._settle(number, None)
+        with self.lock:
+            self.talks.pop(number, None)
+            self.homes.pop(number, None)
 
     def sleep(self) -> None:
         """Servers keep what they have: nobody trains there."""
@@ -226,21 +230,21 @@ class ServerSampler:
             folder = self.how.files / f"step_{version:06d}"
             write_files(weights, folder)
             with ThreadPoolExecutor(len(self.servers)) as pool:
-                bring = partial(self._renew, lambda server: server.take_files(folder))
-                deque(pool.map(bring, self.servers), 0)
+                takes = [partial(server.take_files, folder) for server in self.servers]
+                deque(pool.map(self._renew, self.servers, takes), 0)
             shutil.rmtree(self.how.files)
         else:
             for server in self.servers:
-                once = Once(weights)
-                self._renew(lambda server, once=once: server.take_sent(once), server)
-                once.finish()
+                once = iter(weights)
+                self._renew(server, partial(server.take_sent, once, weights.announced))
+                deque(once, 0)  # as the other ranks do, whether or not it has taken them
 
     # Servers.
 
-    def _renew(self, bring: Callable[[Server], None], server: Server) -> None:
+    def _renew(self, server: Server, take: Callable[[], None]) -> None:
         """Give a server new weights; one that was given up and takes them plays again."""
         try:
-            server.renew(bring, self.version)
+            server.renew(take, self.version)
         except Lost as lost:
             return self._give_up(server, str(lost))
         if server.down:
@@ -258,22 +262,13 @@ class ServerSampler:
     def _some_server(self) -> Server:
         """The one with the fewest conversations. Raises SamplerError where none is left."""
         with self.lock:
+            loads = Counter(home.url for home in self.homes.values())
             up = [server for server in self.servers if not server.down]
             if up:
-                return min(up, key=lambda server: server.load)
+                return min(up, key=lambda server: loads[server.url])
         whys = "; ".join(f"{server.url}: {server.down}" for server in self.servers)
         fix = "start one with python -m nanosport.engine.serve"
         raise SamplerError(f"--sampler: no server is left ({whys}); {fix}")
-
-    def _settle(self, number: int, home: Server | None) -> None:
-        """Let a conversation be played by a server; None: by nobody any more."""
-        with self.lock:
-            before = self.homes.pop(number, None)
-            if before:
-                before.load -= 1
-            if home:
-                self.homes[number] = home
-                home.load += 1
 
     def _ask(self, number: int) -> None:
         """Have the next turn of a conversation sampled, in a thread."""
@@ -284,48 +279,29 @@ class ServerSampler:
         turn = None
         try:
             while turn is None:
-                turn = talk.take(self._answer(number, talk), self.sampling.max_new_tokens)
+                turn = talk.take(self._answer(number, talk))
         except Exception as error:
             turn = error
         self.said.put((number, turn))
 
     def _answer(self, number: int, talk: Talk) -> Answer:
         """What a server says next; where it is lost, another does."""
-        params = talk.params(self.sampling) | {"logit_bias": self.bias}
-        body = {"token_ids": talk.ids, "sampling_params": params}
+        body = {"token_ids": talk.ids, "sampling_params": self.constant_params | talk.params()}
         if talk.frames:
             body["features"] = sendable(talk.frames, self.cfg.vision.spatial_merge_size)
         while True:
             home = self.homes.get(number)
             if home is None or home.down:
                 home = self._some_server()
-                self._settle(number, home if number in self.talks else None)
+                with self.lock:
+                    if number in self.talks:  # else it was closed meanwhile
+                        self.homes[number] = home
             try:
                 return read_answer(home.post("/inference/v1/generate", body), self.version)
             except Lost as lost:
                 self._give_up(home, str(lost))
                 with self.lock:
                     self.counts["asked_again"] += 1
-
-
-class Once:
-    """Weights, of which it is known whether anybody has gone through them: all ranks do so as
-    often, whether or not a server is there to take them."""
-
-    def __init__(self, weights):
-        self.weights, self.begun = weights, False
-
-    @property
-    def announced(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        return self.weights.announced
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        self.begun = True
-        return iter(self.weights)
-
-    def finish(self) -> None:
-        if not self.begun:
-            deque(self.weights, 0)
 
 
 def read_answer(reply: dict, version: int) -> Answer:
@@ -363,23 +339,11 @@ def sendable(frames: Sequence[Frame], merge_size: int) -> dict:
 
 
 def write_files(weights: Iterable[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write weights to safetensors files as they come."""
+    """Write each weight to a safetensors file of its own, as it comes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shard, size, number = {}, 0, 0
-
-    def flush() -> None:
-        save_file(shard, folder / f"{number:05d}.safetensors")
-        shard.clear()
-
-    for name, weight in weights:
-        shard[name] = weight.detach().cpu().contiguous()
-        size += shard[name].nbytes
-        if size > SHARD_BYTES:
-            flush()
-            size, number = 0, number + 1
-    if shard:
-        flush()
+    for number, (name, weight) in enumerate(weights):
+        save_file({name: weight.detach().cpu().contiguous()}, folder / f"{number:05d}.safetensors")
 
 
 def say(line: str) -> None:

@@ -59,9 +59,8 @@ class Talk:
     itself. So a turn takes one request, or two.
     """
 
-    def __init__(self, stream: np.random.Generator, ends: Sequence[int]):
-        """ends: ids that end a turn."""
-        self.stream, self.ends = stream, ends
+    def __init__(self, stream: np.random.Generator, sampling: Sampling):
+        self.stream, self.sampling = stream, sampling
         self.ids: list[int] = []
         self.frames: list[Frame] = []
         self.said: list[int] = []
@@ -69,47 +68,30 @@ class Talk:
         self.closed = False
         """Whether a stop text has been said."""
 
-    def add(self, piece: Piece, features_ND: torch.Tensor | None, cfg: ModelConfig) -> None:
-        """Go on with a piece. Raises ValueError where its placeholders are not as many as its
-        features."""
-        sizes = [t * h * w // cfg.vision.merge_unit for t, h, w in piece.grids]
-        rows = 0 if features_ND is None else len(features_ND)
-        if not piece.ids.count(cfg.image_token_id) == sum(sizes) == rows:
-            raise ValueError(
-                f"a piece has {piece.ids.count(cfg.image_token_id)} placeholders for {rows} rows "
-                f"of features, where its grids ask for {sum(sizes)}"
-            )
-        at, parts = 0, () if features_ND is None else features_ND.cpu().split(sizes)
-        for grid, part in zip(piece.grids, parts):
-            at = piece.ids.index(cfg.image_token_id, at)
-            raw = part.contiguous().view(torch.uint8).numpy()
-            name = hashlib.blake2b(raw, digest_size=16).hexdigest()
-            self.frames.append(Frame(len(self.ids) + at, grid, part, name))
-            at += len(part)
-        self.ids += piece.ids
+    def add(self, ids: Sequence[int], frames: Sequence[Frame]) -> None:
+        """Go on with a piece's ids, and its frames."""
+        self.frames += [frame._replace(start=len(self.ids) + frame.start) for frame in frames]
+        self.ids += ids
 
-    def params(self, sampling: Sampling) -> dict:
-        """What vLLM's SamplingParams say of the next request, but for the banned ids."""
+    def params(self) -> dict:
+        """What vLLM's SamplingParams say of the next request alone."""
+        sampling = self.sampling
         return {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": 1 if self.closed else sampling.max_new_tokens,
             "seed": int(self.stream.integers(2**31)),
             "stop": [] if self.closed else list(sampling.stops),
-            "stop_token_ids": list(self.ends),
-            "skip_special_tokens": False,
-            "include_stop_str_in_output": True,
-            "logprobs": 0,  # of the sampled token alone
         }
 
-    def take(self, answer: Answer, max_new_tokens: int) -> Generated | None:
+    def take(self, answer: Answer) -> Generated | None:
         """Add what vLLM has said; the turn, or None where its end must still be asked for."""
         self.said += answer.ids
         self.sampled_logp += answer.sampled_logp
         self.ids += answer.ids
         by_token = self.closed or (answer.finish == "stop" and answer.stop_text is None)
         self.closed = answer.finish == "stop" and not by_token
-        if self.closed and len(self.said) < max_new_tokens:
+        if self.closed and len(self.said) < self.sampling.max_new_tokens:
             return None
         said, logp = tuple(self.said), tuple(self.sampled_logp)
         turn = Generated(said, logp, by_token or self.closed, int(by_token), answer.version)
@@ -117,9 +99,37 @@ class Talk:
         return turn
 
 
-def features_of(piece: Piece) -> torch.Tensor | None:
-    """The features of a piece's frames; None where it has none."""
-    return piece.encoder.features(piece.frames) if piece.encoder else None
+def frames_of(piece: Piece, cfg: ModelConfig) -> list[Frame]:
+    """The frames of a piece, from its first token on. Raises ValueError where its placeholders are
+    not as many as its features."""
+    features_ND = piece.encoder.features(piece.frames).cpu() if piece.encoder else torch.empty(0)
+    sizes = [t * h * w // cfg.vision.merge_unit for t, h, w in piece.grids]
+    placeholders = piece.ids.count(cfg.image_token_id)
+    if not placeholders == sum(sizes) == len(features_ND):
+        raise ValueError(
+            f"a piece has {placeholders} placeholders for {len(features_ND)} rows of features, "
+            f"where its grids ask for {sum(sizes)}"
+        )
+    frames, start = [], 0
+    for grid, part_ND in zip(piece.grids, features_ND.split(sizes)):
+        start = piece.ids.index(cfg.image_token_id, start)
+        raw = part_ND.contiguous().view(torch.uint8).numpy()
+        name = hashlib.blake2b(raw, digest_size=16).hexdigest()
+        frames.append(Frame(start, grid, part_ND, name))
+        start += len(part_ND)
+    return frames
+
+
+def constant_params(tokenizer, cfg: ModelConfig, banned: torch.Tensor) -> dict:
+    """What vLLM's SamplingParams say of every request. banned: ids that are never sampled."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    return {
+        "stop_token_ids": sorted({end, *cfg.eos_token_ids}),
+        "logit_bias": {int(i): float("-inf") for i in banned},
+        "skip_special_tokens": False,
+        "include_stop_str_in_output": True,
+        "logprobs": 0,  # of the sampled token alone
+    }
 
 
 def items_of(frames: Sequence[Frame], merge_size: int) -> dict:
@@ -140,15 +150,19 @@ def items_of(frames: Sequence[Frame], merge_size: int) -> dict:
     }
 
 
-def engine_flags(cfg: ModelConfig, dtype: str, max_tokens: int, max_rows: int) -> dict:
+def engine_flags(folder: Path, max_tokens: int, max_rows: int) -> dict:
     """What an engine must be told to be the trainer's sampler, in this process or in a server.
 
-    max_tokens: of a whole conversation; max_rows: conversations at a time.
+    max_tokens: of a whole conversation; max_rows: conversations at a time. Raises ValueError for
+    the folder of an adapter.
     """
+    check_whole_model(folder, "vLLM")
+    cfg, on_gpu = load_config(folder), torch.cuda.is_available()
     # without room for a picture it loads no tower; but then it takes no features of DeepStack
     pictures = int(cfg.vision.feature_size > cfg.hidden_size)
     flags = {
-        "dtype": dtype,
+        "model": str(folder),
+        "dtype": "bfloat16" if on_gpu else "float32",
         "max_model_len": max_tokens,
         "max_num_seqs": max_rows,
         "logprobs_mode": "processed_logprobs",  # under temperature and bans, as the trainer has it
@@ -156,10 +170,11 @@ def engine_flags(cfg: ModelConfig, dtype: str, max_tokens: int, max_rows: int) -
         "limit_mm_per_prompt": {"image": pictures, "video": 0},
         "generation_config": "vllm",  # not the folder's own temperature
         "enable_prefix_caching": True,
+        "disable_log_stats": True,
     }
     if pictures:  # none comes, so none is tried at the start
         flags |= {"skip_mm_profiling": True}
-    if not torch.cuda.is_available():
+    if not on_gpu:
         # "CPU Generator does not use offset": a seed, and a prompt read in several parts
         flags |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max_tokens}
         flags |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
@@ -184,41 +199,31 @@ def import_vllm() -> None:
         raise ValueError(f"vLLM cannot be imported ({error}); {fix}") from error
 
 
-def start_engine(folder: Path, dtype: str, max_tokens: int, max_rows: int):
+def start_engine(folder: Path, max_tokens: int, max_rows: int):
     """vLLM's LLM in this process, under torchrun one in each. Raises ValueError where it cannot be
     started."""
     # in this very process, so that weights are handed over as tensors
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    check_whole_model(folder, "vLLM")
+    flags = engine_flags(folder, max_tokens, max_rows)
     import_vllm()
     from vllm import LLM
 
-    flags = engine_flags(load_config(folder), dtype, max_tokens, max_rows)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         share = GPU_SHARE * free / total
         flags |= {"gpu_memory_utilization": share, "enable_sleep_mode": True}
     if "RANK" in os.environ:
         flags["distributed_executor_backend"] = "external_launcher"
-    return LLM(model=str(folder), disable_log_stats=True, **flags)
+    return LLM(**flags)
 
 
 class VllmSampler:
     """A Sampler (see sampler.py) over vLLM in this process; one in a process at most."""
 
-    def __init__(
-        self,
-        llm,
-        tokenizer,
-        cfg: ModelConfig,
-        banned: torch.Tensor,
-        sampling: Sampling,
-    ):
+    def __init__(self, llm, tokenizer, cfg: ModelConfig, banned: torch.Tensor, sampling: Sampling):
         self.tokenizer, self.cfg, self.banned, self.sampling = tokenizer, cfg, banned, sampling
-        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.ends = sorted({end, *cfg.eos_token_ids})
-        self.bias = {int(i): float("-inf") for i in banned}
+        self.constant_params = constant_params(tokenizer, cfg, banned)
         self.llm = llm
         self.talks: dict[int, Talk] = {}
         self.num_opened = self.num_asked = self.version = 0
@@ -231,12 +236,12 @@ class VllmSampler:
     # The seam.
 
     def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
-        features_ND = features_of(prompt)
+        frames = frames_of(prompt, self.cfg)
         numbers = range(self.num_opened, self.num_opened + len(streams))
         self.num_opened += len(streams)
         for number, stream in zip(numbers, streams):
-            self.talks[number] = Talk(stream, self.ends)
-            self.talks[number].add(prompt, features_ND, self.cfg)
+            self.talks[number] = Talk(stream, self.sampling)
+            self.talks[number].add(prompt.ids, frames)
             self._ask(number)
         return list(numbers)
 
@@ -248,18 +253,18 @@ class VllmSampler:
             self.counts["seconds_speak"] += time.monotonic() - began
             for output in outputs:
                 number = self.asked.pop(output.request_id, None)
-                if number is not None:  # else its conversation was closed meanwhile
-                    (said,) = output.outputs
-                    self.counts["tokens_said"] += len(said.token_ids)
-                    turn = self.talks[number].take(self._answer(said), self._max_new_tokens)
-                    if turn is None:
-                        self._ask(number)
-                    else:
-                        yield number, turn
+                if number is None:
+                    continue  # its conversation was closed meanwhile
+                (said,) = output.outputs
+                self.counts["tokens_said"] += len(said.token_ids)
+                turn = self.talks[number].take(self._answer(said))
+                if turn is None:
+                    self._ask(number)
+                else:
+                    yield number, turn
 
     def say(self, number: int, piece: Piece) -> None:
-        features_ND = features_of(piece)
-        self.talks[number].add(piece, features_ND, self.cfg)
+        self.talks[number].add(piece.ids, frames_of(piece, self.cfg))
         self._ask(number)
 
     def close(self, number: int) -> None:
@@ -290,10 +295,6 @@ class VllmSampler:
 
     # vLLM.
 
-    @property
-    def _max_new_tokens(self) -> int:
-        return self.sampling.max_new_tokens
-
     def _ask(self, number: int) -> None:
         """Ask for the next tokens of a conversation."""
         from vllm import SamplingParams
@@ -306,7 +307,7 @@ class VllmSampler:
             merge_size = self.cfg.vision.spatial_merge_size
             given = mm_input(list(talk.ids), **items_of(talk.frames, merge_size))
         how = {"output_kind": RequestOutputKind.FINAL_ONLY, "flat_logprobs": True}
-        params = SamplingParams(**talk.params(self.sampling), **how, logit_bias=self.bias)
+        params = SamplingParams(**self.constant_params, **talk.params(), **how)
         self.llm.llm_engine.add_request(name, given, params)
         self.asked[name] = number
         self.num_asked += 1

@@ -2,11 +2,9 @@
 the reference, which it must stay close to; the judge, who scores open answers."""
 
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
@@ -16,7 +14,6 @@ from nanosport.engine.servers import Servers
 from nanosport.env.env import Limits
 from nanosport.env.judge import Judge
 from nanosport.env.reward import RULES, reward_function
-from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.fields import MAY_CHANGE, Above, AtLeast, AtMost, Share
 from nanosport.model.frames import FrameEncoder
@@ -123,6 +120,16 @@ class RolloutConfig(TrainingConfig):
         return LAGGING_CAP if self.rollout_cap is None and lags else self.rollout_cap
 
 
+class Draw(NamedTuple):
+    """The questions that are played: a step's, or further ones."""
+
+    step: int
+    again: int = 0
+    """The further ones are drawn for the again-th time."""
+    num: int | None = None
+    """So many of them; None: --num-prompts."""
+
+
 class Actors:
     """The sampler with its encoder of frames, the reference, and the judge."""
 
@@ -132,7 +139,10 @@ class Actors:
         # who samples needs whole weights: the model itself where it is not sharded, else a copy
         is_own, is_sharded = cfg.sampler == "own", dist.sharded(training.model)
         player = training.whole_copy() if is_own and is_sharded else training.computing
-        self.sampler_is_model = is_own and not is_sharded
+        self.weights = ()
+        """What the sampler takes after an update."""
+        if is_sharded or not is_own:  # our own adds adapters itself
+            self.weights = dist.TrainedWeights(training.model, training.dtype, merged=not is_own)
         self.reference = None
         if cfg.kl > 0 and cfg.lora_rank:  # the same weights, with the adapters switched off
             self.reference = training.computing
@@ -156,8 +166,8 @@ class Actors:
         files = (cfg.out / "sampler").absolute()
         servers = Servers(files, cfg.sampler_wait_s, cfg.weights_over, training.rank == 0)
         self.sampler = make_sampler(cfg.sampler, source, player, sampling, room, servers)
-        self.coming: tuple[int, Future] | None = None
-        """The step whose episodes are sampled ahead."""
+        self.coming: tuple[Draw, Future] | None = None
+        """What is sampled ahead."""
         self.publish(training.state["step"])
 
     def publish(self, version: int) -> None:
@@ -168,68 +178,52 @@ class Actors:
                 wait([self.coming[1]])
                 dist.barrier()  # rank 0 pauses servers that may still play another's episodes
         with self.training.stage("weights to the sampler"):
-            model, dtype = self.training.model, self.training.dtype
-            merged = self.training.cfg.sampler != "own"  # our own adds adapters itself
-            theirs = () if self.sampler_is_model else dist.TrainedWeights(model, dtype, merged)
-            self.sampler.load_weights(theirs, version)
+            self.sampler.load_weights(self.weights, version)
             dist.barrier()  # servers have them when rank 0 says so
             if not self.training.cfg.frozen:
                 self.encoder.forget()
 
-    def rollouts(
-        self, records: Records, step: int, again: int = 0, num: int | None = None
-    ) -> tuple[list[Episode], dict[str, float]]:
-        """This rank's episodes of a step, and what its sampler has done for them. again, num: those
-        of so many further questions, drawn for the again-th time."""
+    def rollouts(self, records: Records, draw: Draw) -> tuple[list[Episode], dict[str, float]]:
+        """This rank's episodes of a draw, and what its sampler has done for them."""
         cfg, coming, self.coming = self.training.cfg, self.coming, None
-        if coming and coming[0] == step:
+        if coming and coming[0] == draw:
             episodes = coming[1].result()
         else:
-            episodes = self.play(records, step, again, num)
+            episodes = self.play(records, draw)
         work = take_work(self.sampler.counts, self.encoder.counts)
-        if cfg.ahead and step + 1 < cfg.steps:
-            self._begin(records, step + 1)
+        if cfg.ahead and draw.step + 1 < cfg.steps:
+            self._begin(records, Draw(draw.step + 1))
         return episodes, work
 
-    def _begin(self, records: Records, step: int) -> None:
-        """Sample a step's episodes in a thread, with the weights that are there now."""
+    def _begin(self, records: Records, draw: Draw) -> None:
+        """Sample a draw's episodes in a thread, with the weights that are there now."""
         future: Future = Future()
 
         def run() -> None:
             try:
                 if self.training.device.type == "cuda":  # a thread begins with GPU 0
                     torch.cuda.set_device(self.training.device)
-                future.set_result(self.play(records, step))
+                future.set_result(self.play(records, draw))
             except Exception as error:
                 future.set_exception(error)
 
-        self.coming = step, future
+        self.coming = draw, future
         threading.Thread(target=run, daemon=True).start()
 
-    def play(
-        self, records: Records, step: int, again: int = 0, num: int | None = None
-    ) -> list[Episode]:
-        """Sample this rank's episodes of a step, or of further questions."""
+    def play(self, records: Records, draw: Draw) -> list[Episode]:
+        """Sample this rank's episodes of a draw."""
         cfg, rank = self.training.cfg, self.training.rank
-        picked = self.picked(records, step, again, num)
+        picked = self.picked(records, draw)
         mine, first = dist.share(picked, rank), rank * len(picked) // self.training.world
-        seed = (cfg.seed, step, again) if again else (cfg.seed, step)
+        seed = (cfg.seed, draw.step, draw.again) if draw.again else (cfg.seed, draw.step)
         size, episodes = max(1, cfg.rollout_batch // cfg.group_size), []
         for start in range(0, len(mine), size):
-            drawn = (cfg.group_size, seed, first + start)
-            play = partial(self._play_some, records, drawn)
-            episodes += records.take(mine[start : start + size], play)
+            how = {"group_size": cfg.group_size, "seed": seed, "first": first + start}
+            episodes += records.play(mine[start : start + size], self.sampler, self.limits, **how)
         return episodes
 
-    def _play_some(self, records: Records, drawn: tuple, numbers: list[int]) -> list[Episode]:
-        """The episodes of some questions. drawn: group size, seed and first place, as `rollout`
-        takes them."""
-        questions = [records.rows[number][0] for number in numbers]
-        return rollout(self.sampler, self.encoder, questions, self.limits, *drawn)
-
-    def picked(
-        self, records: Records, step: int, again: int = 0, num: int | None = None
-    ) -> Sequence[int]:
-        """The places of a step's questions, or of `num` further ones, of all ranks."""
+    def picked(self, records: Records, draw: Draw) -> list[int]:
+        """The places of a draw's questions, of all ranks."""
         cfg = self.training.cfg
-        return data_order(len(records), cfg.seed + again, step, num or cfg.num_prompts)
+        num_prompts = draw.num or cfg.num_prompts
+        return data_order(len(records), cfg.seed + draw.again, draw.step, num_prompts)

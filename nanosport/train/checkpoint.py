@@ -18,6 +18,7 @@ import shutil
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from nanosport.cli import ending
 from nanosport.files import ASSETS, checksum, write_atomically
 from nanosport.model import lora, shards
 from nanosport.model.decoder import VLModel
-from nanosport.model.folder import load_model, save_model, sync
+from nanosport.model.folder import first_line, load_model, save_model, sync
 from nanosport.train import dist, optim
 
 # one process alone is said to be unusual, from the thread that writes
@@ -76,7 +77,7 @@ def reason(error: BaseException) -> str:
     Exception."""
     while isinstance(error, dcp.CheckpointException):
         error, _ = next(iter(error.failures.values()))
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return first_line(error)
 
 
 class Part(NamedTuple):
@@ -118,9 +119,8 @@ class Checkpoints:
         self.folder = run.absolute() / "checkpoints"
         self.at: int | None = None
         """The step of this run's newest checkpoint, saved or resumed from."""
-        self.writing: threading.Thread | None = None
+        self.writer, self.writing = ThreadPoolExecutor(1), None
         self.copied, self.guarded = threading.Event(), None
-        self.failed: BaseException | None = None
         self.group = None  # of its own: the thread that writes must not meet the loop's collectives
         if torch.distributed.is_initialized():
             self.group = torch.distributed.new_group(backend="gloo", timeout=dist.TIMEOUT)
@@ -146,9 +146,8 @@ class Checkpoints:
         ready = None
         if any(part.tensor.is_cuda for part in parts.values()):
             ready = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
-        args = (parts, ready, unfinished, named, partial(self.write_model, model), state)
-        self.writing = threading.Thread(target=self._write, args=args)
-        self.writing.start()
+        args = (model, parts, ready, unfinished, named, state)
+        self.writing = self.writer.submit(self._write, *args)
 
     def _wait_for_copies(self, *_) -> None:
         self.copied.wait()
@@ -166,37 +165,34 @@ class Checkpoints:
             raise self._not_saved(error) from error
 
     def _write(
-        self, parts: dict, ready, unfinished: Path, named: Path, write_model, state: dict
+        self, model: VLModel, parts: dict, ready, unfinished: Path, named: Path, state: dict
     ) -> None:
         """Copy, write and name a checkpoint, in a thread of its own."""
+        fault = None
         try:
-            fault = None
-            try:
-                self._write_shard(parts, ready, unfinished)
-            except Exception as error:  # the others must hear of it
-                fault = reason(error)
-            written = unfinished.glob(f"shard-{self.rank + 1:05d}-*")
-            mine = {} if fault else {path.name: checksum(path) for path in written}
-            everyones = dist.gather((fault, mine), self.group)
-            if fault := next((other for other, _ in everyones if other), None):
-                raise OSError(fault)
-            if self.rank > 0:
-                return
-            crc32 = {name: value for _, part in everyones for name, value in part.items()}
-            text = json.dumps({**state, "crc32": crc32}, indent=2) + "\n"
-            write_atomically(unfinished / "trainer.json", text)
-            for path in (*unfinished.iterdir(), unfinished):
-                sync(path)
+            self._write_shard(parts, ready, unfinished)
+        except Exception as error:  # the others must hear of it
+            fault = reason(error)
+        written = unfinished.glob(f"shard-{self.rank + 1:05d}-*")
+        mine = {} if fault else {path.name: checksum(path) for path in written}
+        everyones = dist.gather((fault, mine), self.group)
+        if fault := next((other for other, _ in everyones if other), None):
+            raise OSError(fault)
+        if self.rank > 0:
+            return
+        crc32 = {name: value for _, part in everyones for name, value in part.items()}
+        text = json.dumps({**state, "crc32": crc32}, indent=2) + "\n"
+        write_atomically(unfinished / "trainer.json", text)
+        for path in (*unfinished.iterdir(), unfinished):
+            sync(path)
 
-            # before the checkpoint has its name: a run that goes on from a named one may have no
-            # step left to do that would write the model again
-            write_model(unfinished, self.run / "model")
-            unfinished.rename(named)
-            sync(self.folder)
-            for old in checkpoints_of(self.run)[self.keep :]:
-                shutil.rmtree(old, ignore_errors=True)
-        except Exception as error:  # raised where somebody waits for it
-            self.failed = error
+        # before the checkpoint has its name: a run that goes on from a named one may have no step
+        # left to do that would write the model again
+        self.write_model(model, unfinished, self.run / "model")
+        unfinished.rename(named)
+        sync(self.folder)
+        for old in checkpoints_of(self.run)[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _write_shard(self, parts: dict[str, Part], ready, unfinished: Path) -> None:
         """Copy this rank's parts to the host, and write them from there."""
@@ -221,31 +217,28 @@ class Checkpoints:
 
     def write_model(self, model: VLModel, checkpoint: Path, folder: Path) -> None:
         """Write the folder of a checkpoint's model. `model` may be computing: its config is read,
-        and the shapes of its weights."""
+        and the shapes of its weights. Raises ValueError where weights are not finite."""
         saved, whole = saved_weights(model), WholeTensors(checkpoint)
         shapes = {published: (w.shape, w.dtype) for published, (_, w) in saved.items()}
-        how = {"shapes": shapes, "load": lambda name: self._whole_weight(whole, saved[name][0])}
-        save_model(model, folder, self.source, **how, **self.saved_as)
 
-    def _whole_weight(self, whole: "WholeTensors", name: str) -> torch.Tensor:
-        """A weight of the checkpoint that is being written. Raises ValueError where it is not
-        finite."""
-        weight = whole(f"model.{name}")
-        if not weight.isfinite().all():
-            good = latest(self.run)
-            before = f"the last good one is {good}" if good else "none was saved before"
-            raise ValueError(f"weights are not finite; {before}")
-        return weight
+        def load(published: str) -> torch.Tensor:
+            weight = whole(f"model.{saved[published][0]}")
+            if not weight.isfinite().all():
+                good = latest(self.run)
+                before = f"the last good one is {good}" if good else "none was saved before"
+                raise ValueError(f"weights are not finite; {before}")
+            return weight
+
+        save_model(model, folder, self.source, shapes=shapes, load=load, **self.saved_as)
 
     def finish(self) -> None:
         """Wait until all is on disk, on all ranks: rank 0 still writes the model when the shards of
         the others are there."""
         if self.writing is not None:
-            self.writing.join()
-            self.writing = None
-        if self.failed is not None:
-            error, self.failed = self.failed, None
-            raise self._not_saved(error) from error
+            # not result(): its error would hold the loop's frames, and with them the run's lock
+            error, self.writing = self.writing.exception(), None
+            if error is not None:
+                raise self._not_saved(error) from error
         dist.barrier()
 
     def _not_saved(self, error: BaseException) -> ValueError:

@@ -102,11 +102,6 @@ def gather(mine: Any, group=None) -> list[Any]:
     return everyones
 
 
-def gather_dict(mine: dict, group=None) -> dict:
-    """The entries of every rank's dict, on every rank."""
-    return {key: value for part in gather(mine, group) for key, value in part.items()}
-
-
 def gather_items(mine: list) -> tuple[list, list[int]]:
     """(every rank's items, the rank that each comes from), on every rank."""
     shares = gather(mine)

@@ -18,7 +18,6 @@ from nanosport.engine.sampler import Sampler, Sampling
 from nanosport.env.env import Limits
 from nanosport.env.figures import figures
 from nanosport.env.judge import Judge, graded
-from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.files import checksum, write_atomically
 from nanosport.model.folder import load_tokenizer
@@ -50,7 +49,7 @@ class HeldOut:
         """trained: what the run learns from. refresh: gives the sampler the weights of a step; None
         where they are there. Raises ValueError where a video is in both."""
         cfg = training.cfg
-        self.training, self.sampler, self.encoder = training, sampler, encoder
+        self.training, self.sampler = training, sampler
         self.limits, self.judge, self.refresh = limits, judge, refresh
         rows = read_records(cfg.eval_data)
         learnt = {Path(question.video).resolve() for question in trained.questions}
@@ -89,15 +88,16 @@ class HeldOut:
     def _measure(self, step: int) -> dict:
         """The figures of this step's model."""
         training, mine = self.training, dist.share(range(len(self.records)), self.training.rank)
-        counters = self.sampler.counts, self.encoder.counts
+        counters = self.sampler.counts, self.records.encoder.counts
         before = [Counter(counter) for counter in counters]
         if self.refresh is not None:
             self.refresh(step)
         episodes: list[Episode] = []
         for start in range(0, len(mine), BATCH):
             with training.stage("held out"), training.serving(None):
-                play = partial(self._play, mine[start])
-                episodes += self.records.take(mine[start : start + BATCH], play)
+                how = {"seed": (training.cfg.seed,), "first": mine[start]}
+                places = mine[start : start + BATCH]
+                episodes += self.records.play(places, self.sampler, self.limits, **how)
             if training.preemption.asked:
                 break
         for counter, its in zip(counters, before):  # what is counted here is not the step's work
@@ -115,11 +115,6 @@ class HeldOut:
         training.show(step, "held_out", episodes, scores)
         more = {} if self.judge is None else {"ungraded": grades.count(None)}
         return figures(episodes, scores) | more
-
-    def _play(self, first: int, numbers: list[int]) -> list[Episode]:
-        questions = [self.records.rows[number][0] for number in numbers]
-        seed = (self.training.cfg.seed,)
-        return rollout(self.sampler, self.encoder, questions, self.limits, seed=seed, first=first)
 
     def _write(self, step: int, is_best: bool) -> None:
         """Write down the last evaluation, and keep its model if it is the best."""
@@ -139,16 +134,15 @@ class HeldOut:
 def of_sft(training: Training, trained: Records) -> HeldOut:
     """The held-out questions of a run that samples nothing otherwise: our own sampler plays with
     the model itself where it is not sharded, else with a whole copy."""
-    cfg, sharded = training.cfg, dist.sharded(training.model)
-    player = training.whole_copy() if sharded else training.computing
+    cfg, player, weights = training.cfg, training.computing, ()
+    if dist.sharded(training.model):
+        player, weights = training.whole_copy(), dist.TrainedWeights(training.model, training.dtype)
     sampling = Sampling(TEMPERATURE, TOP_P, cfg.max_new_tokens, STOPS)
     sampler = OwnSampler(player, load_tokenizer(training.source), sampling)
     encoder = FrameEncoder(player, training.image)
 
     def refresh(step: int) -> None:
-        sampler.load_weights(
-            dist.TrainedWeights(training.model, training.dtype) if sharded else (), step
-        )
+        sampler.load_weights(weights, step)
         if not cfg.frozen:
             encoder.forget()
 

@@ -14,9 +14,10 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
+from nanosport.engine.sampler import Sampler
 from nanosport.env import prompt
 from nanosport.env.env import Env, Limits
-from nanosport.env.rollout import replay
+from nanosport.env.rollout import replay, rollout
 from nanosport.env.tools import TOOL_NAME, Syntax
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Clip, Episode, Question
@@ -173,6 +174,18 @@ class Records:
                 if len(self.encoder.unusable) == num_lost:
                     raise
                 tqdm.write(f"replaced by the next record: {error}")
+
+    def play(
+        self, places: Sequence[int], sampler: Sampler, limits: Limits, **drawn
+    ) -> list[Episode]:
+        """Sample episodes of the questions at these places. drawn: group_size, seed and first, as
+        `rollout` takes them."""
+
+        def use(numbers: list[int]) -> list[Episode]:
+            questions = [self.rows[number][0] for number in numbers]
+            return rollout(sampler, self.encoder, questions, limits, **drawn)
+
+        return self.take(places, use)
 
     def _standing_in(self, place: int) -> int:
         """The number of the first record from a place on whose video is not lost."""

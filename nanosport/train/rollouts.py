@@ -11,7 +11,7 @@ from nanosport.env.reward import Reward, flat_groups, rewards_of
 from nanosport.files import write_atomically
 from nanosport.records import Episode, Turn
 from nanosport.train import dist
-from nanosport.train.actors import Actors
+from nanosport.train.actors import Actors, Draw
 from nanosport.train.inputs import Records
 from nanosport.train.training import Training
 
@@ -33,33 +33,23 @@ class Rollouts:
     def refilled(self, flat: list[int], more: "Rollouts", size: int) -> "Rollouts":
         """These with the groups of `more` that are not flat in the place of those at `flat`, as far
         as they go."""
-        episodes, rewards, homes = [*self.episodes], [*self.rewards], [*self.homes]
+        mine, others = (list(zip(r.episodes, r.rewards, r.homes)) for r in (self, more))
         useless = flat_groups(more.rewards, size)
         good = [k for k in range(len(more.rewards) // size) if k not in useless]
         for to, of in zip(flat, good):
-            there, here = slice(to * size, (to + 1) * size), slice(of * size, (of + 1) * size)
-            episodes[there], rewards[there] = more.episodes[here], more.rewards[here]
-            homes[there] = more.homes[here]
+            mine[to * size : (to + 1) * size] = others[of * size : (of + 1) * size]
         work = {name: value + more.work[name] for name, value in self.work.items()}
-        return Rollouts(episodes, rewards, homes, self.replaced + more.replaced, work)
+        return Rollouts(*map(list, zip(*mine)), self.replaced + more.replaced, work)
 
 
-def gathered(
-    training: Training,
-    actors: Actors,
-    records: Records,
-    step: int,
-    again: int = 0,
-    num: int | None = None,
-) -> Rollouts:
-    """Sample and score this rank's episodes of a step, and gather every rank's. again, num: those
-    of so many further questions, drawn for the again-th time.
+def gathered(training: Training, actors: Actors, records: Records, draw: Draw) -> Rollouts:
+    """Sample and score this rank's episodes of a draw, and gather every rank's.
 
     Raises Preempted after SIGTERM, ValueError where the judge fails.
     """
-    cfg, episodes, work = training.cfg, [], {}
+    episodes, work = [], {}
     with training.stage("rollout"), training.serving(None):
-        episodes, work = actors.rollouts(records, step, again, num)
+        episodes, work = actors.rollouts(records, draw)
 
     rewards: list[Reward] = []
     with training.stage("judge"), training.serving(actors.judge):
@@ -68,10 +58,10 @@ def gathered(
         pairs, homes = dist.gather_items(list(zip(episodes, rewards)))
         preempted = training.preempted()
     if preempted:
-        training.stop_inside(step)
+        training.stop_inside(draw.step)
     episodes, rewards = map(list, zip(*pairs))
-    picked = actors.picked(records, step, again, num)
-    replaced = records.num_replaced(picked, episodes[:: cfg.group_size])
+    picked = actors.picked(records, draw)
+    replaced = records.num_replaced(picked, episodes[:: training.cfg.group_size])
     return Rollouts(episodes, rewards, homes, replaced, work)
 
 

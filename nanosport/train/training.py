@@ -135,8 +135,8 @@ class Training:
             files = [*weight_files(folder), *filter(Path.is_file, settings)]
             whose = "--model" + "'s base" * depth
             paths |= {f"{whose}, {path.name}": path for path in files}
-        mine = dist.share(list(paths), self.rank)
-        return dist.gather_dict({name: checksum(paths[name]) for name in mine})
+        mine = {name: checksum(paths[name]) for name in dist.share(list(paths), self.rank)}
+        return {name: crc32 for part in dist.gather(mine) for name, crc32 in part.items()}
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint."""
@@ -281,8 +281,9 @@ class Training:
         if self.run:
             stages = self.stage.seconds.items()
             seconds = {f"seconds_{stage.replace(' ', '_')}": spent for stage, spent in stages}
-            self.run.write({**row, **seconds})
-            self.track(row["step"], {**row, **seconds})
+            row = {**row, **seconds}
+            self.run.write(row)
+            self.track(row["step"], row)
             self.bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
 
     def track(self, step: int, row: dict, prefix: str = "") -> None:

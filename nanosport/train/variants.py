@@ -42,15 +42,13 @@ VARIANTS = {
 }
 
 
-def group_advantages(
-    rewards: Sequence[float], group_size: int, variant: str = "grpo", eps: float = 1e-4
-) -> torch.Tensor:
-    """A_i = (r_i − mean) / (std + eps) inside each group of `group_size` neighbours."""
+def group_advantages(rewards: Sequence[float], group_size: int, variant: str) -> torch.Tensor:
+    """A_i = (r_i − mean) / (std + 1e-4) inside each group of `group_size` neighbours."""
     # float64: in float32 equal rewards gave advantages of 1e-3
     rewards_GN = torch.tensor(rewards, dtype=torch.float64).view(-1, group_size)
     advantages_GN = rewards_GN - rewards_GN.mean(1, keepdim=True)
     if VARIANTS[variant].divide_by_std:
-        advantages_GN = advantages_GN / (rewards_GN.std(1, keepdim=True, unbiased=False) + eps)
+        advantages_GN = advantages_GN / (rewards_GN.std(1, keepdim=True, unbiased=False) + 1e-4)
     return advantages_GN.flatten().float()
 
 
