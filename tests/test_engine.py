@@ -1,6 +1,7 @@
 """The sampler's engine: whatever the schedule, its tokens are those of a plain forward pass."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -138,11 +139,24 @@ def make_sampler(model, tokenizer, pages: Pages | None, sampling: Sampling, like
     return sampler
 
 
+class Idle(nullcontext):
+    """A stream or a graph of a card that is not there."""
+
+    replay = None
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+
 @pytest.fixture
 def no_graphs(monkeypatch):
-    monkeypatch.setattr(Step, "capture", lambda step: step.run)
-    for name in ("synchronize", "empty_cache"):
+    """Steps are captured as on a card, with the runs that this takes, but not launched as graphs."""
+    capture = Step.capture
+    monkeypatch.setattr(Step, "capture", lambda step: capture(step) or step.run)
+    for name in ("synchronize", "empty_cache", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, **how: Idle())
 
 
 COUNTS = Counter()
