@@ -1,6 +1,7 @@
 """The sampler's engine: whatever the schedule, its tokens are those of a plain forward pass."""
 
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from nanosport.engine import own
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.pages import Pages, WidePages
 from nanosport.engine.sampler import Piece, Sampling
-from nanosport.engine.step import Steps, ladder
+from nanosport.engine.step import Step, ladder
 from nanosport.files import ASSETS
 from nanosport.model.decoder import VLModel, join_projections, mrope_positions
 from nanosport.model.folder import load_tokenizer, read_config
@@ -138,11 +139,24 @@ def make_sampler(model, tokenizer, pages: Pages | None, sampling: Sampling, like
     return sampler
 
 
+class Idle(nullcontext):
+    """A stream or a graph of a card that is not there."""
+
+    replay = None
+
+    def wait_stream(self, stream) -> None:
+        pass
+
+
 @pytest.fixture
 def no_graphs(monkeypatch):
-    monkeypatch.setattr(Steps, "capture", lambda steps, step: None)
-    for name in ("synchronize", "empty_cache"):
+    """Steps are captured as on a card, with the runs that this takes, but not launched as graphs."""
+    capture = Step.capture
+    monkeypatch.setattr(Step, "capture", lambda step: capture(step) or step.run)
+    for name in ("synchronize", "empty_cache", "graph_pool_handle"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, **how: Idle())
 
 
 COUNTS = Counter()
@@ -164,7 +178,7 @@ def test_tokens_and_logprobs_are_those_of_a_plain_pass(
         num_pages = int(rng.choice([240, 300, 5000])) // size
         pages = WidePages(model.cfg, "cpu", torch.float32)
         if like_gpu or rng.random() < 0.5:
-            pages = Pages(model.cfg, num_pages, size, "cpu", torch.float32)
+            pages = Pages(model.cfg, "cpu", torch.float32, num_pages, size)
         sampling = Sampling(float(rng.choice([0, 0.8, 1.5])), float(rng.choice([1, 0.9])), NUM_NEW)
         sampler = make_sampler(model, tokenizer, pages, sampling, like_gpu)
         done = play(sampler, rng, int(rng.integers(1, 9)))
@@ -184,7 +198,7 @@ def test_the_schedules_were_as_hard_as_they_should_be():
 
 
 def fixed_pages(model, num_pages: int = 60, size: int = 16) -> Pages:
-    return Pages(model.cfg, num_pages, size, "cpu", torch.float32)
+    return Pages(model.cfg, "cpu", torch.float32, num_pages, size)
 
 
 @pytest.mark.parametrize("model", ["qwen2_5_vl"], indirect=True)
@@ -365,7 +379,7 @@ def on_card(model) -> VLModel:
 
 def make_on_card(model, tokenizer, sampling: Sampling, num_pages: int = 400) -> OwnSampler:
     twin = on_card(model)
-    pages = Pages(model.cfg, num_pages, 16, CARD, torch.float32)
+    pages = Pages(model.cfg, CARD, torch.float32, num_pages, 16)
     return make_sampler(twin, tokenizer, pages, sampling, like_gpu=True)
 
 
@@ -403,7 +417,7 @@ def test_on_a_card_a_token_costs_no_copy_to_it_and_no_wait(card, model, tokenize
         norms = 6 * 2 * model.cfg.qk_norm  # of queries and keys, in two layers
         assert card.counts["launches"] < 170 + norms
     row = next(iter(sampler.rows.values()))
-    assert len(row.said) == 8 and row.length == len(row.ids) - 1
+    assert len(row.sampled_logp) == 8 and row.length == len(row.ids) - 1
 
 
 def test_on_a_card_the_same_is_said(card, model, tokenizer):

@@ -13,7 +13,6 @@ from kernels.draw import draw
 from kernels.policy_loss import linear_logprobs
 from nanosport.engine import own
 from nanosport.engine.own import OwnSampler
-from nanosport.engine.row import Row
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.env.env import Limits
 from nanosport.env.prompt import IMAGE_PAD, SYSTEM, VISION_END, VISION_START
@@ -459,16 +458,16 @@ def test_what_stands_where_an_end_should_is_learnt_from_but_not_read(questions, 
 
 def test_an_action_that_ends_at_the_limit_counts(model, tokenizer):
     """The last token allowed completes the stop text: there is an action, though no end."""
-    sampler = make_sampler(model, tokenizer)
-    for num_tokens in (48, 4):
-        row = Row(0, np.random.default_rng(0))
-        row.begin_turn(num_tokens)
-        for token in tokenizer.encode(f"B{STOPS[1]}", add_special_tokens=False)[:num_tokens]:
-            sampler._take(row, token, -0.5)
-        said = row.end_turn()
-        assert (said.stopped, said.num_end, said.text_ids) == (True, 0, said.ids)
-    sampler._take(row, tokenizer.convert_tokens_to_ids("<|im_end|>"), -0.5)
-    assert row.end_turn().num_end == 1
+    ids = tokenizer.encode(f"B{STOPS[1]}", add_special_tokens=False)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for tokens, num_end in ((ids, 0), ([*ids, end], 1)):
+        sampler = make_sampler(model, tokenizer, max_new_tokens=len(tokens))
+        (number,) = sampler.open(Piece([20]), [np.random.default_rng(0)])
+        row = sampler.rows[number]
+        *earlier, said = [sampler._take(row, token, -0.5) for token in tokens]
+        assert earlier == [None] * (len(tokens) - 1)
+        assert (said.stopped, said.num_end, said.ids) == (True, num_end, tuple(tokens))
+        assert said.text_ids == tuple(ids)
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,8 @@ from nanosport.cli import ending
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.pages import PAGE, Pages
 from nanosport.engine.row import Row
-from nanosport.engine.sampler import Piece, Sampling
-from nanosport.engine.step import Steps
+from nanosport.engine.sampler import Generated, Piece, Sampling
+from nanosport.engine.step import Step
 from nanosport.fields import COUNT
 from nanosport.files import ASSETS, provenance, write_atomically
 from nanosport.image import ImageConfig
@@ -65,7 +65,7 @@ def step_ms(sampler: OwnSampler, num_rows: int, cached: int) -> float:
     rng = np.random.default_rng(0)
     if sampler.on_gpu:
         num_pages, dtype = num_rows * (2 + cached // PAGE), sampler.model.head_weight_VD.dtype
-        sampler.pages = Pages(sampler.model.cfg, num_pages, PAGE, sampler.device, dtype)
+        sampler.pages = Pages(sampler.model.cfg, sampler.device, dtype, num_pages, PAGE)
     else:
         sampler.pages = sampler.make_pages()
     for k in range(num_rows):
@@ -96,7 +96,7 @@ def step_rows(model: VLModel, repeats: int, gpu: bool, card: str) -> list[dict]:
     )
     sampler.end_ids, rows = set(), []  # every turn is as long
     for with_graph in (True, False) if gpu else (False,):
-        no_graph = patch.object(Steps, "capture", lambda steps, step: None)
+        no_graph = patch.object(Step, "capture", lambda step: step.run)
         with nullcontext() if with_graph else no_graph:
             for num_rows, cached in cases if gpu else [(1, 60), (8, 60)]:
                 times = [step_ms(sampler, num_rows, cached) for _ in range(repeats)]
@@ -142,14 +142,14 @@ def play_episodes(model: VLModel, image: ImageConfig, num_groups: int, size: tup
 
     take, goals = sampler._take, {}
 
-    def take_until(row: Row, token: int, logp: float) -> None:
-        take(row, token, logp)
-        row.stopped = len(row.sampled_logp) == goals[row.number]
+    def take_until(row: Row, token: int, logp: float) -> Generated | None:
+        row.closed = len(row.sampled_logp) + 1 == goals[row.number]
+        return take(row, token, logp)
 
     def speak(number: int) -> None:
         goals[number] = int(np.clip(rng.lognormal(np.log(60), 0.6), 8, 400))
 
-    sampler._take = take_until
+    sampler._take, sampler.end_ids = take_until, set()
     with tempfile.TemporaryDirectory() as folder:
         clips = [Clip(str(Path(folder) / f"{k}.mp4")) for k in range(num_groups)]
         for k, clip in enumerate(clips):

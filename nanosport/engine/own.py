@@ -12,17 +12,16 @@ Letters: T packed tokens, D hidden, V vocabulary.
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, groupby
+from itertools import count, groupby
 from math import isfinite
 
 import numpy as np
 import torch
 
-from kernels.attention import Keys, varlen_attention
-from nanosport.engine.pages import PAGE, Pages, WidePages
+from nanosport.engine.pages import PAGE, Pages, Spans, WidePages
 from nanosport.engine.row import Row, hear
 from nanosport.engine.sampler import Generated, Piece, Sampling
-from nanosport.engine.step import Launched, Steps
+from nanosport.engine.step import Step, ladder
 from nanosport.model.decoder import VLModel, join_projections, mrope_cos_sin, mrope_tables
 from nanosport.model.folder import own_name
 
@@ -58,12 +57,13 @@ class OwnSampler:
         if self.on_gpu:
             join_projections(model)
 
-        self.pages: Pages | None = None
-        self.num_opened = self.version = 0
+        self.numbers, self.version = count(), 0
         self.rows: dict[int, Row] = {}  # the open conversations, the oldest first
-        self.steps, self.step = Steps(model, sampling, self.banned), None
+        self.pages: Pages | None = None
+        self.step: Step | None = None
+        self.shape = 64, 64  # the step's room; it only grows, else there would be many graphs
         self.batch: list[Row | None] = []  # the row of each slot of the step; None: it has left
-        self.launched: deque[Launched] = deque()
+        self.launched: deque[tuple] = deque()  # steps on their way
         self.counts: Counter[str] = Counter()
         """tokens_read, tokens_said, decode_steps, rows_put_back, pages (in use at most),
         seconds_read, seconds_speak."""
@@ -73,14 +73,11 @@ class OwnSampler:
     # The seam.
 
     def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
-        numbers = range(self.num_opened, self.num_opened + len(streams))
-        self.num_opened += len(streams)
-        group = [Row(number, stream) for number, stream in zip(numbers, streams)]
+        group, shared = [], len(prompt.ids) - 1
+        group += [Row(next(self.numbers), stream, group, shared) for stream in streams]
         hear(group, prompt, self.model.cfg, self.sampling.max_new_tokens)
-        for row in group:
-            row.group, row.shared = group, len(prompt.ids) - 1
-        self.rows |= zip(numbers, group)
-        return list(numbers)
+        self.rows |= {row.number: row for row in group}
+        return [row.number for row in group]
 
     def turns(self) -> Iterator[tuple[int, Generated]]:
         while any(row.draws is not None for row in self.rows.values()):
@@ -89,7 +86,7 @@ class OwnSampler:
             if self._read() and not self.on_gpu:
                 continue  # a CPU reads everything before rows speak
             began = time.monotonic()
-            ended = [(row.number, row.end_turn(self.version)) for row in self._speak()]
+            ended = self._speak()
             self.counts["seconds_speak"] += time.monotonic() - began
             yield from ended
 
@@ -108,7 +105,6 @@ class OwnSampler:
         for row in self.rows.values():
             self._put_back(row)
         self.pages, self.step, self.batch = None, None, []
-        self.steps.drop()
         self.launched.clear()
         if self.on_gpu:  # to the driver: what trains would cut the cache's memory into pieces
             torch.cuda.synchronize()
@@ -127,11 +123,8 @@ class OwnSampler:
         that speak."""
         if not self.on_gpu and any(self.batch):
             return False
-        began, rows = time.monotonic(), self.rows.values()
-        unread = [row for row in rows if row.draws is not None and not row.can_speak]
-        if any(row.can_speak for row in rows):
-            unread = [row for row in unread if row.due <= self.counts["decode_steps"]]
-        pack = self._next_pack(unread)
+        began = time.monotonic()
+        pack = self._next_pack()
         if pack:
             self._compute(pack)
             if self.on_gpu:  # else its time would be the next step's
@@ -139,10 +132,12 @@ class OwnSampler:
         self.counts["seconds_read"] += time.monotonic() - began
         return bool(pack)
 
-    def _next_pack(self, unread: Sequence[Row]) -> list[tuple[Row, int, int]]:
-        """(row, start, end) of the tokens to compute now, of the oldest rows; they get room for all
-        their turn."""
-        pack, budget, num_keys = [], PACK_TOKENS, 0
+    def _next_pack(self) -> Spans:
+        """The tokens to compute now, of the oldest rows; they get room for all their turn."""
+        rows, pack, budget, num_keys = self.rows.values(), [], PACK_TOKENS, 0
+        unread = [row for row in rows if row.draws is not None and not row.can_speak]
+        if any(row.can_speak for row in rows):
+            unread = [row for row in unread if row.due <= self.counts["decode_steps"]]
         for row in unread:
             num_keys += len(row.ids)
             if budget == 0 or (pack and num_keys > PACK_KEYS):
@@ -152,69 +147,54 @@ class OwnSampler:
             if not self._make_room(row):
                 break
             if row.num_unread:
-                count = min(row.num_unread, budget, max(1, PACK_PAIRS // len(row.ids)))
-                pack.append((row, row.length, row.length + count))
-                budget -= count
+                num_new = min(row.num_unread, budget, max(1, PACK_PAIRS // len(row.ids)))
+                pack.append((row, row.length, row.length + num_new))
+                budget -= num_new
         return pack
 
     def _make_room(self, row: Row) -> bool:
         """Give a row the pages of its turn, if need be those of younger rows."""
         while not self.pages.reserve(row):
-            holders = [other for other in self.rows.values() if other.pages]
-            if not holders or holders == [row]:
+            others = [other for other in self.rows.values() if other.pages and other is not row]
+            if not others:
                 has = self.pages.size * (len(self.pages.users) - 1)
                 raise ValueError(
                     f"a conversation needs room for {row.room} tokens, but the cache has {has}: "
                     f"a GPU with more memory left, or smaller --max-pixels, is needed"
                 )
-            if holders[-1].number <= row.number:
+            if others[-1].number < row.number:
                 return False
-            self._put_back(holders[-1])
+            self._put_back(others[-1])
             self.counts["rows_put_back"] += 1
         self.counts["pages"] = max(self.counts["pages"], self.pages.num_used)
         return True
 
     def _put_back(self, row: Row) -> None:
         """Take a row out of the cache."""
-        if row in self.batch:
-            self.batch[self.batch.index(row)] = None
-        if self.pages is not None:
+        self.batch = [None if other is row else other for other in self.batch]
+        if row.pages:
             self.pages.release(row)
 
     @torch.no_grad()
-    def _compute(self, pack: Sequence[tuple[Row, int, int]]) -> None:
-        """Compute the tokens start … end − 1 of some rows, into the cache."""
-        cfg, model, ends = self.model.cfg, self.model, [end for _, _, end in pack]
-        lengths = [end - start for _, start, end in pack]
-        ids = [i for row, start, end in pack for i in row.ids[start:end]]
+    def _compute(self, pack: Spans) -> None:
+        """Compute the tokens of a pack, into the cache."""
+        model, ids = self.model, [i for row, start, end in pack for i in row.ids[start:end]]
         positions = np.concatenate([row.positions_3T[:, a:b] for row, a, b in pack], axis=1)
-        new_places, seen_places = (
-            self.pages.places(self.pages.slots(spans))
-            for spans in (pack, [(row, 0, end) for row, _, end in pack])
-        )
-        cu_seqlens, cu_keys = (
-            torch.tensor([0, *accumulate(part)], dtype=torch.int32).to(self.device)
-            for part in (lengths, ends)
-        )
-        keys = Keys(None, cu_keys, max(ends))
-
-        def attend(layer, q_THd, k_TKd, v_TKd):
-            self.pages.write(layer, new_places, k_TKd, v_TKd)
-            kv = self.pages.read(layer, seen_places)
-            return varlen_attention(q_THd, *kv, cu_seqlens, max(lengths), causal=True, keys=keys)
-
         x_TD, deep = model.embed(torch.tensor(ids).to(self.device), self._features(pack))
         positions_3T = torch.from_numpy(positions).to(self.device)
-        cos_sin = mrope_cos_sin(positions_3T, mrope_tables(cfg, self.device), x_TD.dtype)
-        model.run_layers(x_TD, cos_sin, attend, deep)
+        cos_sin = mrope_cos_sin(positions_3T, mrope_tables(model.cfg, self.device), x_TD.dtype)
+        model.run_layers(x_TD, cos_sin, self.pages.pack_attention(pack), deep)
         for row, _, end in pack:
             row.length = end
         self.counts["tokens_read"] += len(ids)
 
-    def _features(self, pack: Sequence[tuple[Row, int, int]]) -> torch.Tensor | None:
+    def _features(self, pack: Spans) -> torch.Tensor | None:
         """features_ND of a pack's image tokens; their frames are asked for together."""
-        image_id, features = self.model.cfg.image_token_id, []
-        shown = [part for row, start, end in pack for part in row.shown(start, end, image_id)]
+        image_id, shown, features = self.model.cfg.image_token_id, [], []
+        for row, start, end in pack:
+            for at, piece in row.pieces:
+                first, last = (piece.ids[: max(0, k - at)].count(image_id) for k in (start, end))
+                shown += [(piece, first, last)] if first < last else []
         for encoder, parts in groupby(shown, key=lambda part: part[0].encoder):
             pieces, firsts, lasts = zip(*parts)
             names = [name for piece in pieces for name in piece.frames]
@@ -224,54 +204,64 @@ class OwnSampler:
 
     # Speaking.
 
-    def _speak(self) -> list[Row]:
-        """Launch a step, and return the rows whose turn has ended with an earlier one.
+    def _speak(self) -> list[tuple[int, Generated]]:
+        """Launch a step, and return the turns that have ended with an earlier one.
 
         On a GPU a step is read when the next one is on its way.
         """
         ready = [row for row in self.rows.values() if row.can_speak]
-        if self._is_stale(ready):
+        # on a CPU those who have left go with the step: to move rows costs as much as some steps
+        left, many = self.batch.count(None), 0 if self.on_gpu else len(self.batch) // 6
+        if left > many or len(ready) > len(self.batch) - left:
             if self.launched:  # its tokens are the next input
                 return self._take_step()
             self.batch = self.pages.line_up(ready, self.rows.values())
-            self.step = self.steps.of(self.batch, self.pages, self.on_gpu) if ready else None
+            if ready:
+                self._load_step()
         if not ready:
             return []
         self.launched.append(self.step.launch())
         self.counts["decode_steps"] += 1
         return self._take_step() if len(self.launched) > self.on_gpu else []
 
-    def _is_stale(self, ready: Sequence[Row]) -> bool:
-        """Whether the step should be loaded with other rows. On a CPU those who have left go with
-        it, until they are many: to move rows costs as much as some steps."""
-        left = self.batch.count(None)
-        came = len(ready) > len(self.batch) - left
-        return came or left > (0 if self.on_gpu else len(self.batch) // 6)
+    def _load_step(self) -> None:
+        """Load the step with the batch; where it is too small, make one for all open rows."""
+        needed = len(self.rows), max(len(row.pages) for row in self.batch)
+        shape = tuple(max(has, ladder(its)) for has, its in zip(self.shape, needed))
+        if self.step is None or shape != self.shape:
+            self.shape = shape
+            self.step = Step(self.model, self.sampling, self.banned, self.pages, shape)
+        self.step.load(self.batch, self.on_gpu)
 
-    def _take_step(self) -> list[Row]:
-        """Read a step's tokens; return the rows whose turn ends there."""
+    def _take_step(self) -> list[tuple[int, Generated]]:
+        """Read a step's tokens; return the turns that end there."""
+        out_2R, is_there = self.launched.popleft()
+        if is_there is not None:
+            is_there.synchronize()
         ended = []
-        for slot, (row, token, logp) in enumerate(zip(self.batch, *self.launched.popleft().read())):
-            if row is None:
-                continue
-            if not isfinite(logp):
-                raise ValueError("the sampler's logits are not finite: its weights are broken")
-            self._take(row, int(token), logp)
-            self.counts["tokens_said"] += 1
-            if row.stopped or len(row.sampled_logp) == self.sampling.max_new_tokens:
-                ended.append(row)
+        for slot, (row, token, logp) in enumerate(zip(self.batch, *out_2R.tolist())):
+            if row is not None and (turn := self._take(row, int(token), logp)) is not None:
+                ended.append((row.number, turn))
                 self.batch[slot] = None
         return ended
 
-    def _take(self, row: Row, token: int, logp: float) -> None:
-        """Let a row say a token, and see whether its turn ends there."""
+    def _take(self, row: Row, token: int, logp: float) -> Generated | None:
+        """Let a row say a token; return its turn where it ends there."""
+        if not isfinite(logp):
+            raise ValueError("the sampler's logits are not finite: its weights are broken")
         row.ids.append(token)
         row.sampled_logp.append(logp)
         row.length += 1
-        row.stopped = row.closed or token in self.end_ids
-        row.closed = row.closed or self._closes(row.said)
+        is_end = row.closed or token in self.end_ids
+        said = row.ids[-len(row.sampled_logp) :]
+        row.closed = row.closed or self._closes(said)
+        self.counts["tokens_said"] += 1
         if self.on_token is not None:
             self.on_token(row.number, token)
+        if not is_end and len(row.sampled_logp) < self.sampling.max_new_tokens:
+            return None
+        row.draws, turn = None, (tuple(said), tuple(row.sampled_logp))
+        return Generated(*turn, is_end or row.closed, int(is_end), self.version)
 
     def _closes(self, ids: list[int]) -> bool:
         """Whether the last id completes a stop text."""
@@ -287,15 +277,12 @@ class OwnSampler:
         torch.cuda.empty_cache()
         left = POOL_SHARE * torch.cuda.mem_get_info(self.device)[0]
         num_pages = min(int(left) // Pages.page_bytes(cfg, PAGE, dtype), POOL_TOKENS // PAGE)
-        return Pages(cfg, num_pages, PAGE, self.device, dtype)
+        return Pages(cfg, self.device, dtype, num_pages, PAGE)
 
 
 def banned_ids(model: VLModel, tokenizer) -> torch.Tensor:
-    """Ids that must never be sampled.
-
-    They are everything of vision, the start of a message, the tool's own tags, and the rows of the
-    head after the tokenizer's last id.
-    """
+    """Ids that must never be sampled: all of vision, the start of a message, the tool's own tags,
+    and the rows of the head after the tokenizer's last id."""
     cfg, vocabulary, num_rows = model.cfg, tokenizer.get_vocab(), len(model.head_weight_VD)
     banned = {cfg.image_token_id, cfg.video_token_id}
     banned |= {cfg.vision_start_token_id, cfg.vision_end_token_id}

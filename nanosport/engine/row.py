@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nanosport.engine.sampler import Generated, Piece
+from nanosport.engine.sampler import Piece
 from nanosport.model.decoder import ModelConfig, mrope_positions
 
 
@@ -17,8 +17,10 @@ class Row:
     It can speak when all but its last token are there: that one is the next step's input.
     """
 
-    def __init__(self, number: int, stream: np.random.Generator):
-        self.number, self.stream = number, stream
+    def __init__(self, number: int, stream: np.random.Generator, group: list["Row"], shared: int):
+        """group: the rows that begin alike, with `shared` tokens before the last of their
+        prompt."""
+        self.number, self.stream, self.group, self.shared = number, stream, group, shared
         self.ids: list[int] = []
         self.positions_3T = np.empty((3, 0), dtype=np.int64)
         """Of its tokens, and of those that it may say in this turn."""
@@ -31,14 +33,10 @@ class Row:
         """Of the tokens that it has said in this turn."""
         self.closed = False
         """Whether a stop text has been said: one token more, and the turn has ended."""
-        self.stopped = False
         self.due = 0
         """It reads when so many steps have been made, or when no row can speak."""
         self.pages: list[int] = []
         self.length = 0
-        self.group: list[Row] = [self]
-        """The rows that begin alike, with so many tokens before the last of their prompt."""
-        self.shared = 0
 
     @property
     def num_unread(self) -> int:
@@ -60,30 +58,6 @@ class Row:
         readers = (o for o in self.group if o.pages and o.length >= self.shared)
         return None if self.pages else next(readers, None)
 
-    @property
-    def said(self) -> list[int]:
-        """What it has said in this turn."""
-        return self.ids[len(self.ids) - len(self.sampled_logp) :]
-
-    def begin_turn(self, max_tokens: int) -> None:
-        self.draws = np.append(self.stream.random(max_tokens), 0.0)
-        self.sampled_logp, self.closed, self.stopped = [], False, False
-
-    def end_turn(self, version: int = 0) -> Generated:
-        self.draws, ids, sampled_logp = None, tuple(self.said), tuple(self.sampled_logp)
-        ended = self.closed or self.stopped
-        return Generated(ids, sampled_logp, ended, int(self.stopped), version)
-
-    def shown(self, start: int, end: int, image_id: int) -> list[tuple[Piece, int, int]]:
-        """(piece, first, last) of its features whose tokens are among start … end − 1."""
-        parts = []
-        for at, piece in self.pieces:
-            is_image = np.array(piece.ids) == image_id
-            first, last = (int(is_image[: max(0, place - at)].sum()) for place in (start, end))
-            if first < last:
-                parts.append((piece, first, last))
-        return parts
-
 
 def hear(rows: Sequence[Row], piece: Piece, cfg: ModelConfig, max_tokens: int) -> None:
     """Let rows, alike so far, go on with a piece, and then say up to `max_tokens` tokens."""
@@ -100,4 +74,5 @@ def hear(rows: Sequence[Row], piece: Piece, cfg: ModelConfig, max_tokens: int) -
             row.pieces.append((num_ids, piece))
         row.ids += piece.ids
         row.positions_3T = positions_3T
-        row.begin_turn(max_tokens)
+        row.draws = np.append(row.stream.random(max_tokens), 0.0)
+        row.sampled_logp, row.closed = [], False

@@ -13,10 +13,12 @@ run them together, and hands on each turn when it has ended.
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import numpy as np
 import torch
+
+from nanosport.fields import Above, AtLeast, AtMost, check
 
 if TYPE_CHECKING:  # a command's --help must not wait for the model's code
     from nanosport.model.frames import FrameEncoder, FrameName
@@ -40,22 +42,18 @@ class Piece:
 class Sampling:
     """How a turn is sampled."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, AtLeast(0)] = 1.0
     """0 takes the most likely token."""
-    top_p: float = 1.0
-    max_new_tokens: int = 160
+    top_p: Annotated[float, Above(0), AtMost(1)] = 1.0
+    max_new_tokens: Annotated[int, AtLeast(1)] = 160
     """A turn is cut after this many tokens."""
     stops: tuple[str, ...] = ()
     """The first of these texts leaves the model one token more, in which to end its turn; its own
     end of turn ends the turn anywhere."""
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature}: must be 0 (greedy) or above")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p}: must lie above 0 and not above 1")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens}: must be at least 1")
+        for name, value in vars(self).items():
+            check(Sampling, name, value, "Sampling")
 
 
 @dataclass(frozen=True)

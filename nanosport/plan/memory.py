@@ -178,7 +178,7 @@ def sampler_moments(model: ModelConfig, lengths: Lengths, prompts: int, run: rl.
         sampler.say(number, texts.piece(num_frames, 1))
         row = sampler.rows[number]
         ledger.enter("a pack's pages")
-        sampler.pages = Pages(model, ceil(row.room / PAGE), PAGE, "cpu", torch.bfloat16)
+        sampler.pages = Pages(model, "cpu", torch.bfloat16, ceil(row.room / PAGE), PAGE)
         sampler.pages.reserve(row)
         row.length = before
         ledger.enter("prefill")
