@@ -103,16 +103,15 @@ def table(rows: dict[str, dict]) -> str:
     }
     if any("ungraded" in row for row in rows.values()):
         titles["ungraded"] = "ungraded"
-    cells = {
-        name: ["–" if row.get(key) is None else f"{row[key]:.1f}" for key in titles]
+    lines = [
+        [name, *("–" if row.get(key) is None else f"{row[key]:.1f}" for key in titles)]
         for name, row in rows.items()
-    }
-    return markdown(["model", *titles.values()], cells)
+    ]
+    return markdown(["model", *titles.values()], *lines)
 
 
-def markdown(titles: Sequence[str], cells: dict[str, Sequence[str]]) -> str:
-    """A Markdown table: titles of all columns, and by the name of each row its other cells."""
-    rows = [list(titles), *([name, *row] for name, row in cells.items())]
+def markdown(*rows: Sequence[str]) -> str:
+    """A Markdown table of rows of cells; the first has the titles."""
     lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows]
-    lines.insert(1, "|---" * len(titles) + "|")
+    lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)
