@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from nanosport import cli
+from nanosport.env.figures import table
 from nanosport.files import provenance, write_atomically
 from nanosport.records import DIMENSIONS, read_lines
-from nanosport.report import markdown, page, table
+from nanosport.report import markdown, page
 
 COLUMNS = {dimension: dimension for dimension in DIMENSIONS} | {
     "accuracy": "overall",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nanosport.image import encode_png
-from nanosport.records import DIMENSIONS, LETTERS, Episode
+from nanosport.records import LETTERS, Episode
 from nanosport.video import Video
 
 STYLE = """
@@ -88,26 +88,6 @@ def episode_page(*episodes: Episode) -> str:
     names = [html.escape(Path(episode.question.video).name) for episode in episodes]
     bodies = [f"<h1>{name}</h1>{episode_body(e)}" for name, e in zip(names, episodes)]
     return page("episode", "".join(bodies))
-
-
-def table(rows: dict[str, dict]) -> str:
-    """The benchmark's table in Markdown, a line a row."""
-    titles = {dimension: dimension for dimension in DIMENSIONS} | {
-        "accuracy": "overall",
-        "frames": "frames",
-        "tool_rate": "tool rate",
-        "tool_rate_needed": "… needed",
-        "tool_rate_not_needed": "… not needed",
-        "window_hit_rate": "window hit",
-        "window_iou": "window IoU",
-    }
-    if any("ungraded" in row for row in rows.values()):
-        titles["ungraded"] = "ungraded"
-    lines = [
-        [name, *("–" if row.get(key) is None else f"{row[key]:.1f}" for key in titles)]
-        for name, row in rows.items()
-    ]
-    return markdown(["model", *titles.values()], *lines)
 
 
 def markdown(*rows: Sequence[str]) -> str:
