@@ -19,10 +19,11 @@ import infer
 from nanosport.cli import Preempted, Terminal
 from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
+from nanosport.env.figures import table
 from nanosport.env.played import Played
 from nanosport.env.tools import STOPS
 from nanosport.records import Episode, Question, Turn, read_questions
-from nanosport.report import episode_page, table
+from nanosport.report import episode_page
 from tests.helpers.chat_server import ChatServer
 from tests.helpers.clips import write
 
@@ -310,4 +311,4 @@ def test_the_windows_of_questions_with_a_known_event_are_measured():
     bare = replace(made[0], question=replace(made[0].question, window=None))
     assert evaluation.figures([bare], [1.0])["window_iou"] is None
     assert "window IoU" in table({"m": row}) and "ungraded" not in table({"m": row})
-    assert "| ungraded |" in table({"m": row | {"ungraded": 3}})
+    assert "| ungraded " in table({"m": row | {"ungraded": 3}})

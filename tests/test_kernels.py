@@ -84,7 +84,7 @@ def test_a_table_is_made_of_what_the_bench_wrote(tmp_path):
     (tmp_path / "card.json").write_text(
         json.dumps({**provenance(), "matmul_tflops": 750.0, "rows": rows})
     )
-    table = bench.markdown(tmp_path / "card.json").splitlines()
+    table = bench.as_markdown(tmp_path / "card.json").splitlines()
     assert torch.__version__ in table[0] and "750.0" in table[0]
     assert table[4:] == [
         "| policy_loss | nanosport | 7B | 1.5 | 2.25 | 700.0 |",

@@ -47,8 +47,16 @@ class Running:
         self.server = server
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.port = self.listening.getsockname()[1]
-        app = application(server)
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="on"))
+        self.failed, app = [], application(server)
+
+        async def watched(*call):
+            try:
+                await app(*call)
+            except Exception as error:
+                self.failed.append(error)
+                raise
+
+        self.uvicorn = uvicorn.Server(uvicorn.Config(watched, log_level="critical", lifespan="on"))
         self.thread = threading.Thread(
             target=self.uvicorn.run, kwargs={"sockets": [self.listening]}, daemon=True
         )
@@ -305,6 +313,7 @@ def test_one_that_leaves_in_mid_answer_holds_up_nobody(start, clip, desk):
     eventually(lambda: not desk.playing and not desk.sampler.rows)
     (upload,) = running.server.uploads.videos.values()
     eventually(lambda: upload.readers == 0)
+    assert not running.failed, "whoever leaves is no fault of the server"
 
 
 @pytest.mark.parametrize(

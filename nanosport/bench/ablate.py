@@ -10,6 +10,7 @@ was cut goes on. Each stage writes to SEED/NAME.log, and a line says when a row 
 and a curve for each figure are made anew after each row: table.md and CURVE.svg.
 """
 
+import itertools
 import json
 import shlex
 import signal
@@ -178,16 +179,20 @@ def as_text(value) -> str:
     return str(tuple(value) if isinstance(value, list) else value)
 
 
+def is_whole(stage: Stage, folder: Path, commands: list[str]) -> bool:
+    """Whether a stage's result is there, made with these commands to its end."""
+    about = record_of(stage, folder)
+    return about.get("commands") == commands and "seconds" in about and stage.made.exists()
+
+
 def ensure(stage: Stage, commands: list[str], folder: Path, demo: Path | None, seed: int) -> None:
     """Have a stage's result made. commands: those of all stages up to this one.
 
     Raises ValueError where its command fails, Preempted after SIGTERM.
     """
-    before = record_of(stage, folder)
-    same = before.get("commands") == commands
-    if same and "seconds" in before and stage.made.exists():
+    if is_whole(stage, folder, commands):
         return
-    about = {"commands": commands}
+    same, about = record_of(stage, folder).get("commands") == commands, {"commands": commands}
     theirs = demos_record(stage, demo, seed) if demo and stage.demos and not same else {}
     is_theirs = theirs and stage.made.resolve() == (demo / stage.demos).resolve()
     if not same and not is_theirs and (stage.made.is_symlink() or stage.made.is_file()):
@@ -224,71 +229,72 @@ def commands_of(stages: list[Stage]) -> list[str]:
     return [shlex.join(stage.args) for stage in stages]
 
 
-def is_made(cfg: Config, seed: int, row: str) -> bool:
-    """Whether a row's seed was made here, with these commands, to its end."""
+Result = tuple[dict, list[dict]]
+"""A row's seed: the benchmark's report, and RL's log."""
+Found = dict[str, dict[int, Result]]
+"""By row and seed."""
+
+
+def figures_of(report: dict) -> dict:
+    """The one row of a report."""
+    (figures,) = report["rows"].values()
+    return figures
+
+
+def made(cfg: Config, seed: int, row: str) -> Result | None:
+    """What was made here of a row's seed, if it was with these commands, to its end."""
     stages = stages_of(cfg, seed, row)
-    done = record_of(stages[-1], stages[-1].made.parent)
-    same = done.get("commands") == commands_of(stages)
-    return same and "seconds" in done and stages[-1].made.exists()
+    *_, learn, judge = stages
+    if not is_whole(judge, judge.made.parent, commands_of(stages)):
+        return None
+    log = [line for _, line in read_lines(learn.made / "log.jsonl", "a step")]
+    return read(judge.made), log
 
 
-def kept(cfg: Config, seed: int, row: str) -> tuple[dict, list[dict]] | None:
-    """(report, RL's log) of a row's seed as --keep holds them, if it does and they were made with
-    these commands."""
+def kept(cfg: Config, seed: int, row: str) -> Result | None:
+    """What --keep holds of a row's seed, if it was made with these commands."""
     path = cfg.keep and cfg.keep / f"{row}_seed{seed}.json"
     if not path or not path.exists():
         return None
     report, scores = read(path), path.with_suffix(".scores.jsonl")
     if report["made"][-1]["commands"] != commands_of(stages_of(cfg, seed, row)):
         return None
-    episodes = [one for _, one in read_lines(scores, "a question's score")]
-    next(iter(report["rows"].values()))["episodes"] = episodes
+    figures_of(report)["episodes"] = [one for _, one in read_lines(scores, "a question's score")]
     return report, [line for _, line in read_lines(path.with_suffix(".jsonl"), "a step")]
 
 
 def keep(cfg: Config, seed: int, row: str) -> None:
     """Put a row's seed where `kept` finds it, if it was made here."""
-    *_, learn, judge = stages_of(cfg, seed, row)
-    if not cfg.keep or not is_made(cfg, seed, row):
+    if not cfg.keep or not (here := made(cfg, seed, row)):
         return
-    report, path = read(judge.made), cfg.keep / f"{row}_seed{seed}.json"
-    episodes = [one for figures in report["rows"].values() for one in figures.pop("episodes")]
-    scores = [{key: one[key] for key in ("id", "video", "accuracy")} for one in episodes]
-    made = [record_of(stage, judge.made.parent) for stage in (learn, judge)]
+    *_, learn, judge = stages_of(cfg, seed, row)
+    report, path = here[0], cfg.keep / f"{row}_seed{seed}.json"
+    names, episodes = ("id", "video", "accuracy"), figures_of(report).pop("episodes")
+    scores = [{name: one[name] for name in names} for one in episodes]
+    records = [record_of(stage, judge.made.parent) for stage in (learn, judge)]
     lines = "".join(json.dumps(one) + "\n" for one in scores)
     write_atomically(path.with_suffix(".scores.jsonl"), lines)
     write_atomically(path.with_suffix(".jsonl"), (learn.made / "log.jsonl").read_text())
-    write_atomically(path, json.dumps(report | {"made": made}, indent=1) + "\n")
-
-
-Found = dict[str, dict[int, tuple[dict, list[dict]]]]
-"""By row and seed, the benchmark's report and RL's log."""
+    write_atomically(path, json.dumps(report | {"made": records}, indent=1) + "\n")
 
 
 def results(cfg: Config) -> Found:
     """What is there, made here or kept."""
     found: Found = {}
-    for row in ROWS:
-        for seed in cfg.seeds:
-            *_, learn, judge = stages_of(cfg, seed, row)
-            if is_made(cfg, seed, row):
-                log = [line for _, line in read_lines(learn.made / "log.jsonl", "a step")]
-                found.setdefault(row, {})[seed] = read(judge.made), log
-            elif one := kept(cfg, seed, row):
-                found.setdefault(row, {})[seed] = one
+    for row, seed in itertools.product(ROWS, cfg.seeds):
+        if result := made(cfg, seed, row) or kept(cfg, seed, row):
+            found.setdefault(row, {})[seed] = result
     return found
 
 
 def figures_table(found: Found) -> str:
     """A row of mean ± standard deviation over the seeds that are there, in Markdown."""
-    cells = {}
+    lines = [["row", "seeds", *COLUMNS.values()]]
     for row, by_seed in found.items():
-        figures = [next(iter(report["rows"].values())) for report, _ in by_seed.values()]
-        values = [[one.get(key) for one in figures] for key in COLUMNS]
-        cells[row] = [" ".join(map(str, by_seed))] + [
-            "–" if None in each else mean_and_spread(each) for each in values
-        ]
-    return markdown(["row", "seeds", *COLUMNS.values()], cells)
+        figures = [figures_of(report) for report, _ in by_seed.values()]
+        by_column = [[one.get(key) for one in figures] for key in COLUMNS]
+        lines.append([row, " ".join(map(str, by_seed)), *map(mean_and_spread, by_column)])
+    return markdown(*lines)
 
 
 def sentences(found: Found) -> str:
@@ -302,7 +308,7 @@ def sentences(found: Found) -> str:
             continue
         merged = []
         for reports in (by_seed, plain):
-            rows = {seed: next(iter(reports[seed][0]["rows"].values())) for seed in seeds}
+            rows = {seed: figures_of(reports[seed][0]) for seed in seeds}
             episodes = [
                 one | {key: f"{seed}/{one[key]}" for key in ("id", "video") if key in one}
                 for seed, its in rows.items()
@@ -356,18 +362,16 @@ def main(cfg: Config) -> None:
     demos = {read(demo / "arena/arena.json")["seed"]: demo for demo in cfg.from_demo}
     if unknown := demos.keys() - set(cfg.seeds):
         raise ValueError(f"--from-demo {demos[min(unknown)]}: its seed is not among --seeds")
-    for row in cfg.rows:
-        for seed in cfg.seeds:
-            stages, there = stages_of(cfg, seed, row), kept(cfg, seed, row)
-            folder = cfg.out / f"seed{seed}"
-            folder.mkdir(parents=True, exist_ok=True)
-            for k, stage in enumerate(stages if not there else (), 1):
-                ensure(stage, commands_of(stages[:k]), folder, demos.get(seed), seed)
-            report = there[0] if there else read(stages[-1].made)
-            figures = next(iter(report["rows"].values()))
-            said = f"overall {figures['accuracy']:.1f}, tool rate {figures['tool_rate']:.1f}"
-            print(f"{time.strftime('%H:%M')} {row}, seed {seed}: {said}", flush=True)
-            write(cfg)
+    for row, seed in itertools.product(cfg.rows, cfg.seeds):
+        stages, there = stages_of(cfg, seed, row), kept(cfg, seed, row)
+        folder = cfg.out / f"seed{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for k, stage in enumerate(stages if not there else (), 1):
+            ensure(stage, commands_of(stages[:k]), folder, demos.get(seed), seed)
+        figures = figures_of(there[0] if there else read(stages[-1].made))
+        said = f"overall {figures['accuracy']:.1f}, tool rate {figures['tool_rate']:.1f}"
+        print(f"{time.strftime('%H:%M')} {row}, seed {seed}: {said}", flush=True)
+        write(cfg)
     print(write(cfg))
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from nanosport import cli
+from nanosport.env.figures import table
 from nanosport.files import provenance, write_atomically
 from nanosport.records import DIMENSIONS, read_lines
-from nanosport.report import markdown, page, table
+from nanosport.report import markdown, page
 
 COLUMNS = {dimension: dimension for dimension in DIMENSIONS} | {
     "accuracy": "overall",
@@ -123,15 +124,18 @@ def seeds_table(reports: list[dict]) -> str:
     families = sorted({report.get("family", NAMES["qwen2_5_vl"]) for report in reports})
     if len(families) > 1:
         raise ValueError(f"reports on {' and '.join(families)}: give those of one family")
-    cells = {}
+    lines = [["", *COLUMNS.values()]]
     for label in reports[0]["rows"]:
         by_column = [[report["rows"][label][key] for report in reports] for key in COLUMNS]
-        cells[label] = ["–" if None in values else mean_and_spread(values) for values in by_column]
-    return markdown(["", *COLUMNS.values()], cells)
+        lines.append([label, *map(mean_and_spread, by_column)])
+    return markdown(*lines)
 
 
-def mean_and_spread(values: list[float]) -> str:
-    """Mean ± standard deviation of a figure over seeds; of one alone nothing is known."""
+def mean_and_spread(values: list[float | None]) -> str:
+    """Mean ± standard deviation of a figure over seeds, if all have it; of one seed the figure
+    alone."""
+    if None in values:
+        return "–"
     spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):.1f}{spread}"
 

@@ -1,11 +1,16 @@
-"""What a step takes of the device: its time by kind of kernel, and its memory at the peak."""
+"""What a step takes of the device: its time by kind of kernel, and its memory at the peak; and the
+file in which a benchmark says so."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from nanosport.files import write_atomically
 
 KINDS = {
     "attention": r"flash|fmha|attention|attn|compute_dq|compute_dk",
@@ -20,6 +25,25 @@ KINDS = {
 """Kinds of kernels by their names; the first that fits."""
 
 
+def card_name() -> str:
+    """This GPU's name; cpu where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    """Wait until the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def write_report(folder: Path, name: str, report: dict) -> Path:
+    """Write a benchmark's report, and return its file, which is named after what was measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.lower().replace(' ', '-')}.json"
+    write_atomically(path, json.dumps(report, indent=1) + "\n")
+    return path
+
+
 def kind_of(kernel: str) -> str:
     names = (kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.IGNORECASE))
     return next(names, "other")
@@ -31,8 +55,7 @@ def device_ms(step: Callable[[], object]) -> dict[str, float]:
     activity = getattr(torch.profiler.ProfilerActivity, "CUDA" if on_gpu else "CPU")
     with torch.profiler.profile(activities=[activity]) as profile:
         step()
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait()
     spent: Counter[str] = Counter()
     for event in profile.events():
         if not on_gpu:

@@ -12,18 +12,19 @@ no figure of any GPU.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from nanosport.bench.device import card_name, wait, write_report
 from nanosport.cli import ending
 from nanosport.engine.own import OwnSampler
 from nanosport.engine.pages import PAGE, Pages
@@ -31,7 +32,7 @@ from nanosport.engine.row import Row
 from nanosport.engine.sampler import Generated, Piece, Sampling
 from nanosport.engine.step import Step
 from nanosport.fields import COUNT
-from nanosport.files import ASSETS, provenance, write_atomically
+from nanosport.files import ASSETS, provenance
 from nanosport.image import ImageConfig
 from nanosport.model.cost import CARDS, decode_seconds
 from nanosport.model.decoder import VLModel
@@ -52,11 +53,6 @@ def random_model(name: str, device: str, dtype: torch.dtype) -> VLModel:
     with torch.device("meta"):
         model = VLModel(load_config(ASSETS / name)).to(dtype)
     return model.to_empty(device=device).init_weights().requires_grad_(False)
-
-
-def wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def step_ms(sampler: OwnSampler, num_rows: int, cached: int) -> float:
@@ -88,17 +84,18 @@ def step_ms(sampler: OwnSampler, num_rows: int, cached: int) -> float:
     return 1e3 * spent / (TOKENS - 4)
 
 
-def step_rows(model: VLModel, repeats: int, gpu: bool, card: str) -> list[dict]:
+def step_rows(model: VLModel, repeats: int) -> list[dict]:
+    card = card_name()
     bandwidth = next((speeds[1] for name, speeds in CARDS.items() if name in card), None)
     cases = [(rows, cached) for cached in (2764, 5500) for rows in (1, 8, 32, 64)]
     sampler = OwnSampler(
         model, load_tokenizer(ASSETS / "nano-sft"), Sampling(max_new_tokens=TOKENS)
     )
     sampler.end_ids, rows = set(), []  # every turn is as long
-    for with_graph in (True, False) if gpu else (False,):
+    for with_graph in (True, False) if sampler.on_gpu else (False,):
         no_graph = patch.object(Step, "capture", lambda step: step.run)
         with nullcontext() if with_graph else no_graph:
-            for num_rows, cached in cases if gpu else [(1, 60), (8, 60)]:
+            for num_rows, cached in cases if sampler.on_gpu else [(1, 60), (8, 60)]:
                 times = [step_ms(sampler, num_rows, cached) for _ in range(repeats)]
                 row = {"rows": num_rows, "cached_tokens": cached, "graph": with_graph}
                 row |= {"ms_a_step": round(median(times), 3), "all": [round(t, 3) for t in times]}
@@ -181,20 +178,6 @@ def play_episodes(model: VLModel, image: ImageConfig, num_groups: int, size: tup
     return {name: round(x, 3) if isinstance(x, float) else x for name, x in figures.items()}
 
 
-class CutFrames:
-    """What stands for a FrameEncoder here: frames that are cut already, encoded whenever they are
-    asked for."""
-
-    def __init__(self, model: VLModel, patches_FPC: torch.Tensor, grid: tuple[int, int, int]):
-        self.model, self.patches_FPC, self.grid = model, patches_FPC, grid
-
-    def expect(self, frames: range) -> None:
-        pass
-
-    def features(self, frames: list[int]) -> torch.Tensor:
-        return self.model.encode(self.patches_FPC[frames].flatten(0, 1), [self.grid] * len(frames))
-
-
 def beside_generate(repeats: int, num_prompts: int = 8, num_tokens: int = 48) -> dict:
     """The same turns of the nano model by transformers' generate: prompts of eight frames, eight
     samples each, one turn, all as long."""
@@ -211,10 +194,15 @@ def beside_generate(repeats: int, num_prompts: int = 8, num_tokens: int = 48) ->
     sampling = Sampling(max_new_tokens=num_tokens)
     turns = {"prompts": num_prompts, "samples": 8, "tokens_a_turn": num_tokens}
 
+    # in place of a FrameEncoder: frames that are cut already, encoded whenever they are asked for
+    def features(frames: list[int]) -> torch.Tensor:
+        return model.encode(patches_FPC[frames].flatten(0, 1), [grid] * len(frames))
+
+    encoder = SimpleNamespace(expect=lambda frames: None, features=features)
+
     def ours() -> None:
         sampler = OwnSampler(model, tokenizer, sampling)
         sampler.end_ids = set()
-        encoder = CutFrames(model, patches_FPC, grid)
         for k, ids in enumerate(prompts):
             frames = range(k * FRAMES, (k + 1) * FRAMES)
             piece = Piece(ids, [grid] * FRAMES, frames, encoder)
@@ -258,11 +246,10 @@ def main() -> None:
     usual = "qwen2.5-vl-7b" if gpu else "nano-sft"
     parser.add_argument("--shape", default=usual, help="a folder in assets/")
     args = parser.parse_args()
-    card = torch.cuda.get_device_name() if gpu else "cpu"
     where = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     model = random_model(args.shape, *where)
     report = {**provenance(), "gpu": gpu, "shape": args.shape}
-    report["steps"] = step_rows(model, args.repeats, gpu, card)
+    report["steps"] = step_rows(model, args.repeats)
     try:
         size = (4, (1280, 720)) if gpu else (1, (320, 180))
         image = ImageConfig.from_folder(ASSETS / args.shape, 640 * 360)
@@ -273,11 +260,8 @@ def main() -> None:
     if not gpu:
         report["beside_generate"] = beside_generate(args.repeats)
         print(report["beside_generate"])
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = card if args.shape == usual else f"{card}-{args.shape}"
-    path = args.out / f"{name.lower().replace(' ', '-')}.json"
-    write_atomically(path, json.dumps(report, indent=1) + "\n")
-    print(path)
+    name = card_name() if args.shape == usual else f"{card_name()}-{args.shape}"
+    print(write_report(args.out, name, report))
 
 
 if __name__ == "__main__":

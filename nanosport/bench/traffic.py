@@ -11,36 +11,31 @@ products are left out. The products, at the same rate of tokens, say what share 
 """
 
 import argparse
-from contextlib import ExitStack
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import elementwise
 from kernels.elementwise import rotary, rotate
 from nanosport.cli import ending
 from nanosport.fields import COUNT
+from nanosport.files import ASSETS
 from nanosport.model.decoder import Layer
+from nanosport.model.folder import load_config
 
-WIDTH, HEADS, KV_HEADS, HEAD, INNER = 3584, 28, 4, 128, 18944
-PRODUCTS, BANDWIDTH = (
-    700e12,
-    2.8e12,
-)  # FLOP/s and bytes/s a well-used H100 reaches: assumed, not measured here
+CFG = load_config(ASSETS / "qwen2.5-vl-7b")
+WIDTH, INNER, HEAD = CFG.hidden_size, CFG.intermediate_size, CFG.head_dim
+HEADS, KV_HEADS = CFG.num_attention_heads, CFG.num_key_value_heads
+PRODUCTS, BANDWIDTH = 700e12, 2.8e12
+"""FLOP/s and bytes/s that a well-used H100 reaches: assumed, not measured here."""
 
 
 def tensors(x) -> list[torch.Tensor]:
-    return (
-        [x]
-        if isinstance(x, torch.Tensor)
-        else [t for y in x for t in tensors(y)]
-        if isinstance(x, list | tuple)
-        else []
-    )
+    return [leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor)]
 
 
 PRODUCTS_APART = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -56,20 +51,16 @@ class Traffic(TorchDispatchMode):
 
     def note(self, *moved: torch.Tensor) -> None:
         """A launch that moves each of these once."""
-        self.num_bytes += sum(
-            t.numel() * t.element_size() for t in {id(t): t for t in moved}.values()
-        )
+        self.num_bytes += sum({id(t): t.numel() * t.element_size() for t in moved}.values())
         self.launches += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given = tensors(args)
         storages = {t.untyped_storage()._cdata for t in given}
-        made = [
-            t
-            for t in tensors(out)
-            if t.untyped_storage()._cdata not in storages or func._schema.is_mutable
-        ]
+        made = tensors(out)
+        if not func._schema.is_mutable:
+            made = [t for t in made if t.untyped_storage()._cdata not in storages]
         is_empty = func.__name__.startswith(("empty", "new_empty"))
         if made and not is_empty and func not in PRODUCTS_APART:
             self.note(*given, *made)
@@ -119,16 +110,17 @@ class Attention(torch.autograd.Function):
 def layer_traffic(tokens: int, fused: bool) -> Traffic:
     """Of one layer, forward and backward, by the fused kernels or as torch runs it."""
     with torch.device("meta"):
-        layer = Layer(config()).bfloat16()
+        layer = Layer(CFG).bfloat16()
         x = torch.empty(tokens, WIDTH, dtype=torch.bfloat16, requires_grad=True)
         cos_sin = torch.empty(2, tokens, 1, HEAD, dtype=torch.bfloat16)
     traffic = Traffic()
     norm = lambda x, *_, **__: TorchNorm.apply(x, traffic)  # noqa: E731
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(elementwise, "is_fused", lambda x: fused))
-        stack.enter_context(patch.object(elementwise, "triton_kernels", lambda: Kernels(traffic)))
-        stack.enter_context(patch.object(F, "rms_norm", norm))
-        stack.enter_context(traffic)
+    with (
+        patch.object(elementwise, "is_fused", lambda x: fused),
+        patch.object(elementwise, "triton_kernels", lambda: Kernels(traffic)),
+        patch.object(F, "rms_norm", norm),
+        traffic,
+    ):
         out = layer(x, lambda q, k, v: Attention.apply(*rotary(q, k, *cos_sin), v))
         torch.autograd.grad(out, [x, *layer.parameters()], torch.empty_like(out))
     return traffic
@@ -140,9 +132,8 @@ def count(function, *inputs) -> tuple[int, int]:
         out = function(*inputs)
         torch.autograd.grad(out, [x for x in inputs if x.requires_grad], torch.empty_like(out))
     read, written = (sum(x.numel() * x.element_size() for x in xs) for xs in (inputs, [out]))
-    return traffic.num_bytes, (read + written) + (
-        read + written + read
-    )  # backward: inputs and the gradient in, gradients out
+    backward = read + written + read  # inputs and the gradient in, gradients out
+    return traffic.num_bytes, read + written + backward
 
 
 def plain_norm(x, weight):
@@ -158,43 +149,31 @@ def parts(tokens: int) -> dict[str, tuple[int, int]]:
         return torch.empty(*shape, dtype=torch.bfloat16, device="meta", requires_grad=grad)
 
     angles = empty(tokens, 1, HEAD, grad=False)
-    norm = count(plain_norm, empty(tokens, WIDTH), empty(WIDTH))
+    run, fused = count(plain_norm, empty(tokens, WIDTH), empty(WIDTH))
+    gate_up = empty(tokens, INNER), empty(tokens, INNER)
     return {
-        "RMSNorm, two": (2 * norm[0], 2 * norm[1]),
+        "RMSNorm, two": (2 * run, 2 * fused),
         "M-RoPE": count(rotate, empty(tokens, HEADS + KV_HEADS, HEAD), angles, angles),
-        "SwiGLU": count(
-            lambda gate, up: F.silu(gate) * up, empty(tokens, INNER), empty(tokens, INNER)
-        ),
+        "SwiGLU": count(lambda gate, up: F.silu(gate) * up, *gate_up),
     }
-
-
-def config() -> SimpleNamespace:
-    shape = {
-        "hidden_size": WIDTH,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD,
-        "qkv_bias": True,
-        "qk_norm": False,
-    }
-    return SimpleNamespace(**shape, intermediate_size=INNER, rms_norm_eps=1e-6)
 
 
 def product_flops(tokens: int) -> int:
     """Of the layer's seven matrix products, forward and backward; attention itself apart."""
+
+    def attend(q, k, v):
+        return q + (k + v).repeat_interleave(HEADS // KV_HEADS, 1)
+
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         x = torch.empty(tokens, WIDTH, requires_grad=True)
-        out = Layer(config())(
-            x, lambda q, k, v: q + (k + v).repeat_interleave(HEADS // KV_HEADS, 1)
-        )
+        out = Layer(CFG)(x, attend)
         out.backward(torch.empty_like(out))
     return counter.get_total_flops()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--tokens", type=COUNT, default=8192)
     tokens = parser.parse_args().tokens
     whole = 1e3 * product_flops(tokens) / PRODUCTS

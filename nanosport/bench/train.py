@@ -21,7 +21,6 @@ from the profiler: that checks the code and compares the two, but is no figure o
 
 import argparse
 import gc
-import json
 import time
 from dataclasses import replace
 from importlib.util import find_spec
@@ -30,11 +29,11 @@ from statistics import median
 
 import torch
 
-from nanosport.bench.device import device_ms, peak_bytes
+from nanosport.bench.device import card_name, device_ms, peak_bytes, write_report
 from nanosport.bench.theirs import DEVICE, Theirs, WithLiger, Work, fill
 from nanosport.cli import ending, leave_group
 from nanosport.fields import COUNT
-from nanosport.files import ASSETS, provenance, write_atomically
+from nanosport.files import ASSETS, provenance
 from nanosport.model.cost import CARDS
 from nanosport.model.decoder import ModelConfig, VLModel, attention_of
 from nanosport.model.folder import load_config
@@ -170,8 +169,8 @@ def bench(name: str, cfg: ModelConfig, timed: list[tuple], repeats: int) -> list
     """Time all cases of a model, and print a line of each."""
     planned = [step_peak(cfg, work.run, work.episodes, int(GPU), GPU) for _, work, _ in timed]
     dist.start()
-    device, rows = torch.cuda.get_device_name() if GPU else "", []
-    card_flops = next((flops for card, (flops, *_) in CARDS.items() if card in device), None)
+    rows, here = [], card_name()
+    card_flops = next((flops for card, (flops, *_) in CARDS.items() if card in here), None)
     for (op, work, kinds), num_bytes in zip(timed, planned):
         for kind in kinds:
             row = {"op": op, "impl": IMPLEMENTATIONS[kind], "model": name}
@@ -239,10 +238,7 @@ def main() -> None:
         report |= {"lengths": vars(Lengths() if GPU else NANO), "rows": rows}
         if not GPU:
             report["note"] = "nano shape on a CPU, lengths ÷ 28, float32: no GPU measured"
-        device = torch.cuda.get_device_name().lower().replace(" ", "-") if GPU else "cpu"
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / f"{device}.json"  # written after each shape, so that none is lost
-        write_atomically(path, json.dumps(report, indent=1) + "\n")
+        path = write_report(args.out, card_name(), report)  # after each, so that none is lost
         print(f"{path}, {time.time() - began:.0f} s")
 
 

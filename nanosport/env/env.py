@@ -99,7 +99,7 @@ class Env:
             min_window=limits.min_window,
             near=limits.near,
         )
-        is_last = len(self.turns) + 1 >= self.limits.max_turns
+        is_last = len(self.turns) + 1 >= limits.max_turns
         frames: Sequence[int] = ()
         if action.kind == "answer":
             self.status, self.answer = "answered", action.answer
@@ -108,7 +108,7 @@ class Env:
         elif is_last:
             self.status = "out_of_turns"
         elif action.kind == "tool":
-            frames = self.video.sample(self.limits.frames_per_call, *action.window)
+            frames = self.video.sample(limits.frames_per_call, *action.window)
         return Turn(text, action.kind, action.window, frames, action.error)
 
     def end(self, status: str) -> None:

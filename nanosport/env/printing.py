@@ -39,13 +39,15 @@ def show(turn: Turn, streamed: bool = False) -> None:
     sys.stdout.flush()
 
 
+def turn_json(turn: Turn) -> dict:
+    """A turn, for machines."""
+    names = ("text", "action", "window", "frames", "error")
+    return {name: getattr(turn, name) for name in names}
+
+
 def as_json(episode: Episode, seconds: float) -> dict:
     """The episode, for machines."""
-    fields = ("text", "action", "window", "frames", "error")
-    turns = [
-        {"think": split_think(turn.text)[0]} | {name: getattr(turn, name) for name in fields}
-        for turn in episode.turns
-    ]
+    turns = [{"think": split_think(turn.text)[0]} | turn_json(turn) for turn in episode.turns]
     return {
         "video": episode.question.video,
         "question": episode.question.question,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nanosport.image import encode_png
-from nanosport.records import DIMENSIONS, LETTERS, Episode
+from nanosport.records import LETTERS, Episode
 from nanosport.video import Video
 
 STYLE = """
@@ -90,29 +90,8 @@ def episode_page(*episodes: Episode) -> str:
     return page("episode", "".join(bodies))
 
 
-def table(rows: dict[str, dict]) -> str:
-    """The benchmark's table in Markdown, a line a row."""
-    titles = {dimension: dimension for dimension in DIMENSIONS} | {
-        "accuracy": "overall",
-        "frames": "frames",
-        "tool_rate": "tool rate",
-        "tool_rate_needed": "… needed",
-        "tool_rate_not_needed": "… not needed",
-        "window_hit_rate": "window hit",
-        "window_iou": "window IoU",
-    }
-    if any("ungraded" in row for row in rows.values()):
-        titles["ungraded"] = "ungraded"
-    cells = {
-        name: ["–" if row.get(key) is None else f"{row[key]:.1f}" for key in titles]
-        for name, row in rows.items()
-    }
-    return markdown(["model", *titles.values()], cells)
-
-
-def markdown(titles: Sequence[str], cells: dict[str, Sequence[str]]) -> str:
-    """A Markdown table: titles of all columns, and by the name of each row its other cells."""
-    rows = [list(titles), *([name, *row] for name, row in cells.items())]
+def markdown(*rows: Sequence[str]) -> str:
+    """A Markdown table of rows of cells; the first has the titles."""
     lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in rows]
-    lines.insert(1, "|---" * len(titles) + "|")
+    lines.insert(1, "|---" * len(rows[0]) + "|")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Full
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
@@ -17,9 +18,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nanosport.env.printing import as_json
-from nanosport.records import Episode, Question, Turn, check_text
-from nanosport.serve.desk import Desk, Full, Job
+from nanosport.env.printing import as_json, turn_json
+from nanosport.records import Episode, Question, check_text
+from nanosport.serve.desk import Desk, Job
 from nanosport.serve.uploads import MB, Refused, Uploads
 from nanosport.train.inputs import check_prompt
 
@@ -228,8 +229,7 @@ async def complete(server: Server, request: Request) -> Response:
         return StreamingResponse(lines, media_type="text/event-stream", headers=HEADERS)
     said, began = [], time.monotonic()
     try:
-        while True:
-            kind, value = await anext(events)
+        async for kind, value in events:
             if kind == "error":
                 raise Refused(*value)
             if kind == "turn":
@@ -239,6 +239,7 @@ async def complete(server: Server, request: Request) -> Response:
                 return JSONResponse(completion(value, content, about, time.monotonic() - began))
     finally:
         await events.aclose()
+    raise ClientDisconnect  # else the events end with an answer or an error
 
 
 def completion(episode: Episode, content: str, about: dict, seconds: float) -> dict:
@@ -281,11 +282,6 @@ async def streamed(first, events: AsyncIterator, about: dict, shows: bool) -> As
         yield "data: [DONE]\n\n"
     finally:
         await events.aclose()
-
-
-def turn_json(turn: Turn) -> dict:
-    names = ("text", "action", "window", "frames", "error")
-    return {name: getattr(turn, name) for name in names}
 
 
 async def answering(

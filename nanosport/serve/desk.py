@@ -22,10 +22,6 @@ from nanosport.records import Question
 from nanosport.video import VideoError
 
 
-class Full(Exception):
-    """So many questions wait that no more are taken."""
-
-
 @dataclass(eq=False)
 class Job:
     question: Question
@@ -56,11 +52,8 @@ class Desk:
         self.thread.start()
 
     def put(self, job: Job) -> None:
-        """Raises Full."""
-        try:
-            self.waiting.put_nowait(job)
-        except queue.Full:
-            raise Full from None
+        """Take a job. Raises queue.Full where so many wait that no more are taken."""
+        self.waiting.put_nowait(job)
 
     def close(self) -> None:
         """Play what is under way to its end, and no more."""
@@ -128,9 +121,7 @@ class Desk:
 
     def _fail(self, error: Exception) -> None:
         """End the conversations whose video cannot be used any more; all, where that is not it."""
-        lost = [n for n, job in self.playing.items() if self._lost(job)]
+        unusable = self.encoder.unusable
+        lost = [n for n, job in self.playing.items() if job.question.video in unusable]
         for number in lost if lost and isinstance(error, VideoError) else [*self.playing]:
             self._leave(number).tell("error", str(error))
-
-    def _lost(self, job: Job) -> bool:
-        return job.question.video in self.encoder.unusable
