@@ -24,6 +24,7 @@ from nanosport.plan import memory
 from nanosport.plan.__main__ import Config, stages
 from nanosport.plan.memory import (
     GIB,
+    Stage,
     at_depth,
     sampler_moments,
     step_peak,
@@ -141,7 +142,7 @@ def test_planned_memory_is_what_an_h100_has_measured(name, groups, size, monkeyp
     alone = step_peak(nine, work.run, work.episodes, gpus=1, on_gpu=True)
     training_moments.cache_clear()
     monkeypatch.setattr(dist, "world_size", lambda: 2)  # one process alone would shard nothing
-    held = at_depth(lambda cfg: training_moments(cfg, work.run, work.episodes, 1), nine, 3)
+    held = at_depth(training_moments, 3, nine, work.run, work.episodes, 1)
     training_moments.cache_clear()
     roots = held["update"]["gradients"]  # as many, in float32
     towers = (1 + (size > 1)) * 2 * num_weights(nine)["vision"]
@@ -159,26 +160,27 @@ def test_a_deep_model_is_planned_from_shallow_ones_exactly():
         moments = training_moments(cfg, run, episodes, 8)
         return {name: moments[name] for name in ("loss", "backward pass", "embedding", "update")}
 
-    assert at_depth(count, deep, 3) == count(deep)
+    assert at_depth(count, 3, deep) == count(deep)
 
 
 def test_the_samplers_cache_is_the_pages_that_its_rows_fill():
     """A group's prompt once; no row is padded to the longest."""
     two, run = replace(SEVEN, num_hidden_layers=2), rl.Config(max_new_tokens=2048, group_size=8)
-    lengths = replace(Lengths(), turn_text=2048, calls=2.0)
-    moments = sampler_moments(two, lengths, 2, run)
-    page = 64 * 4 * 2 * SEVEN.num_key_value_heads * SEVEN.head_dim
+    shape = replace(Lengths(), calls=2.0), 2048, 1, 80e9
+    stage, again = (Stage(two, replace(run, num_prompts=n), *shape) for n in (2, 4))
+    lengths, page = stage.longest, 64 * 4 * 2 * SEVEN.num_key_value_heads * SEVEN.head_dim
     prompt, most = lengths.prompt // 64, 0
     for turn in range(5):
         rows = -(-16 * lengths.still_going(turn, 5) // 1)
         tokens = lengths.prompt + turn * lengths.result + (turn + 1) * 2048
         most = max(most, rows * (-(-min(tokens, 16_384) // 64) - prompt) + 2 * prompt)
-    assert moments["decode"]["KV cache"] == most * page
+    assert stage.rollout["KV cache"] == most * page
+    moments = sampler_moments(two, lengths, 16, 2048, 16_384)
     logits = 16 * SEVEN.vocab_size * 4
     assert 3 * logits < moments["decode"]["decode"] < 12 * logits  # float64 sums among them
     assert moments["prefill"]["prefill"] > 8192 * SEVEN.intermediate_size * 2 * 2
-    again = sampler_moments(two, lengths, 4, run)
-    assert again["decode"]["KV cache"] == pytest.approx(2 * most * page, rel=0.02)
+    assert stage.rollout["prefill"] == moments["prefill"]["prefill"]
+    assert again.rollout["KV cache"] == pytest.approx(2 * most * page, rel=0.02)
 
 
 @pytest.mark.parametrize("together", [1, 8])
@@ -280,6 +282,21 @@ def test_what_memory_is_left_saves_recomputation():
         assert 1.0 >= shares[name, 48] > shares[name, 80] > shares[name, 141]
     times = {r: report(Config(recompute=r))["SFT"]["seconds"]["train"] for r in ("all", "auto")}
     assert times["auto"] < 0.95 * times["all"]
+
+
+def test_what_layers_keep_is_counted_once():
+    """Where --recompute is given, the step that is counted keeps it already."""
+    none, everything = (stages(Config(recompute=mode))["SFT"] for mode in ("none", "all"))
+    more, layers = memory.peak(none.memory) - memory.peak(everything.memory), len(none.modes)
+    kept = none.kept.layers(none.modes) - none.kept.layers(["all"] * layers)
+    assert more == pytest.approx(kept, rel=0.03)
+
+
+def test_servers_leave_the_room_that_a_copy_would_take():
+    cfg = Config(gpus=2, recompute="all", micro_tokens=4096, sampler="http://h:1")
+    needed = max(memory.peak(stage.memory) for stage in stages(cfg).values()) / GIB
+    assert plan.fits(replace(cfg, gpu_memory=needed / 0.98))
+    assert not plan.fits(replace(cfg, gpu_memory=needed / 0.98, sampler="own"))
 
 
 def test_checkpoints_are_planned():

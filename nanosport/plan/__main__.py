@@ -12,8 +12,6 @@ assumptions, which are flags and are printed too. GiB are 2^30 bytes, GB are 10^
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cached_property
-from math import ceil
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,13 +21,10 @@ from nanosport import cli
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.image import ImageConfig, smart_resize
 from nanosport.model import cost
-from nanosport.model.decoder import ModelConfig
 from nanosport.model.folder import ASSETS, load_config
-from nanosport.plan import memory
-from nanosport.plan.memory import GIB, Moments
-from nanosport.plan.synthetic import Lengths, make_episodes
-from nanosport.train import presets, recompute
-from nanosport.train.deal import Unit, make_units
+from nanosport.plan.memory import GIB, Stage, peak, totals
+from nanosport.plan.synthetic import Lengths
+from nanosport.train import presets
 
 USABLE = 0.988
 """An H100 of "80 GB" reports 79.1 GiB."""
@@ -82,74 +77,18 @@ class Config:
     """Print a JSON object instead of the tables."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """SFT or RL, as the GPU sees it that has most to do."""
-
-    model: ModelConfig
-    run: train.Config | rl.Config
-    lengths: Lengths
-    """An average episode's."""
-    longest_turn: int
-    gpus: int
-    room: float
-    """Usable bytes of a GPU."""
-    prompts: int
-    """The GPU's prompts of a step."""
-    members: int
-    """Episodes of a prompt; SFT has one."""
-
-    @property
-    def sampled(self) -> int:
-        """Prompts that are sampled at a time."""
-        return min(self.prompts, max(1, self.run.rollout_batch // self.members))
-
-    @cached_property
-    def units(self) -> list[Unit]:
-        """What a step's episodes become when they are packed."""
-        episodes = make_episodes(self.model, self.lengths, self.prompts, self.members)
-        packing = self.model, self.run.micro_tokens, self.run.share_prefix
-        return make_units(episodes, self.members, [0] * len(episodes), *packing)
-
-    @property
-    def micro_batches(self) -> int:
-        return -(-sum(unit.tokens for unit in self.units) // self.run.micro_tokens)
-
-    @cached_property
-    def memory(self) -> Moments:
-        longest = replace(self.lengths, turn_text=self.longest_turn)
-        sampled = self.sampled if self.members > 1 else 0
-        shape = self.model, self.run, longest, self.gpus
-        moments = memory.stage_moments(*shape, sampled, self.micro_batches)
-        inputs = self.kept.layers(["all"] * self.model.num_hidden_layers)
-        beside = self.kept.layers(self.modes(moments)) - inputs
-        moments["train"]["kept beside layers' inputs"] = beside
-        return moments
-
-    @property
-    def kept(self) -> recompute.Kept:
-        return recompute.Kept(self.model, self.run.micro_tokens)
-
-    def modes(self, moments: Moments) -> list[str]:
-        """What each layer computes again in the backward pass."""
-        if self.run.recompute != "auto":
-            return [self.run.recompute] * self.model.num_hidden_layers
-        held = sum(moments["always"].values()) + moments["train"].get("gradients", 0)
-        return recompute.choose(self.kept, self.room - held - recompute.reserve(self.kept))
-
-
 def stages(cfg: Config) -> dict[str, Stage]:
     """SFT and RL of a preset with the flags over it. Raises ValueError for what no run can be."""
     cli.check(cfg)
     if cfg.preset not in presets.RL:
         raise ValueError(f"--preset {cfg.preset}: must be one of {', '.join(presets.RL)}")
-    given = {name: value for name, value in asdict(cfg).items() if value is not None}
     runs = []
-    for kind, known in ((train.Config, presets.SFT), (rl.Config, presets.RL)):
-        flags = {field.name for field in fields(kind)} & set(given) - {"model", "steps"}
-        run = kind(**known[cfg.preset] | {name: given[name] for name in flags})
-        steps = cfg.sft_steps if kind is train.Config else cfg.steps
-        runs.append(replace(run, steps=run.steps if steps is None else steps))
+    recipes = (train.Config, presets.SFT, cfg.sft_steps), (rl.Config, presets.RL, cfg.steps)
+    for kind, known, steps in recipes:
+        given = {field.name: getattr(cfg, field.name, None) for field in fields(kind)}
+        given |= {"steps": steps, "model": None}
+        flags = {name: value for name, value in given.items() if value is not None}
+        runs.append(kind(**known[cfg.preset] | flags))
         runs[-1].check()
     sft, policy = runs
     if policy.num_prompts < cfg.gpus:
@@ -161,14 +100,10 @@ def stages(cfg: Config) -> dict[str, Stage]:
     model, image = load_config(folder), ImageConfig.from_folder(folder, sft.max_pixels)
     height, width = smart_resize(360, 640, image)
     frame_tokens = height * width // (image.patch_size * image.merge_size) ** 2
-    texts = {"prompt_text": cfg.prompt_text, "turn_text": cfg.turn_text}
-    lengths = Lengths(frame_tokens, calls=cfg.calls, **texts)
-    shared = lengths, policy.max_new_tokens, cfg.gpus, USABLE * cfg.gpu_memory * GIB
-    prompts, trajectories = ceil(policy.num_prompts / cfg.gpus), ceil(sft.batch_size / cfg.gpus)
-    return {
-        "SFT": Stage(model, sft, *shared, trajectories, 1),
-        "RL": Stage(model, policy, *shared, prompts, policy.group_size),
-    }
+    texts = {"calls": cfg.calls, "prompt_text": cfg.prompt_text, "turn_text": cfg.turn_text}
+    room = USABLE * cfg.gpu_memory * GIB
+    shape = Lengths(frame_tokens, **texts), policy.max_new_tokens, cfg.gpus, room
+    return {"SFT": Stage(model, sft, *shape), "RL": Stage(model, policy, *shape)}
 
 
 def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
@@ -186,35 +121,35 @@ def seconds(stage: Stage, cfg: Config) -> dict[str, float]:
     """
     model, lengths, run, prompts = stage.model, stage.lengths, stage.run, stage.prompts
     shares = cfg.mfu, cfg.bandwidth, cfg.bandwidth
-    flops, memory_s, nvlink = (peak * share for peak, share in zip(cost.CARDS[cfg.gpu], shares))
-    weights, episodes = cost.num_weights(model), prompts * stage.members
-    moved, away = sum(weights.values()) - weights["vision"], (cfg.gpus - 1) / cfg.gpus
-    trained, passes = memory.num_trained(model, run), 2 if run.lora_rank else 3
+    flops, memory_s, nvlink = (most * share for most, share in zip(cost.CARDS[cfg.gpu], shares))
+    episodes, away = prompts * stage.members, (cfg.gpus - 1) / cfg.gpus
+    passes = 2 if run.lora_rank else 3
 
     forward = sum(unit.flops for unit in stage.units)
     head = cost.head_flops(model, episodes * lengths.trained)
     computing = ((passes + recomputed_share(stage)) * forward + passes * head) / flops
-    moving = 4 * (passes - 1) * moved * away * stage.micro_batches / nvlink
+    moving = 4 * (passes - 1) * stage.num_moved * away * stage.micro_batches / nvlink
     shown = prompts * lengths.overview + episodes * lengths.calls * lengths.frames_per_call
     spent = {"frames": cost.vision_flops(model, shown * lengths.frame_tokens) / flops}
-    if stage.members > 1:
+    if stage.is_rl:
         fed = prompts * lengths.prompt + episodes * lengths.calls * lengths.result
         spent["prefill"] = cost.text_flops(model, fed, fed * lengths.prompt) / flops
         spent["decode"] = decode_seconds(stage, cfg, memory_s)
         spent["reference"] = (forward + head) / flops if run.kl > 0 else 0.0
-        sent = trained if run.sampler == "own" else moved  # to vLLM merged weights
+        # to vLLM go merged weights
+        sent = stage.num_trained if run.sampler == "own" else stage.num_moved
         spent["weights to the sampler"] = 2 * sent * (away / nvlink + 1 / memory_s)
-    return spent | {"train": max(computing, moving), "update": 36 * trained / cfg.gpus / memory_s}
+    update = 36 * stage.num_trained / cfg.gpus / memory_s
+    return spent | {"train": max(computing, moving), "update": update}
 
 
 def recomputed_share(stage: Stage) -> float:
     """The share of the forward pass that the backward pass computes again, at most."""
-    cfg, modes = stage.model, stage.modes(stage.memory)
+    cfg, modes = stage.model, stage.modes
     mlp = 3 * cfg.hidden_size * cfg.intermediate_size
-    weights = mlp + 2 * cfg.head_dim * cfg.hidden_size * (
-        cfg.num_attention_heads + cfg.num_key_value_heads
-    )
-    return (modes.count("all") + modes.count("mlp") * mlp / weights) / len(modes)
+    heads = cfg.num_attention_heads + cfg.num_key_value_heads
+    layer = mlp + 2 * cfg.head_dim * cfg.hidden_size * heads
+    return (modes.count("all") + modes.count("mlp") * mlp / layer) / len(modes)
 
 
 def decode_seconds(stage: Stage, cfg: Config, bytes_per_s: float) -> float:
@@ -230,24 +165,28 @@ def decode_seconds(stage: Stage, cfg: Config, bytes_per_s: float) -> float:
 
 
 def fits(cfg: Config) -> bool:
-    room, (sft, policy) = USABLE * cfg.gpu_memory * GIB, stages(cfg).values()
-    weights = cost.num_weights(policy.model)
-    trained = memory.num_trained(policy.model, policy.run)
-    # what is sure to be there in RL's update saves most counts: weights, gradients, moments, roots
-    least = 2 * sum(weights.values()) + (8 if cfg.offload_adam else 20) * trained / cfg.gpus
-    return least <= room and all(memory.peak(stage.memory) <= room for stage in (policy, sft))
+    sft, policy = stages(cfg).values()
+    # what is sure to be there in RL's update saves most counts: weights, gradients, moments, the
+    # reference, and the whole copy that computes or plays
+    has_reference = policy.run.kl > 0 and not cfg.lora_rank
+    a_weight = (8 if cfg.offload_adam else 16) + 2 * has_reference
+    has_copy = cfg.gpus == 1 or cfg.sampler == "own"
+    least = a_weight * policy.num_trained / cfg.gpus + 2 * has_copy * policy.num_weights
+    room = policy.room
+    return least <= room and all(peak(stage.memory) <= room for stage in (policy, sft))
 
 
 def advice(cfg: Config) -> str | None:
     """The flags that make it fit, those that cost least first; None where none of these do."""
     policy = stages(cfg)["RL"].run
-    fewer = [{"micro_tokens": policy.micro_tokens // k} for k in (2, 4)]
-    changes = [{"recompute": "auto"}, *fewer, *({"recompute": "auto", **less} for less in fewer)]
-    few_rows, offload = {"rollout_batch": policy.group_size}, {"offload_adam": True}
-    changes += [few_rows, offload, offload | few_rows]
-    changes += [{"recompute": "auto", **fewer[-1], **changes[-1]}]
+    auto, offload = {"recompute": "auto"}, {"offload_adam": True}
+    half, quarter = ({"micro_tokens": policy.micro_tokens // k} for k in (2, 4))
+    few_rows = {"rollout_batch": policy.group_size}
+    everything = auto | quarter | offload | few_rows
+    changes = [auto, half, quarter, auto | half, auto | quarter]
+    changes += [few_rows, offload, offload | few_rows, everything]
     more = [n for n in range(cfg.gpus + 1, policy.num_prompts + 1) if policy.num_prompts % n == 0]
-    changes += [{"gpus": n} for n in more] + [{"gpus": n, **changes[-1]} for n in more]
+    changes += [{"gpus": n} for n in more] + [{"gpus": n, **everything} for n in more]
     change = next((change for change in changes if fits(replace(cfg, **change))), {})
     flags = (cli.flag(name) + f" {value}" * (value is not True) for name, value in change.items())
     return " ".join(flags) or None
@@ -258,13 +197,12 @@ def report(cfg: Config) -> dict:
     both, is_enough = stages(cfg), fits(cfg)
     plan = {"config": asdict(cfg), "fits": is_enough, "advice": None if is_enough else advice(cfg)}
     for name, stage in both.items():
-        spent, steps = seconds(stage, cfg), stage.run.steps
-        plan[name] = {"memory": stage.memory, "total": memory.totals(stage.memory)}
-        plan[name] |= {"seconds": spent, "steps": steps}
-        plan[name]["gpu_hours"] = steps * sum(spent.values()) * cfg.gpus / 3600
+        spent, steps, moments = seconds(stage, cfg), stage.run.steps, stage.memory
+        hours = steps * sum(spent.values()) * cfg.gpus / 3600
+        plan[name] = {"memory": moments, "total": totals(moments)}
+        plan[name] |= {"seconds": spent, "steps": steps, "gpu_hours": hours}
     plan["gpu_hours"] = sum(plan[name]["gpu_hours"] for name in both)
-    plan["saving"] = memory.saving_bytes(stage.model, stage.run, cfg.gpus)
-    return plan | {"lengths": asdict(stage.lengths)}
+    return plan | {"saving": stage.saving, "lengths": asdict(stage.lengths)}
 
 
 def main(cfg: Config) -> None:

@@ -32,7 +32,8 @@ class Ledger(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.storages: dict[int, tuple[weakref.ref, str, int]] = {}
+        self.storages: dict[int, tuple[str, int]] = {}
+        """The part and the bytes of each storage, by its address."""
         self.held: Counter[str] = Counter()
         self.peaks: dict[str, dict[str, int]] = {}
 
@@ -42,15 +43,15 @@ class Ledger(TorchDispatchMode):
 
     def write_down(self, storage: torch.UntypedStorage, num_bytes: int) -> None:
         """Note a storage's size, until it is freed."""
-        address, reference, part, before = storage._cdata, None, self.part, 0
-        if address in self.storages:
-            reference, part, before = self.storages[address]
-        reference = reference or weakref.ref(storage, lambda _: self._free(address))
-        self.storages[address] = reference, part, num_bytes
+        address = storage._cdata
+        if address not in self.storages:
+            weakref.finalize(storage, self._free, address)
+        part, before = self.storages.get(address, (self.part, 0))
+        self.storages[address] = part, num_bytes
         self._hold(part, num_bytes - before)
 
     def _free(self, address: int) -> None:
-        _, part, num_bytes = self.storages.pop(address)
+        part, num_bytes = self.storages.pop(address)
         self._hold(part, -num_bytes)
 
     def _hold(self, part: str, num_bytes: int) -> None:
@@ -78,12 +79,12 @@ class Ledger(TorchDispatchMode):
         if func is torch.ops.aten.addmm.dtype_out:  # the one operation that has no fake
             return kwargs["out"]
 
-        # integers alone are computed, unless a few of them become many
+        # integers alone are computed, unless they become many
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if any(isinstance(x, FakeTensor) for x in given):
             if func is torch.ops.aten._local_scalar_dense.default:
                 return 1.0  # a float's value: any will do
-        elif not (grows(func, given) if given else stays_fake(func(*args, **kwargs))):
+        elif given or not stays_fake(func(*args, **kwargs)):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
             if not stays_fake(out):
@@ -93,12 +94,6 @@ class Ledger(TorchDispatchMode):
 
 def stays_fake(x) -> bool:
     return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.numel() >= LARGE)
-
-
-def grows(func, given: list[torch.Tensor]) -> bool:
-    """Whether broadcasting makes many integers of few."""
-    shapes = [x.shape for x in given] if torch.Tag.pointwise in func.tags else []
-    return torch.broadcast_shapes(*shapes).numel() >= LARGE
 
 
 class NoKernels:

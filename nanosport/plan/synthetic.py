@@ -11,7 +11,6 @@ import torch
 
 import rl
 import train
-from nanosport.engine.sampler import Piece
 from nanosport.model.decoder import ModelConfig
 from nanosport.model.frames import FrameName
 from nanosport.records import Episode, Question, Turn
@@ -77,57 +76,45 @@ class Lengths:
         return high**turn
 
 
-class Texts:
-    """Random tokens, and frames among them."""
-
-    def __init__(self, cfg: ModelConfig, lengths: Lengths, seed: int = 0):
-        self.rng, self.cfg, self.lengths = np.random.default_rng(seed), cfg, lengths
-        image = [cfg.image_token_id] * lengths.frame_tokens
-        self.image = [cfg.vision_start_token_id, *image, cfg.vision_end_token_id]
-        self.grid = lengths.grid(cfg.vision.spatial_merge_size)
-
-    def text(self, count: int) -> list[int]:
-        return self.rng.integers(NUM_SPECIAL, min(self.cfg.vocab_size, 151_000), count).tolist()
-
-    def frames(self, count: int) -> list[int]:
-        label = self.lengths.label - 2
-        return [token for _ in range(count) for token in (*self.text(label), *self.image)]
-
-    def piece(self, num_frames: int, num_text: int) -> Piece:
-        """Frames and text as a sampler is given them."""
-        shape = num_frames * self.lengths.frame_tokens, self.cfg.vision.feature_size
-        encoder = SimpleNamespace(expect=lambda names: None)
-        encoder.features = lambda names: torch.empty(shape, dtype=torch.bfloat16)
-        ids = self.frames(num_frames) + self.text(num_text)
-        return Piece(ids, [self.grid] * num_frames, range(num_frames), encoder)
-
-
 def make_episodes(
-    cfg: ModelConfig, lengths: Lengths, groups: int, group_size: int, spare: int = 0
+    cfg: ModelConfig, lengths: Lengths, groups: int, group_size: int, tokens: int = 0
 ) -> list[Episode]:
-    """Episodes of `lengths`; a group's members share their prompt. The last turn of all has `spare`
-    tokens more."""
-    texts, episodes, total = Texts(cfg, lengths), [], groups * group_size
+    """Episodes of `lengths`, of random text; a group's members share their prompt. The last turn of
+    all is longer where they would have fewer than `tokens` tokens together."""
+    rng, episodes, total = np.random.default_rng(0), [], groups * group_size
+    image = [cfg.image_token_id] * lengths.frame_tokens
+    image = [cfg.vision_start_token_id, *image, cfg.vision_end_token_id]
+    grid = lengths.grid(cfg.vision.spatial_merge_size)
+
+    def text(count: int) -> list[int]:
+        return rng.integers(NUM_SPECIAL, min(cfg.vocab_size, 151_000), count).tolist()
+
+    def images(count: int) -> list[int]:
+        return [token for _ in range(count) for token in (*text(lengths.label - 2), *image)]
+
     for number in range(total):
         group, member = divmod(number, group_size)
         if member == 0:
             question = Question(str(group), str(group), "", "recognition", "?", (), "a")
-            prompt = texts.frames(lengths.overview) + texts.text(lengths.prompt_text)
+            prompt = images(lengths.overview) + text(lengths.prompt_text)
         ids, mask, turns = list(prompt), [0] * len(prompt), []
         calls = int((number + 1) * lengths.calls) - int(number * lengths.calls)
         for call in range(calls + 1):
-            is_last = call == calls
-            length = lengths.turn_text + spare * (is_last and number == total - 1)
+            is_last, start, length = call == calls, len(ids), lengths.turn_text
+            if is_last and number == total - 1:
+                length = max(length, tokens - sum(len(e.ids) for e in episodes) - start)
             first = 100 * (member + 1) + 10 * call
             frames = () if is_last else tuple(range(first, first + lengths.frames_per_call))
-            span, action = (len(ids), len(ids) + length), "answer" if is_last else "tool"
+            action, span = "answer" if is_last else "tool", (start, start + length)
             turns.append(Turn("", action, frames=frames, tokens=span))
-            ids += texts.text(length) + texts.frames(len(frames))
-            ids += [] if is_last else texts.text(lengths.result_text)
-            mask += [1] * length + [0] * (len(ids) - span[1])
+            ids += text(length)
+            mask += [1] * length
+            if frames:
+                ids += images(len(frames)) + text(lengths.result_text)
+                mask += [0] * (len(ids) - len(mask))
         shown = (*range(lengths.overview), *(k for turn in turns for k in turn.frames))
-        tokens = tuple(ids), tuple(mask), (0.0,) * len(ids), shown, tuple(turns)
-        episodes.append(Episode(question, *tokens, "answered", grid=texts.grid))
+        told = tuple(ids), tuple(mask), (0.0,) * len(ids), shown, tuple(turns)
+        episodes.append(Episode(question, *told, "answered", grid=grid))
     return episodes
 
 
@@ -181,10 +168,8 @@ def take_step(training: Training, actors, episodes: Sequence[Episode]) -> float:
         micro_batches, _ = training.deal(episodes, 1, homes)
         num_tokens = sum(sum(episode.mask) for episode in episodes)
     else:
-        rollouts, advantages = (
-            rl.Rollouts(episodes, [], homes),
-            advantages_of(episodes, training.cfg),
-        )
+        rollouts = rl.Rollouts(episodes, [], homes)
+        advantages = advantages_of(episodes, training.cfg)
         micro_batches = rl.prepare(training, actors, rollouts, advantages, 0).micro_batches
     for micro in micro_batches:
         with training.stage("train"):
