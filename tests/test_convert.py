@@ -23,7 +23,6 @@ from data_prep.sources import (
     match_group,
     read_entries,
     read_items,
-    read_json,
     read_pickle,
     shuffle_options,
     template,
@@ -453,9 +452,9 @@ def test_numbers_may_be_texts_and_texts_may_have_line_breaks(tmp_path):
 
 def test_json_with_a_byte_order_mark_and_without_a_file(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1, 2]")
-    assert read_json(tmp_path / "a.json", list) == [1, 2]
+    assert list(read_entries(tmp_path / "a.json")) == [1, 2]
     with pytest.raises(ValueError, match="b.json: cannot be read"):
-        read_json(tmp_path / "b.json", list)
+        list(read_entries(tmp_path / "b.json"))
 
 
 ENTRIES = [

@@ -2,10 +2,10 @@
 
 A module of this package is a source: constants `SOURCE` (its name, which its question ids start
 with) and `LICENCE`, and `records(root, seed)`, which yields a Question for each usable entry and a
-Skip, with its place and reason, for each other one. `video` is relative to root. A fault of a whole
-file (cut off, of another type, a pickle that is no plain data, not there) raises ValueError.
-Nothing is downloaded, and every choice depends on the seed and the question's id alone, so the
-order of processing does not matter.
+Skip, with its place and reason, for each other one. `records_of` adds the two constants to each
+question. `video` is relative to root. A fault of a whole file (cut off, of another type, a pickle
+that is no plain data, not there) raises ValueError. Nothing is downloaded, and every choice depends
+on the seed and the question's id alone, so the order of processing does not matter.
 """
 
 import json
@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import TextIO
 
 import numpy as np
 from numpy._core import multiarray, numeric
 
-from nanosport.records import Question
+from nanosport.records import LETTERS, Question
 from nanosport.video import Video
 
 VIDEOS = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".ts")
@@ -60,6 +61,15 @@ class Skip:
             text = " ".join(getattr(self, name).split())
             shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
             object.__setattr__(self, name, shown)
+
+
+def records_of(name: str, root: Path, seed: int) -> Iterator[Question | Skip]:
+    """The records of a source, each question with the source's name and licence."""
+    module = import_module(f"{__name__}.{name}")
+    for item in module.records(root, seed):
+        if isinstance(item, Question):
+            item = replace(item, source=module.SOURCE, licence=module.LICENCE)
+        yield item
 
 
 class Folder:
@@ -191,13 +201,6 @@ def _reading(path: Path):
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole JSON file ({error}); download it again") from None
-
-
-def read_json(path: Path, *of: type) -> list | dict:
-    """What a JSON file holds, of one of the types `of`. Raises ValueError where it is not."""
-    with _reading(path):
-        data = json.loads(path.read_text(encoding="utf-8-sig"), strict=False)
-    return _expect(path, data, of)
 
 
 def read_items(path: Path, *of: type) -> Iterator[tuple]:
@@ -369,24 +372,22 @@ def read_pickle(path: Path, of: type) -> list | dict:
         with path.open("rb") as file:
             data = _Unpickler(file, encoding="latin1").load()
     except Exception as error:  # there is no error that damaged or hostile bytes cannot raise
-        plain = (
-            "only plain containers, texts, numbers and numpy arrays are read, since other pickles "
-            "can run code"
-        )
         raise ValueError(
-            f"{path}: not a pickle of plain data ({brief(str(error))}); {plain}: download it again"
+            f"{path}: not a pickle of plain data ({brief(str(error))}); only plain containers, "
+            "texts, numbers and numpy arrays are read, since other pickles can run code: download "
+            "it again"
         ) from None
-    return _expect(path, data, (of,))
+    _expect(path, data, (of,))
+    return data
 
 
-def _expect(path: Path, data, of: tuple[type, ...]) -> list | dict:
+def _expect(path: Path, data, of: tuple[type, ...]) -> None:
     if not isinstance(data, of):
         names = " or ".join(f"a {kind.__name__}" for kind in of)
         raise ValueError(
             f"{path}: holds a {type(data).__name__}, {names} was expected; if it is not this "
             "data set's file, move it away"
         )
-    return data
 
 
 def each(where: str, entries: Iterable[tuple], make: Callable) -> Iterator[Question | Skip]:
@@ -445,8 +446,9 @@ def option(entry, name: str) -> str:
     return field(entry, name)
 
 
-def labelled(texts: list, name: str) -> dict[str, str]:
-    """The options by label of texts such as "A. a smash"."""
+def labelled(entry, name: str) -> dict[str, str]:
+    """The options by label of a field that lists texts such as "A. a smash"."""
+    texts = field(entry, name, list)
     plain = (text for text in texts if isinstance(text, str))
     found = (re.fullmatch(r"([A-J])[.):]\s*(\S.*?)\s*", text, re.DOTALL) for text in plain)
     options = {each[1]: each[2] for each in found if each}
@@ -492,7 +494,7 @@ def shuffle_options(
         raise ValueError("options: one names others by letter, so their order cannot change")
     rng.shuffle(options)
     options.sort(key=lambda option: "of the above" in option.lower())
-    return tuple(options), "ABCDEFGHIJ"[options.index(right)]
+    return tuple(options), LETTERS[options.index(right)]
 
 
 def choose(

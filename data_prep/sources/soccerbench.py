@@ -98,8 +98,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         question=question,
         options=options,
         answer=answer,
-        source=SOURCE,
         group=group,
         provenance=f"{path} {number}: {material}",
-        licence=LICENCE,
     )

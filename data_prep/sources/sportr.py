@@ -96,8 +96,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         options=tuple(options),
         answer=answer,
         kind=kind,
-        source=SOURCE,
         group=f"{SOURCE}/{video}",
         provenance=f"{path} {number}",
-        licence=LICENCE,
     )

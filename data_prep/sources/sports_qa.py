@@ -69,8 +69,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         options=options,
         answer=answer,
         kind=scored,
-        source=SOURCE,
         group=f"{SOURCE}/{youtube[1] or youtube[2]}",
         provenance=f"{path} {number}: qa_id {qa_id}, {kind}",
-        licence=LICENCE,
     )

@@ -73,8 +73,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         question=question,
         options=options,
         answer=answer,
-        source=SOURCE,
         group=f"{SOURCE}/{play[1]}_{play[2]}",
         provenance=f"{path} {number}: {stem}",
-        licence=LICENCE,
     )

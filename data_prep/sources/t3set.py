@@ -32,7 +32,6 @@ from nanosport.records import Question
 
 SOURCE = "t3set"
 LICENCE = "CC BY-NC-SA 4.0"
-DIMENSION = {"advice": "assessment", "key": "assessment", "type": "assessment"}
 LEAD_S = 5.0
 KEYS = (
     "center of gravity", "time of striking ball", "angle of racket", "backswing of racket",
@@ -89,9 +88,8 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 videos, key=lambda video: ("/remote/" not in video, "/right/" not in video, video)
             ),
             "sport": "table tennis",
-            "source": SOURCE,
+            "dimension": "assessment",
             "group": f"{SOURCE}/{player}",
-            "licence": LICENCE,
         }
         said = [
             (f"{path} {n}", entry)
@@ -127,7 +125,6 @@ def _advice(seed: int, technique: str, common: dict, where: str, entry) -> Itera
         raise ValueError(f"type {entry['type']!r}: must be global or realtime")
     yield Question(
         id=id,
-        dimension=DIMENSION["advice"],
         question=template(seed, id, ASK["advice"]).format(technique),
         options=(),
         answer=field(entry, "comment_en"),
@@ -160,7 +157,6 @@ def _corrections(
             options, answer = shuffle_options(seed, id, right, wrong, num=4)
             yield Question(
                 id=id,
-                dimension=DIMENSION[task],
                 question=template(seed, id, ASK[task]).format(technique, key),
                 options=options,
                 answer=answer,
