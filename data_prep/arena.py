@@ -279,15 +279,12 @@ def main(cfg: Config) -> None:
     cli.check(cfg)
     began = time.time()
     (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (cfg.out, split, cfg.seed, k)
-        for split, count in (("sft", cfg.sft_clips), ("rl", cfg.rl_clips), ("test", cfg.test_clips))
-        for k in range(count)
-    ]
+    counts = {"sft": cfg.sft_clips, "rl": cfg.rl_clips, "test": cfg.test_clips}
+    jobs = [(cfg.out, split, cfg.seed, k) for split in counts for k in range(counts[split])]
     with ProcessPoolExecutor(cfg.workers) as pool:
         clips = pool.map(_make_clip, jobs, chunksize=4)
         made = list(tqdm(clips, "render clips", len(jobs), unit="clip"))
-    for split in ("sft", "rl", "test"):
+    for split in counts:
         rows = [m for m, job in zip(made, jobs) if job[1] == split]
         with (
             writing(cfg.out / f"{split}.jsonl") as questions,

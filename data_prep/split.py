@@ -38,14 +38,7 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import leaks
-from data_prep.leaks import (
-    SPLITS,
-    add_id,
-    check_folder,
-    check_splits,
-    is_test_only,
-    question_ties,
-)
+from data_prep.leaks import SPLITS, add_id, check_folder, check_splits, is_test_only, question_ties
 from data_prep.paths import moved, real_video
 from nanosport import cli
 from nanosport.env.scoring import normalise

@@ -19,19 +19,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    clip_name,
-    field,
-    frames_span,
-    place_of,
-    read_entries,
-    shuffle_options,
-    sport_of,
-    template,
-)
+from data_prep.entries import brief, field, read_entries
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, clip_name, frames_span, place_of, sport_of
 from nanosport.records import Question
 
 SOURCE = "events"

@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, each, shuffle_options, template
+from data_prep.entries import brief
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each
 from nanosport.records import Question
 
 SOURCE = "facts_fencing"

@@ -23,7 +23,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, choose, each, field, labelled, read_entries
+from data_prep.entries import field, read_entries
+from data_prep.options import choose, labelled
+from data_prep.sources import Folder, Skip, each
 from nanosport.records import LETTERS, Question
 
 SOURCE = "finebadminton"

@@ -23,17 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    each,
-    field,
-    frames_span,
-    read_pickle,
-    shuffle_options,
-    template,
-)
+from data_prep.entries import brief, field, read_pickle
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each, frames_span
 from nanosport.records import Question
 
 SOURCE = "finediving"

@@ -24,23 +24,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.entries import brief, field, option, read_items
+from data_prep.options import by_label, choose, shuffle_options, template
 from data_prep.sources import (
     Folder,
     Skip,
-    brief,
-    by_label,
-    choose,
     each,
-    field,
     foul_group,
     joined,
     match_group,
-    option,
     place_of,
-    read_items,
-    shuffle_options,
     sport_of,
-    template,
 )
 from data_prep.sources.events import event_questions, words
 from nanosport.records import Question, is_text

@@ -24,21 +24,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    choose,
-    each,
-    field,
-    labelled,
-    match_group,
-    place_of,
-    read_items,
-    shuffle_options,
-    slug,
-    template,
-)
+from data_prep.entries import brief, field, read_items
+from data_prep.options import choose, labelled, shuffle_options, slug, template
+from data_prep.sources import Folder, Skip, each, match_group, place_of
 from nanosport.records import Question
 
 SOURCE = "soccerreplay"

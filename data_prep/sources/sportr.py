@@ -16,18 +16,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    by_label,
-    choose,
-    field,
-    joined,
-    option,
-    place_of,
-    read_entries,
-)
+from data_prep.entries import brief, field, option, read_entries
+from data_prep.options import by_label, choose
+from data_prep.sources import Folder, Skip, joined, place_of
 from nanosport.records import Question
 
 SOURCE = "sportr"

@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, by_label, choose, clip_name, field, joined, option
+from data_prep.entries import field, option
+from data_prep.options import by_label, choose
+from data_prep.sources import Folder, Skip, clip_name, joined
 from nanosport.records import Question
 
 SOURCE = "sportu"

@@ -18,16 +18,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    each,
-    field,
-    read_entries,
-    shuffle_options,
-    template,
-)
+from data_prep.entries import brief, field, read_entries
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each
 from nanosport.records import Question
 
 SOURCE = "t3set"
@@ -96,8 +89,9 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
             for path in paths
             for n, entry in enumerate(read_entries(root / path))
         ]
-        yield from each("", said, partial(_advice, seed, technique.replace("_", " "), common))
-        yield from _corrections(seed, technique.replace("_", " "), common, place, said)
+        technique = technique.replace("_", " ")
+        yield from each("", said, partial(_advice, seed, technique, common))
+        yield from _corrections(seed, technique, common, place, said)
 
 
 def _key(entry) -> str | None:

@@ -20,22 +20,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    each,
-    field,
-    foul_group,
-    joined,
-    match_group,
-    option,
-    osl,
-    place_of,
-    read_items,
-    shuffle_options,
-    template,
-)
+from data_prep.entries import brief, field, option, read_items
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each, foul_group, joined, match_group, osl, place_of
 from nanosport.records import Question, is_text
 
 SOURCE = "xfoul"
