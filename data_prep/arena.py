@@ -78,11 +78,9 @@ class Plan:
         return self.start <= frame <= self.end
 
     def score_at(self, frame: int) -> tuple[int, int]:
+        left, right = self.score
         scored = frame > self.end
-        return (
-            self.score[0] + (scored and self.scorer == 0),
-            self.score[1] + (scored and self.scorer == 1),
-        )
+        return left + (scored and self.scorer == 0), right + (scored and self.scorer == 1)
 
 
 def make_plan(rng: np.random.Generator, layouts: range) -> Plan:
@@ -172,7 +170,8 @@ def closeup_questions(plan: Plan, rng: np.random.Generator) -> dict[str, list[tu
         f"{kit} {others[0]} {shots[(plan.shot + 2) % 3]}",
     ]
     call, who = "Call the decisive play.", "Which shirt number scored?"
-    balance, imposed = "How is the balance of the scorer?", SANCTION[card]
+    balance = "How is the balance of the scorer?"
+    rule, imposed = "What do the rules impose on the scorer?", SANCTION[card]
     return {
         "recognition": [
             (who, str(number), [str(n) for n in others]),
@@ -180,11 +179,7 @@ def closeup_questions(plan: Plan, rng: np.random.Generator) -> dict[str, list[tu
             (who, str(number), None),
         ],
         "rules": [
-            (
-                "What do the rules impose on the scorer?",
-                imposed,
-                without(SANCTION.values(), imposed),
-            ),
+            (rule, imposed, without(SANCTION.values(), imposed)),
             ("Which card did the official show?", card, None),
         ],
         "assessment": [
@@ -204,15 +199,11 @@ def overview_questions(plan: Plan) -> dict[str, tuple]:
     leader, loser = (left, right) if first > second else (right, left)
     if first == second:
         leader, loser = "level", "neither"
-    score = f"{left} {first} {right} {second}"
+    score, trails = f"{left} {first} {right} {second}", "Which team must score more?"
     return {
         "recognition": ("Which sport is this?", plan.sport, without(SHOTS, plan.sport)),
         "rules": ("Who leads at the end?", leader, without((left, right, "level"), leader)),
-        "assessment": (
-            "Which team must score more?",
-            loser,
-            without((left, right, "neither"), loser),
-        ),
+        "assessment": (trails, loser, without((left, right, "neither"), loser)),
         "commentary": ("Give the final score.", score, None),
     }
 
@@ -247,12 +238,8 @@ def write_video(path: Path, frames, fps: int = FPS) -> None:
         exact = {"x264-params": "threads=1:lookahead-threads=1:asm=sse4.2"}
         options = {"crf": "24", "preset": "superfast", "g": str(2 * fps), **exact}
         stream = container.add_stream("libx264", rate=Fraction(fps), options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = (
-            draw.WIDTH,
-            draw.HEIGHT,
-            "yuv420p",
-            1,
-        )
+        stream.width, stream.height = draw.WIDTH, draw.HEIGHT
+        stream.pix_fmt, stream.thread_count = "yuv420p", 1
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
@@ -292,21 +279,12 @@ def main(cfg: Config) -> None:
     cli.check(cfg)
     began = time.time()
     (cfg.out / "clips").mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (cfg.out, split, cfg.seed, k)
-        for split, count in (("sft", cfg.sft_clips), ("rl", cfg.rl_clips), ("test", cfg.test_clips))
-        for k in range(count)
-    ]
+    counts = {"sft": cfg.sft_clips, "rl": cfg.rl_clips, "test": cfg.test_clips}
+    jobs = [(cfg.out, split, cfg.seed, k) for split in counts for k in range(counts[split])]
     with ProcessPoolExecutor(cfg.workers) as pool:
-        made = list(
-            tqdm(
-                pool.map(_make_clip, jobs, chunksize=4),
-                total=len(jobs),
-                desc="render clips",
-                unit="clip",
-            )
-        )
-    for split in ("sft", "rl", "test"):
+        clips = pool.map(_make_clip, jobs, chunksize=4)
+        made = list(tqdm(clips, "render clips", len(jobs), unit="clip"))
+    for split in counts:
         rows = [m for m, job in zip(made, jobs) if job[1] == split]
         with (
             writing(cfg.out / f"{split}.jsonl") as questions,

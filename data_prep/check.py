@@ -36,6 +36,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
+from data_prep.paths import moved
 from nanosport import cli
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import append, mend, writing
@@ -154,25 +155,22 @@ def check_clips(
                 spent = time.monotonic() - began
                 if pipe not in ready and spent < timeout_s:
                     continue
+                why = (
+                    f"not checked within {timeout_s:g} s; raise --timeout-s if the clip is long, "
+                    "else its decoder hangs: convert it"
+                )
                 try:
                     found = pipe.recv() if pipe in ready else None
-                    why = (
-                        f"not checked within {timeout_s:g} s; raise --timeout-s if the clip is "
-                        "long, else its decoder hangs: convert it"
-                    )
                 except (EOFError, OSError):
-                    found, why = (
-                        None,
-                        f"its decoder crashed{_signal(process)}; download or convert it anew",
-                    )
+                    found = None
+                    why = f"its decoder crashed{_signal(process)}; download or convert it anew"
                 if found:
                     idle.append((process, pipe))
                 else:
                     found = {"usable": False, "reason": why, "seconds": round(spent, 3)}
                     process.kill()
-                    process.join(
-                        5
-                    )  # not for ever: one that waits for a dead network disk outlives even this
+                    # not for ever: one that waits for a dead network disk outlives even this
+                    process.join(5)
                 del busy[pipe]
                 yield clip, {"video": clip.video, "span_s": clip.span_s, **found}
     finally:
@@ -183,11 +181,8 @@ def check_clips(
 
 def _signal(process: multiprocessing.Process) -> str:
     process.join(5)
-    return (
-        f" ({signal.strsignal(-process.exitcode)})"
-        if process.exitcode and process.exitcode < 0
-        else ""
-    )
+    code = process.exitcode or 0
+    return f" ({signal.strsignal(-code)})" if code < 0 else ""
 
 
 def read_report(path: Path) -> Iterator[tuple[Clip, dict]]:
@@ -208,9 +203,8 @@ def last_windows(records: Path) -> dict[Clip, int]:
     does."""
     last = {}
     for _, _, question in stream_records(records):
-        last[question.clip] = max(
-            last.get(question.clip, -1), question.window[1] if question.window else -1
-        )
+        asked = question.window[1] if question.window else -1
+        last[question.clip] = max(last.get(question.clip, -1), asked)
     return last
 
 
@@ -222,7 +216,7 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
     is then written out.
     """
     kept, dropped, outside = 0, 0, []
-    old, new = os.path.realpath(records.parent), os.path.realpath(out.parent)
+    old, new = records.parent.resolve(), out.parent.resolve()
     with writing(out) as file:
         for _, row, question in stream_records(records):
             if question.clip not in frames:
@@ -237,10 +231,7 @@ def write_clean(records: Path, out: Path, frames: dict[Clip, int]) -> tuple[int,
                 outside.append(question.id)
             if old != new and not os.path.isabs(question.video):
                 fields = row["question"] if "messages" in row else row
-                fields |= {
-                    "video": os.path.relpath(os.path.join(old, question.video), new),
-                    "group": question.group,
-                }
+                fields |= {"video": moved(question.video, old, new), "group": question.group}
             file.write(json.dumps(row) + "\n")
     return kept, dropped, outside
 

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import sources
-from data_prep.sources import Folder, Skip
+from data_prep.sources import Folder, Skip, records_of
 from nanosport import cli
 from nanosport.fields import AtLeast
 from nanosport.files import is_own_file, mend, named, writing
@@ -74,19 +73,16 @@ class Tally:
 
     def __str__(self) -> str:
         lines = [f"kept      {self.kept:8,}", f"skipped   {self.skipped.total():8,}"]
-        for reason, count in self.skipped.most_common(SHOWN):
+        reasons = self.skipped.most_common()
+        for reason, count in reasons[:SHOWN]:
             skip = self.example[reason]
             lines.append(f"  {count:8,}  e.g. {skip.where}: {skip.why}")
-        if len(self.skipped) > SHOWN:
-            lines.append(
-                f"  {sum(n for _, n in self.skipped.most_common()[SHOWN:]):8,}  for "
-                f"{len(self.skipped) - SHOWN} other reasons"
-            )
+        if others := reasons[SHOWN:]:
+            count = sum(count for _, count in others)
+            lines.append(f"  {count:8,}  for {len(others)} other reasons")
         for name, counter in self.counts.items():
-            lines.append(
-                f"{name:10}"
-                + ", ".join(f"{value} {count:,}" for value, count in counter.most_common())
-            )
+            counts = (f"{value} {count:,}" for value, count in counter.most_common())
+            lines.append(f"{name:10}{', '.join(counts)}")
         return "\n".join(lines)
 
 
@@ -147,11 +143,11 @@ def main(cfg: Config) -> None:
         raise ValueError(
             f"--out {cfg.out}: is a folder, or a file of the input; choose another name"
         )
-    source, tally = import_module(f"data_prep.sources.{cfg.source}"), Tally()
+    tally = Tally()
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         kept_lines(cfg, root, out) as (file, done),
-        tqdm(source.records(cfg.root, cfg.seed), desc=cfg.source, unit="entry") as found,
+        tqdm(records_of(cfg.source, cfg.root, cfg.seed), desc=cfg.source, unit="entry") as found,
     ):
         if done:
             print(f"{len(done):,} records are there already: going on behind them")

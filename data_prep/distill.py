@@ -155,12 +155,9 @@ def same_prompt(env: Env, endpoint: Endpoint) -> bool | None:
 
 def answer_messages(text: str, turn: Turn, env: Env) -> list[dict]:
     """A turn as a message, and what comes back for it as the next."""
-    said, error = (
-        {"role": "assistant", "content": text},
-        "" if turn.frames else f"error: {turn.error}\n",
-    )
+    error = "" if turn.frames else f"error: {turn.error}\n"
     shown = pictures(env, turn.frames, f"<tool_response>\n{error}", "</tool_response>")
-    return [said, {"role": "user", "content": shown}]
+    return [{"role": "assistant", "content": text}, {"role": "user", "content": shown}]
 
 
 def pictures(env: Env, indices: Sequence[int], before: str, after: str) -> list[dict]:
@@ -252,12 +249,10 @@ def consistent(episode: Episode) -> bool:
     window. An answer speaks of frames that were shown."""
     for turn in episode.turns:
         named = cited(split_think(turn.text)[0])
-        if (
-            turn.action == "tool"
-            and named
-            and not any(turn.window[0] <= n <= turn.window[1] for n in named)
-        ):
-            return False
+        if turn.action == "tool" and named:
+            first, last = turn.window
+            if not any(first <= n <= last for n in named):
+                return False
         if turn.action == "answer" and not named <= set(episode.frames):
             return False
     return True
@@ -342,10 +337,11 @@ def check_prompt(
     """Whether an endpoint's teacher is shown the rollout's tokens, with a line where it is not;
     None where nobody can tell."""
     same = None
-    for question in questions[: 1 if endpoint else 0]:
+    if endpoint:
         with suppress(VideoError):
+            question, limits = questions[0], Limits(syntax=cfg.call_syntax)
             video = Video(question.video, span_s=question.span_s)
-            same = same_prompt(Env(question, video, Limits(syntax=cfg.call_syntax)), endpoint)
+            same = same_prompt(Env(question, video, limits), endpoint)
     if same is False:
         why = "its server puts other tokens around the messages than a rollout's prompt has"
         print(f"note: {cfg.teacher}: {why}; the trajectories are written in the rollout's form")
@@ -389,10 +385,8 @@ def main(cfg: Config) -> None:
     for why, count in faults.most_common():
         print(f"{count:8} of {faults.total()} episodes: {why}")
     if not lines:
-        raise ValueError(
-            f"no episode of {cfg.teacher} passed the filters: nothing is written; see the counts "
-            "above"
-        )
+        why = "no episode of {} passed the filters: nothing is written; see the counts above"
+        raise ValueError(why.format(cfg.teacher))
     write_atomically(cfg.out, "\n".join(lines) + "\n")
     print(f"{len(lines)} trajectories of {len(passed)} questions in {cfg.out}")
 

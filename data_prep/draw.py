@@ -50,10 +50,8 @@ def capsule(
     top, bottom = max(0, int(min(y0, y1) - r)), min(HEIGHT, int(max(y0, y1) + r) + 2)
     if left >= right or top >= bottom:
         return
-    x, y = (
-        np.arange(left, right, dtype=np.float32)[None] - x0,
-        np.arange(top, bottom, dtype=np.float32)[:, None] - y0,
-    )
+    x = np.arange(left, right, dtype=np.float32)[None] - x0
+    y = np.arange(top, bottom, dtype=np.float32)[:, None] - y0
     dx, dy = x1 - x0, y1 - y0
     along = np.clip((x * dx + y * dy) / max(dx * dx + dy * dy, 1e-6), 0, 1)
     inside = (x - along * dx) ** 2 + (y - along * dy) ** 2 <= r * r
@@ -65,14 +63,9 @@ def glyph(canvas: np.ndarray, digit: str, x: float, y: float, scale: int, colour
     for row, bits in enumerate(DIGITS[digit]):
         for column in range(4):
             if int(bits, 16) >> (3 - column) & 1:
-                rect(
-                    canvas,
-                    x + column * scale,
-                    y + row * scale,
-                    x + (column + 1) * scale,
-                    y + (row + 1) * scale,
-                    colour,
-                )
+                left, right = x + column * scale, x + (column + 1) * scale
+                top, bottom = y + row * scale, y + (row + 1) * scale
+                rect(canvas, left, top, right, bottom, colour)
 
 
 def _line(canvas, u0, v0, u1, v1, width=2.0, colour=PAPER):

@@ -6,13 +6,12 @@ in files that are there, whoever made them (`python -m data_prep.split --check D
 """
 
 import json
-import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 
+from data_prep.paths import real_video
 from data_prep.sources import foul_group
 from nanosport.records import Question, stream_records
 
@@ -51,16 +50,13 @@ def group_ties(group: str) -> list[tuple[str, str]]:
     return ties
 
 
-@cache
-def real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-def real_path(path: str) -> str:
-    """os.path.realpath, but folders are looked up once."""
-    folder, name = os.path.split(path)
-    path = os.path.join(real_folder(folder), name)
-    return os.path.realpath(path) if name in ("", ".", "..") or os.path.islink(path) else path
+def add_id(files: dict[str, Path], id: str, path: Path) -> None:
+    """Note that a record is in this file. Raises ValueError where there is one of its id."""
+    if id in files:
+        raise ValueError(
+            f"id {id!r}: is in {files[id]} and in {path}; ids must differ in all files"
+        )
+    files[id] = path
 
 
 def question_ties(question: Question, video: str) -> list[tuple[str, str]]:
@@ -106,18 +102,14 @@ def check_splits(paths: Iterable[Path], held_out: Iterable[str] = ()) -> int:
         split = path.stem.rpartition(".")[2]
         if path.is_file() and not path.stat().st_size:
             continue  # its target was 0, or nothing was left for it
-        for num, (*_, question) in enumerate(stream_records(path), len(files)):
-            first = files.setdefault(question.id, path)
-            if len(files) == num:
-                raise ValueError(
-                    f"id {question.id!r}: is in {first} and in {path}; ids must differ in all files"
-                )
+        for *_, question in stream_records(path):
+            add_id(files, question.id, path)
             if split != "test" and is_test_only(question.source):
                 raise ValueError(
                     f"{question.id!r} is in {split}, but its source {question.source!r} is test "
                     "material only"
                 )
-            ties = question_ties(question, real_path(os.path.join(path.parent, question.video)))
+            ties = question_ties(question, real_video(path, question))
             if split != "test" and (tie := next((tie for tie in ties if tie in held), None)):
                 raise ValueError(
                     f"{' '.join(tie)!r} is in {split} ({question.id!r}), but a test-only source "

@@ -84,27 +84,15 @@ def count_tables(counts: dict[str, Counter], most: int = 15) -> str:
     """A small table for each name; of many values the most frequent."""
     tables = []
     for name, counter in counts.items():
-        if not counter:
-            continue
-        total, shown = (
-            counter.total(),
-            sorted(counter.items(), key=lambda c: (-c[1], str(c[0])))[:most],
-        )
-        lines = [
-            f"<tr><td>{escape(v) or '(empty)'}</td><td>{n}</td><td>{100 * n / total:.1f} "
-            "%</td></tr>"
-            for v, n in shown
-        ]
-        if len(counter) > most:
-            rest = total - sum(n for _, n in shown)
-            lines.append(
-                f"<tr><td>{len(counter) - most} "
-                f"others</td><td>{rest}</td><td>{100 * rest / total:.1f} %</td></tr>"
-            )
-        tables.append(
-            f"<table><tr><th>{name}: "
-            f"{len(counter)}</th><th>rows</th><th></th></tr>{''.join(lines)}</table>"
-        )
+        rows, total = sorted(counter.items(), key=lambda c: (-c[1], str(c[0]))), counter.total()
+        if more := rows[most:]:
+            rows[most:] = [(f"{len(more)} others", sum(n for _, n in more))]
+        lines = [f"<tr><th>{name}: {len(counter)}</th><th>rows</th><th></th></tr>"]
+        for value, n in rows:
+            cells = escape(value) or "(empty)", n, f"{100 * n / total:.1f} %"
+            lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        if rows:
+            tables += ["<table>", *lines, "</table>"]
     return f'<div class="counts">{"".join(tables)}</div>'
 
 

@@ -17,6 +17,7 @@ import re
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,29 +52,17 @@ IMAGE = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
 MIN_PIXELS, MAX_PIXELS = 56 * 56, 168 * 112
 TOKENS_PER_FRAME = 6  # 168×112 pixels in 2×2 squares of 28-pixel patches
 SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-HARD = (
-    rf"Ġ?([0-9]+|no|a|sent|{'|'.join(draw.KITS)}|\.)"  # digits, sanctions, kits, where a list ends
-)
-# the hardest to see: of these, any that was left out stayed at chance through the first stage
-HARD_WEIGHT = 4.0
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
 TAGS = (
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<answer>",
-    "</answer>",
-)
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+    "<answer>", "</answer>",
+)  # fmt: skip
+# digits, sanctions, kits, where a list ends: the hardest to see; of these, any that was left out
+# stayed at chance through the first stage
+HARD = rf"Ġ?([0-9]+|no|a|sent|{'|'.join(draw.KITS)}|\.)"
+HARD_WEIGHT = 4.0
 
 
 def corpus() -> list[str]:
@@ -219,9 +208,8 @@ def write_config(folder: Path, family: Family = "qwen2_5_vl") -> None:
     size = max(max(known.values()), max(vocab["model"]["vocab"].values())) + 1
     text, ids = ({n: known[t] for n, t in names.items()} for names in (TEXT_IDS, VISION_IDS))
     make = {"qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl}[family]
-    for name, content in zip(
-        ("config", "preprocessor_config"), make({"vocab_size": size} | text, ids)
-    ):
+    made = make({"vocab_size": size} | text, ids)
+    for name, content in zip(("config", "preprocessor_config"), made):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -260,31 +248,25 @@ def asked(rng: np.random.Generator, plan: arena.Plan, shown) -> tuple[Question, 
     """(question, reply, skill). What the frames do not show is asked for rarely: the answer is then
     a guess."""
     sees = any(plan.in_event(t) for t in shown)
-    fitting = [
-        q
-        for q in arena.make_questions(plan, rng, "", "")
-        if q.needs_tool == sees or rng.random() < 0.1
-    ]
+    drawn = arena.make_questions(plan, rng, "", "")
+    fitting = [q for q in drawn if q.needs_tool == sees or rng.random() < 0.1]
     question = fitting[int(rng.integers(len(fitting)))]
     reply = teacher.answer_turn(teacher.evidence(plan, question, shown), teacher.truth(question))
-    return (
-        question,
-        reply,
-        ("close-up answers" if sees else "guesses") if question.needs_tool else "overview answers",
-    )
+    skill = "close-up answers" if sees else "guesses"
+    return question, reply, skill if question.needs_tool else "overview answers"
 
 
 def short_example(rng: np.random.Generator, stage: int) -> Example:
     """One request about one frame, or in stage 2 about several."""
     plan = arena.make_plan(rng, arena.TRAIN_LAYOUTS)
-    draw, task = rng.random(), rng.random()
+    kind, task = rng.random(), rng.random()
     single = stage == 1 or rng.random() < 0.7
-    if single and draw < 0.5:
+    if single and kind < 0.5:
         shown = [int(rng.integers(plan.start, plan.end + 1))]
     elif single:
         shown = [int(rng.integers(plan.num_frames))]
-    elif draw < 0.5:
-        shown = uniform(0, plan.num_frames - 1, 16 if draw < 0.1 else 8)
+    elif kind < 0.5:
+        shown = uniform(0, plan.num_frames - 1, 16 if kind < 0.1 else 8)
     else:  # a closer look at the play
         first = int(rng.integers(max(0, plan.start - 20), plan.start + 1))
         shown = uniform(first, min(first + int(rng.integers(18, 28)), plan.num_frames - 1), 8)
@@ -378,8 +360,8 @@ class Examples(IterableDataset):
         if info:  # the other cores are the trainer's
             torch.set_num_threads(1)
         rng = np.random.default_rng([self.seed, self.stage, info.id if info else 0])
-        tokenizer = load_tokenizer(self.folder)
-        cfg = load_config(self.folder)
+        tokenizer, cfg = load_tokenizer(self.folder), load_config(self.folder)
+        encode = partial(tokenizer.encode, add_special_tokens=False)
         hard = {i for token, i in tokenizer.get_vocab().items() if re.fullmatch(HARD, token)}
         while True:
             ids, weights, positions, lengths, pixels, spans = [], [], [], [0], [], []
@@ -388,17 +370,13 @@ class Examples(IterableDataset):
                 plan, shown, exchanges = made(rng) if made else short_example(rng, self.stage)
                 start = len(ids)
                 for k, exchange in enumerate(exchanges):
-                    before = tokenizer.encode(
-                        "\n" * (k > 0) + exchange.prompt, add_special_tokens=False
-                    )
-                    said = tokenizer.encode(exchange.text + "<|im_end|>", add_special_tokens=False)
-                    spans.append(
-                        (exchange.skill, len(ids) + len(before), len(ids) + len(before) + len(said))
-                    )
-                    ids += before + said
-                    weights += [0.0] * len(before) + [
-                        HARD_WEIGHT if token in hard else 1.0 for token in said
-                    ]
+                    before = encode("\n" * (k > 0) + exchange.prompt)
+                    said = encode(exchange.text + "<|im_end|>")
+                    ids += before
+                    spans.append((exchange.skill, len(ids), len(ids) + len(said)))
+                    ids += said
+                    weights += [0.0] * len(before)
+                    weights += [HARD_WEIGHT if token in hard else 1.0 for token in said]
                 positions.append(mrope_positions(ids[start:], [(1, 4, 6)] * len(shown), cfg)[0])
                 lengths.append(len(ids))
                 pixels += [arena.render(plan, t) for t in shown]
@@ -425,9 +403,8 @@ def losses(model: VLModel, batch, image: ImageConfig):
     logits_MV = hidden_TD[rows] @ model.head_weight_VD.T
     targets_M = ids_T.roll(-1)[rows]
     weights_M = weights_T.roll(-1)[rows]
-    loss = (
-        weights_M * F.cross_entropy(logits_MV, targets_M, reduction="none")
-    ).sum() / weights_M.sum()
+    losses_M = F.cross_entropy(logits_MV, targets_M, reduction="none")
+    loss = (weights_M * losses_M).sum() / weights_M.sum()
     return loss, logits_MV.argmax(-1) == targets_M, rows
 
 

@@ -38,20 +38,13 @@ import tyro
 from tqdm import tqdm
 
 from data_prep import leaks
-from data_prep.leaks import (
-    SPLITS,
-    check_folder,
-    check_splits,
-    is_test_only,
-    question_ties,
-    real_folder,
-    real_path,
-)
+from data_prep.leaks import SPLITS, add_id, check_folder, check_splits, is_test_only, question_ties
+from data_prep.paths import moved, real_video
 from nanosport import cli
 from nanosport.env.scoring import normalise
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import named, replacing, write_atomically
-from nanosport.records import Question, stream_records
+from nanosport.records import LETTERS, Question, stream_records
 from nanosport.report import printable
 
 CHECKABLE_WORDS = 12
@@ -79,6 +72,10 @@ class Config:
     quota: tuple[str, ...] = ()
     """NAME=SHARE: the share of a source in each split, between 0 and 1; the sources not named have
     equal parts of the rest."""
+
+    @property
+    def targets(self) -> dict[str, int]:
+        return {split: getattr(self, split) for split in SPLITS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +114,15 @@ def checkable(question: Question) -> bool:
 
 def right_text(options: Sequence[str], answer: str) -> str:
     """The right option, or the answer of what is no choice."""
-    return options[ord(answer) - ord("A")] if options else answer
+    return options[LETTERS.index(answer)] if options else answer
 
 
 def text_hash(question: Question) -> bytes:
     """Equal where question, right answer and options have the same words, in whatever order the
     options stand."""
     right = normalise(right_text(question.options, question.answer))
-    return _hash(
-        repr([normalise(question.question), right, sorted(map(normalise, question.options))])
-    )
+    options = sorted(map(normalise, question.options))
+    return _hash(repr([normalise(question.question), right, options]))
 
 
 def read_entries(paths: Sequence[Path], seed: int) -> list[Entry]:
@@ -141,19 +137,9 @@ def read_entries(paths: Sequence[Path], seed: int) -> list[Entry]:
                     f"{path}: {question.id!r} is a trajectory; split the records, and distil "
                     "after it"
                 )
-            first = files.setdefault(question.id, number)
-            if len(files) == len(entries):
-                raise ValueError(
-                    f"id {question.id!r}: is in {paths[first]} and in {path}; ids must differ "
-                    "in all files"
-                )
-            try:
-                video = real_path(os.path.join(path.parent, question.video))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}: video {question.video!r} of {question.id!r}: is no path ({error})"
-                ) from None
-            ties = tuple(names.setdefault(name, name) for name in question_ties(question, video))
+            add_id(files, question.id, path)
+            found = question_ties(question, real_video(path, question))
+            ties = tuple(names.setdefault(name, name) for name in found)
             entries.append(
                 Entry(
                     question.id,
@@ -225,10 +211,8 @@ def find_duplicates(entries: Sequence[Entry], files: Sequence[BinaryIO]) -> dict
                 right = tuple(normalise(right_text(row["options"], row["answer"])))
                 alike[right if same else None].append(k)
             for places in alike.values():
-                twins = near_duplicates([rows[k]["question"] for k in places])
-                found |= {
-                    those[places[dropped]].id: those[places[kept]].id for kept, dropped in twins
-                }
+                for kept, dropped in near_duplicates([rows[k]["question"] for k in places]):
+                    found[those[places[dropped]].id] = those[places[kept]].id
     return found
 
 
@@ -249,19 +233,14 @@ def divide(
         else:
             pools[sources, any(entry.checkable for entry in those)].append(those)
     for (_, takes_rl), pool in sorted(pools.items()):
-        size, num_checkable = (
-            sum(map(len, pool)),
-            sum(entry.checkable for those in pool for entry in those),
-        )
-        ratio = (
-            dict(targets)
-            if takes_rl
-            else {"sft": targets["sft"] + targets["rl"], "test": targets["test"]}
-        )
+        size = sum(map(len, pool))
+        num_checkable = sum(entry.checkable for those in pool for entry in those)
         # what RL will not use of its groups is made up for, until that takes more than twice as
         # many
         if takes_rl:
-            ratio["rl"] /= max(0.5, num_checkable / size)
+            ratio = targets | {"rl": targets["rl"] / max(0.5, num_checkable / size)}
+        else:
+            ratio = {"sft": targets["sft"] + targets["rl"], "test": targets["test"]}
         ratio = {split: part / sum(ratio.values()) for split, part in ratio.items() if part}
         for split, share in ratio.items():
             need[split] += share * size
@@ -359,16 +338,6 @@ def check_config(cfg: Config) -> None:
         raise ValueError(f"--out {cfg.out}: is a file; name a folder")
 
 
-def split_line(row: dict, folder: Path, out: Path) -> str:
-    """A record of a file in `folder` as a line for a file in `out`; absolute paths of videos stay
-    as they are."""
-    if not os.path.isabs(row["video"]):
-        parent, name = os.path.split(os.path.join(folder, row["video"]))
-        video = os.path.relpath(os.path.join(real_folder(parent), name), out)
-        row |= {"video": video} | ({"group": video} if row.get("group") == row["video"] else {})
-    return json.dumps(row) + "\n"
-
-
 def describe(
     cfg: Config,
     entries: Sequence[Entry],
@@ -403,7 +372,7 @@ def describe(
         "scale": cfg.scale,
         "quota": sorted(cfg.quota),
         "records": {os.path.relpath(path, cfg.out): count for path, count in read},
-        "targets": {split: round(getattr(cfg, split) * cfg.scale) for split in SPLITS},
+        "targets": {split: round(target * cfg.scale) for split, target in cfg.targets.items()},
         "reached": reached,
         "tied_to_test_only": shared,
         "same_text_in_several_groups": sum(len(places[entry.text]) > 1 for entry in entries),
@@ -420,10 +389,8 @@ def print_report(report: dict) -> None:
     }
     print(" " * 20 + "".join(f"{name:>10}" for name in columns))
     for source in sorted(set().union(*columns.values())):
-        print(
-            f"{ascii(source)[1:-1]:20}"
-            + "".join(f"{column[source]:10,}" for column in columns.values())
-        )
+        counts = "".join(f"{column[source]:10,}" for column in columns.values())
+        print(f"{ascii(source)[1:-1]:20}{counts}")
     print(f"{'all':20}" + "".join(f"{column.total():10,}" for column in columns.values()))
     for reason, counts in dropped.items():
         if counts:
@@ -456,8 +423,11 @@ def write(
         for split, entries in chosen.items():
             with named(out / f"{split}.jsonl", new[split]), open(new[split], "w") as file:
                 for entry in tqdm(entries, desc=split, unit="record"):
-                    folder = cfg.records[entry.file].parent
-                    file.write(split_line(read_row(entry, files), folder, out))
+                    row, folder = read_row(entry, files), cfg.records[entry.file].parent
+                    video = moved(row["video"], folder, out)
+                    # a group that only repeats the video's name goes on to do so
+                    row |= {"group": video} if row.get("group") == row["video"] else {}
+                    file.write(json.dumps(row | {"video": video}) + "\n")
         check_splits(new.values(), report["held_out"])
         # where a kill leaves old files beside new ones there is no report
         (out / "split.json").unlink(missing_ok=True)
@@ -468,10 +438,8 @@ def main(cfg: Config) -> None:
     if cfg.check:
         if cfg.records or cfg.out:
             raise ValueError("--check DIR: stands alone, without record files and --out")
-        print(
-            f"{cfg.check}: {check_folder(cfg.check):,} records, no group, match or video in two "
-            "splits"
-        )
+        found = f"{check_folder(cfg.check):,} records, no group, match or video in two splits"
+        print(f"{cfg.check}: {found}")
         return
     check_config(cfg)
     entries = read_entries(cfg.records, cfg.seed)
@@ -483,12 +451,9 @@ def main(cfg: Config) -> None:
         for entry, number in zip(entries, first):
             if entry.id not in duplicates:
                 groups[number].append(entry)
-        chosen, dropped = choose(
-            groups.values(), {split: getattr(cfg, split) for split in SPLITS}, cfg.scale, weight
-        )
-        dropped["near-duplicate"] = Counter(
-            entry.source for entry in entries if entry.id in duplicates
-        )
+        chosen, dropped = choose(groups.values(), cfg.targets, cfg.scale, weight)
+        twins = (entry.source for entry in entries if entry.id in duplicates)
+        dropped["near-duplicate"] = Counter(twins)
         report = describe(cfg, entries, first, chosen, duplicates) | {"dropped": dropped}
         write(chosen, report, cfg, files)
     print_report(report)

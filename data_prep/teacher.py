@@ -28,6 +28,7 @@ from nanosport.records import Question, read_lines, read_questions
 from nanosport.video import Video
 
 NUM_FRAMES = 8
+NOTHING = "no frame shows the play."
 
 
 def listing(plan: Plan, shown) -> str:
@@ -43,9 +44,8 @@ def change(plan: Plan, shown) -> int:
 def notice(plan: Plan, shown, k: int) -> str:
     """The reasoning that grounds a window: frame after frame, until one shows another score than
     the one before it."""
-    return (
-        f"{listing(plan, shown[: k + 2])}. the score changes between {shown[k]} and {shown[k + 1]}."
-    )
+    seen = listing(plan, shown[: k + 2])
+    return f"{seen}. the score changes between {shown[k]} and {shown[k + 1]}."
 
 
 def truth(question: Question) -> str:
@@ -57,12 +57,10 @@ def evidence(plan: Plan, question: Question, shown) -> str:
     """What the frames say about the question, and what follows from it."""
     if not question.needs_tool:
         return f"{scene(plan)}, {describe(plan, shown[-1])} at the end. so {truth(question)}."
-    seen = [t for t in shown if plan.in_event(t)]
-    return (
-        f"frame {seen[0]} shows {describe(plan, seen[0])}. so {truth(question)}."
-        if seen
-        else "no frame shows the play."
-    )
+    seen = next((t for t in shown if plan.in_event(t)), None)
+    if seen is None:
+        return NOTHING
+    return f"frame {seen} shows {describe(plan, seen)}. so {truth(question)}."
 
 
 def guess(plan: Plan, question: Question, rng: np.random.Generator) -> str:
@@ -75,9 +73,8 @@ def guess(plan: Plan, question: Question, rng: np.random.Generator) -> str:
         return str(rng.choice(list(SANCTION)))
     if question.dimension == "assessment":
         return str(rng.choice(list(BALANCE.values())))
-    return (
-        f"{plan.kits[int(rng.integers(2))]} {rng.integers(1, 10)} {rng.choice(SHOTS[plan.sport])}"
-    )
+    kit, number = plan.kits[int(rng.integers(2))], rng.integers(1, 10)
+    return f"{kit} {number} {rng.choice(SHOTS[plan.sport])}"
 
 
 def answer_turn(think: str, answer: str) -> str:
@@ -119,24 +116,19 @@ def trajectory(
         return [tool_turn("i look at more frames.", *gaps[int(rng.integers(len(gaps)))]), final]
 
     if rng.random() < cfg.guess:
-        return [answer_turn("no frame shows the play.", guess(plan, question, rng))]
+        return [answer_turn(NOTHING, guess(plan, question, rng))]
     right = change(plan, shown)
     turns, first = [], right
     if rng.random() < cfg.wrong_window / (1 - cfg.guess):
         beside = [k for k in (right - 1, right + 1) if 0 <= k < len(gaps)]
         first = beside[int(rng.integers(len(beside)))]
-        misread = replace(
-            plan, start=shown[first] + 2
-        )  # the score as it would stand, had it changed in that gap
+        # the score as it would stand, had it changed in that gap
+        misread = replace(plan, start=shown[first] + 2)
         turns.append(tool_turn(notice(misread, shown, first), *gaps[first]))
         if rng.random() >= cfg.retry:
-            return [*turns, answer_turn("no frame shows the play.", guess(plan, question, rng))]
-        turns.append(
-            tool_turn(
-                "no frame shows the play. i look between {} and {}.".format(*gaps[right]),
-                *gaps[right],
-            )
-        )
+            return [*turns, answer_turn(NOTHING, guess(plan, question, rng))]
+        think = "{} i look between {} and {}.".format(NOTHING, *gaps[right])
+        turns.append(tool_turn(think, *gaps[right]))
     else:
         turns.append(tool_turn(notice(plan, shown, right), *gaps[right]))
     seen = video.sample(NUM_FRAMES, *gaps[right])
@@ -167,9 +159,8 @@ def main(cfg: Config) -> None:
         if key not in opened:
             opened[key] = Video(question.video)
         messages = trajectory(plans[key], question, opened[key], cfg, rng)
-        lines.append(
-            json.dumps({"question": {**asdict(question), "video": key}, "messages": messages})
-        )
+        row = {"question": asdict(question) | {"video": key}, "messages": messages}
+        lines.append(json.dumps(row))
     write_atomically(out, "\n".join(lines) + "\n")
     print(f"{len(lines)} trajectories in {out}")
 

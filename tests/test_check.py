@@ -197,6 +197,17 @@ def test_every_kind_of_file(folder, capsys):
     assert not list(out.parent.glob("*.partial"))
 
 
+def test_in_another_folder_a_video_behind_a_link_is_found(tmp_path, folder):
+    (tmp_path / "far" / "store").mkdir(parents=True)
+    (tmp_path / "far" / "good.mp4").write_bytes((folder / "good.mp4").read_bytes())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to("../far/store")
+    records = write_records(tmp_path / "data" / "r.jsonl", [record("linked/../good.mp4")])
+    check.main(check.Config(records, tmp_path / "out" / "clean.jsonl", workers=1))
+    (question,) = read_questions(tmp_path / "out" / "clean.jsonl")
+    assert Path(question.video).samefile(tmp_path / "far" / "good.mp4")
+
+
 def test_in_the_same_folder_every_record_stays_as_it_is(folder):
     rows = [
         record("good.mp4"),

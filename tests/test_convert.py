@@ -14,20 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import convert, sources
-from data_prep.sources import (
-    Folder,
-    by_label,
-    choose,
-    foul_group,
-    match_group,
-    read_entries,
-    read_items,
-    read_json,
-    read_pickle,
-    shuffle_options,
-    template,
-)
+from data_prep import convert
+from data_prep.entries import read_entries, read_items, read_pickle
+from data_prep.options import by_label, choose, shuffle_options, template
+from data_prep.sources import Folder, foul_group, match_group
 from nanosport.records import parse_question, read_questions
 from tests.helpers.source_folders import LATER_MATCH, WRITE, finediving, put, run, sportu, touch
 
@@ -453,9 +443,9 @@ def test_numbers_may_be_texts_and_texts_may_have_line_breaks(tmp_path):
 
 def test_json_with_a_byte_order_mark_and_without_a_file(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf[1, 2]")
-    assert read_json(tmp_path / "a.json", list) == [1, 2]
+    assert list(read_entries(tmp_path / "a.json")) == [1, 2]
     with pytest.raises(ValueError, match="b.json: cannot be read"):
-        read_json(tmp_path / "b.json", list)
+        list(read_entries(tmp_path / "b.json"))
 
 
 ENTRIES = [
@@ -476,7 +466,7 @@ ENTRIES = [
 @pytest.mark.parametrize("chunk", (1, 2, 3, 7, 50, 1 << 20))
 @pytest.mark.parametrize("indent", (None, 2))
 def test_entries_are_read_one_by_one_wherever_a_chunk_ends(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr("data_prep.entries.CHUNK", chunk)
     path = tmp_path / "a.json"
     for entries in (ENTRIES, [], [7], [[]]):
         text = json.dumps(entries, indent=indent, ensure_ascii=False)
@@ -661,7 +651,7 @@ def test_a_video_that_has_no_group_is_one(tmp_path):
 
 @pytest.mark.parametrize("chunk", (1, 3, 50, 1 << 20))
 def test_an_object_is_read_part_by_part(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(sources, "CHUNK", chunk)
+    monkeypatch.setattr("data_prep.entries.CHUNK", chunk)
     path = tmp_path / "a.json"
     data = {
         "version": "2.0",
@@ -729,8 +719,8 @@ def test_a_large_file_is_read_in_little_memory(name, tmp_path):
     names = ("a.mp4", *(f"clip_{n}.mp4" for n in range(50)))
     touch(tmp_path, *names, f"italy_serie-a_2020-2021/{LATER_MATCH}/1_00_01.mp4")
     script = (
-        f"from pathlib import Path; from data_prep.sources import {name} as source; import tracemalloc, data_prep.sources;"
-        "data_prep.sources.CHUNK = 1 << 14;"
+        f"from pathlib import Path; from data_prep.sources import {name} as source; import tracemalloc, data_prep.entries;"
+        "data_prep.entries.CHUNK = 1 << 14;"
         f"tracemalloc.start(); kept = sum(1 for _ in source.records(Path({str(tmp_path)!r}), 0));"
         "print(kept, tracemalloc.get_traced_memory()[1])"
     )

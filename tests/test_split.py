@@ -292,6 +292,11 @@ def test_mvfouls_clips_in_a_soccerbench_shaped_file_are_found(tmp_path, split):
     assert ("group", "mvfoul/train/action_7") in ties
 
 
+def test_a_video_that_is_no_path_is_caught(clean):
+    edit(clean / "test.jsonl", record("new", video="nul\0/a.mp4"))
+    assert "test.jsonl: video 'nul\\x00/a.mp4' of 'new': is no path" in caught(clean)
+
+
 def test_a_repeated_id_is_caught(clean):
     edit(clean / "test.jsonl", record(result(clean)[0]["sft"][0]["id"]))
     assert "sft.jsonl and in " in caught(clean) and "test.jsonl" in caught(clean)

@@ -19,19 +19,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    clip_name,
-    field,
-    frames_span,
-    place_of,
-    read_entries,
-    shuffle_options,
-    sport_of,
-    template,
-)
+from data_prep.entries import brief, field, read_entries
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, clip_name, frames_span, place_of, sport_of
 from nanosport.records import Question
 
 SOURCE = "events"
@@ -117,11 +107,11 @@ def _questions(
     name, num_frames = field(entry, "video"), field(entry, "num_frames", int)
     rate = _rate(entry.get("fps"))
     video, span = _clip(folder, name)
-    sport = sport_of(path, name, str(folder.root.name))
+    sport = sport_of(path, name, folder.root.name)
     rows, where = field(entry, "events", list), f"{path} {number}"
     common = {
         "video": video, "sport": sport, "span_s": span, "group": group_of(name, sport),
-        "provenance": f"{where}: {name}", "source": SOURCE, "licence": LICENCE,
+        "provenance": f"{where}: {name}",
     }  # fmt: skip
     place = f"{SOURCE}/{place_of(path)}/{number}"
     yield from event_questions(rows, num_frames, rate, labels, (seed, place, where), common)
@@ -150,11 +140,10 @@ def event_questions(
         others = (other for other in labels if other != label)
         try:
             options, letter = shuffle_options(seed, id, label, others, num=4)
-        except ValueError as error:
-            yield Skip(f"{where}, event {k}", str(error))
-        else:
             text = template(seed, id, ASK["what"]).format(k)
             yield Question(id=id, question=text, options=options, answer=letter, **base)
+        except ValueError as error:
+            yield Skip(f"{where}, event {k}", str(error))
         if times[label] == 1:
             id, within = f"{place}/{k}/when", max(2, near // 2)
             text = template(seed, id, ASK["when"]).format(label, within)

@@ -31,7 +31,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
         with suppress(ValueError):  # its row is skipped below
             classes.add(name_class(name))
     known = sorted(classes)
-    return class_questions(folder, seed, SOURCE, LICENCE, "boxing", ASK, name_class, known)
+    return class_questions(folder, seed, SOURCE, "boxing", ASK, name_class, known)
 
 
 def name_class(text: str) -> str:

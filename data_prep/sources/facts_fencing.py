@@ -13,12 +13,13 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, brief, each, shuffle_options, template
+from data_prep.entries import brief
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each
 from nanosport.records import Question
 
 SOURCE = "facts_fencing"
 LICENCE = "unknown; ask the authors"
-DIMENSION = {"class": "recognition"}
 ACTIONS = ("attack", "riposte", "counter-attack", "remise")
 ASK = (
     "Which action does this clip show?",
@@ -31,7 +32,7 @@ CLASS_COLUMNS = ("label", "class", "action", "category")
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     names = [name_class(f"{action} {side}") for action in ACTIONS for side in ("left", "right")]
-    return class_questions(Folder(root), seed, SOURCE, LICENCE, "fencing", ASK, name_class, names)
+    return class_questions(Folder(root), seed, SOURCE, "fencing", ASK, name_class, names)
 
 
 def name_class(text: str) -> str:
@@ -49,45 +50,45 @@ def name_class(text: str) -> str:
 def labelled_clips(folder: Folder) -> list[tuple[str, tuple[str, str]]]:
     """(where it is said, (file, class)) of every clip: rows of the CSV files, or the videos in
     their class's folder."""
-    tables = [path for path in folder.files if path.lower().endswith(".csv")]
-    if not tables and not any("/" in path for path in folder.videos):
+    if tables := [path for path in folder.files if path.lower().endswith(".csv")]:
+        return [clip for path in tables for clip in _rows(folder.root, path)]
+    clips = [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
+    if not clips:
         raise ValueError(
             f"{folder.root}: holds neither a folder of clips for each class nor a CSV file of "
             "clips and classes"
         )
-    clips = [(path, (path, path.split("/")[-2])) for path in folder.videos if "/" in path]
-    clips = [] if tables else clips
-    for path in tables:
-        try:
-            with (folder.root / path).open(newline="", encoding="utf-8-sig") as file:
-                sign = max(",;\t", key=file.readline().count)
-                file.seek(0)
-                rows = csv.DictReader(file, delimiter=sign)
-                columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
-                of = [
-                    next((columns[name] for name in known if name in columns), None)
-                    for known in (FILE_COLUMNS, CLASS_COLUMNS)
-                ]
-                if None in of:
-                    raise ValueError(
-                        f"its columns are {brief([*columns])}; one of {FILE_COLUMNS} and one "
-                        f"of {CLASS_COLUMNS} are needed"
-                    )
-                for row in rows:
-                    clip = tuple((row[column] or "").strip() for column in of)
-                    clips.append((f"{path} line {rows.line_num}", clip))
-        except (ValueError, csv.Error) as error:
-            raise ValueError(
-                f"{folder.root / path}: not a table of clips and classes: {error}"
-            ) from None
     return clips
+
+
+def _rows(root: Path, path: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The clips of a CSV file."""
+    try:
+        with (root / path).open(newline="", encoding="utf-8-sig") as file:
+            sign = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            rows = csv.DictReader(file, delimiter=sign)
+            columns = {name.strip().lower(): name for name in rows.fieldnames or () if name}
+            of = [
+                next((columns[name] for name in known if name in columns), None)
+                for known in (FILE_COLUMNS, CLASS_COLUMNS)
+            ]
+            if None in of:
+                raise ValueError(
+                    f"its columns are {brief([*columns])}; one of {FILE_COLUMNS} and one of "
+                    f"{CLASS_COLUMNS} are needed"
+                )
+            for row in rows:
+                clip = tuple((row[column] or "").strip() for column in of)
+                yield f"{path} line {rows.line_num}", clip
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{root / path}: not a table of clips and classes: {error}") from None
 
 
 def class_questions(
     folder: Folder,
     seed: int,
     source: str,
-    licence: str,
     sport: str,
     ask: tuple,
     name: Callable[[str], str],
@@ -105,13 +106,11 @@ def class_questions(
             id=id,
             video=video,
             sport=sport,
-            dimension=DIMENSION["class"],
+            dimension="recognition",
             question=template(seed, id, ask),
             options=options,
             answer=answer,
-            source=source,
             provenance=where,
-            licence=licence,
         )
 
     yield from each("", labelled_clips(folder), make)

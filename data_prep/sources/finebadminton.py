@@ -23,8 +23,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, choose, each, field, labelled, read_entries
-from nanosport.records import Question
+from data_prep.entries import field, read_entries
+from data_prep.options import choose, labelled
+from data_prep.sources import Folder, Skip, each
+from nanosport.records import LETTERS, Question
 
 SOURCE = "finebadminton"
 LICENCE = "annotations Apache-2.0; broadcast video"
@@ -134,9 +136,8 @@ def _question(
         )
     name, question = name.replace(" ", "_"), field(field(entry, "question", dict), "question_en")
     id = f"{SOURCE}/{name}"
-    labels = labelled(field(entry, "options_en", list), "options_en")
-    options, answer = choose(seed, id, labels, field(entry, "answer"))
-    right = options["ABCDEFGHIJ".index(answer)]
+    options, answer = choose(seed, id, labelled(entry, "options_en"), field(entry, "answer"))
+    right = options[LETTERS.index(answer)]
     yield Question(
         id=id,
         video=folder.video(name if clip is None else field(entry, "local_video")),
@@ -146,8 +147,6 @@ def _question(
         options=options,
         answer=answer,
         window=_window(strokes[match], start, end, task, question, right),
-        source=SOURCE,
         group=f"{SOURCE}/{match}",
         provenance=f"{path} {number}: {task}, frames {start} to {end} of {match}",
-        licence=LICENCE,
     )

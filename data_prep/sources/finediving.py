@@ -23,47 +23,35 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    each,
-    field,
-    frames_span,
-    read_pickle,
-    shuffle_options,
-    template,
-)
+from data_prep.entries import brief, field, read_pickle
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each, frames_span
 from nanosport.records import Question
 
 SOURCE = "finediving"
 LICENCE = "release agreement; research only"
-DIMENSION = {
-    "code": "recognition",
-    "steps": "recognition",
-    "difficulty": "rules",
-    "score": "assessment",
-}
-TOLERANCE = {"difficulty": 0.2, "score": 5.0}
-ASK = {
+TASKS = {  # name: (dimension, how far off is still right, ways to ask)
     "code": (
-        "Which dive is it?",
-        "Which code does this dive have in the competition's list?",
-        "Name the dive by its code.",
+        "recognition", 0.0,
+        ("Which dive is it?", "Which code does this dive have in the competition's list?",
+         "Name the dive by its code."),
     ),
     "steps": (
-        "In which order do the parts of the dive come?",
-        "Which sequence of sub-actions does the dive show?",
+        "recognition", 0.0,
+        ("In which order do the parts of the dive come?",
+         "Which sequence of sub-actions does the dive show?"),
     ),
     "difficulty": (
-        "What is the dive's degree of difficulty? Within 0.2 counts as right.",
-        "Estimate the degree of difficulty of this dive, to within 0.2.",
+        "rules", 0.2,
+        ("What is the dive's degree of difficulty? Within 0.2 counts as right.",
+         "Estimate the degree of difficulty of this dive, to within 0.2."),
     ),
     "score": (
-        "Which score did the dive get? Within 5 points counts as right.",
-        "Judge this dive: estimate its final score, to within 5 points.",
+        "assessment", 5.0,
+        ("Which score did the dive get? Within 5 points counts as right.",
+         "Judge this dive: estimate its final score, to within 5 points."),
     ),
-}
+}  # fmt: skip
 
 
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
@@ -74,17 +62,15 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     )
     path = min(files, key=lambda name: ("coarse" in name.lower(), "aqa" in name.lower()))
     entries, official, names = read_pickle(root / path, dict), {}, None
-    for table in (name for name in folder.files if name.endswith("Sub_action_Types_Table.pkl")):
-        names = read_pickle(root / table, dict)
-    for split in (
-        name for name in folder.files if name.endswith(("train_split.pkl", "test_split.pkl"))
-    ):
-        keys = read_pickle(root / split, list)
-        try:
-            keys = [_key(key) for key in keys]
-        except ValueError as error:
-            raise ValueError(f"{root / split}: {error}") from None
-        official |= dict.fromkeys(keys, split.rpartition("/")[2].removesuffix("_split.pkl"))
+    for name in folder.files:
+        if name.endswith("Sub_action_Types_Table.pkl"):
+            names = read_pickle(root / name, dict)
+        elif name.endswith(("train_split.pkl", "test_split.pkl")):
+            keys, split = read_pickle(root / name, list), Path(name).name
+            try:
+                official |= {_key(key): split.removesuffix("_split.pkl") for key in keys}
+            except ValueError as error:
+                raise ValueError(f"{root / name}: {error}") from None
     codes = sorted(
         {code for entry in entries.values() if isinstance(code := _fields(entry, None)[0], str)}
     )
@@ -163,34 +149,32 @@ def _clip(folder: Folder, competition: str, number: int, entry) -> tuple[str, tu
 
 
 def _questions(
-    folder: Folder, tables: tuple, seed: int, path: str, place: str, named
+    folder: Folder, tables: tuple, seed: int, path: str, place: str, item: tuple
 ) -> Iterator[Question | Skip]:
-    codes, official, table = tables
-    (competition, number), entry = _key(named[0]), named[1]
+    (codes, official, table), (key, entry) = tables, item
+    competition, number = _key(key)
     video, span = _clip(folder, competition, number, entry)
     code, score, difficulty, labels, names = _fields(entry, table)
-    tasks = {"code": code, "steps": labels, "difficulty": difficulty, "score": score}
+    values = {"code": code, "steps": labels, "difficulty": difficulty, "score": score}
     split = official.get((competition, number), "split unknown")
-    for task, value in tasks.items():
+
+    def make(task: str, value) -> Iterator[Question]:
         id = f"{SOURCE}/{competition}/{number}/{task}"
-        try:
-            options, answer, kind = _answer(task, value, names, id, codes, seed)
-        except ValueError as error:
-            yield Skip(f"{path} {place}, {task}", str(error))
-            continue
+        dimension, tolerance, phrasings = TASKS[task]
+        options, answer, kind = _answer(task, value, names, id, codes, seed)
         yield Question(
             id=id,
             video=video,
             sport="diving",
-            dimension=DIMENSION[task],
-            question=template(seed, id, ASK[task]),
+            dimension=dimension,
+            question=template(seed, id, phrasings),
             options=options,
             answer=answer,
             kind=kind,
-            tolerance=TOLERANCE.get(task, 0.0),
+            tolerance=tolerance,
             span_s=span,
-            source=SOURCE,
             group=f"{SOURCE}/{competition}",
             provenance=f"{path} {(competition, number)}, official {split}",
-            licence=LICENCE,
         )
+
+    yield from each(f"{path} {place},", values.items(), make)

@@ -24,23 +24,17 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.entries import brief, field, option, read_items
+from data_prep.options import by_label, choose, shuffle_options, template
 from data_prep.sources import (
     Folder,
     Skip,
-    brief,
-    by_label,
-    choose,
     each,
-    field,
     foul_group,
     joined,
     match_group,
-    option,
     place_of,
-    read_items,
-    shuffle_options,
     sport_of,
-    template,
 )
 from data_prep.sources.events import event_questions, words
 from nanosport.records import Question, is_text
@@ -61,12 +55,11 @@ RULES = r"foul|card|offen|sever|rule|penal|handball|referee|sanction|decision|\b
 def records(root: Path, seed: int) -> Iterator[Question | Skip]:
     folder = Folder(root)
     for path in folder.named(r".*\.json", "OSL file"):
-        yield from read(folder, path, seed)
+        yield from read(folder, path, seed, SOURCE)
 
 
-def read(folder: Folder, path: str, seed: int, of=(SOURCE, LICENCE)) -> Iterator[Question | Skip]:
-    """The questions of an OSL file, in little memory. of: source and licence. Raises ValueError
-    where it is another one."""
+def read(folder: Folder, path: str, seed: int, source: str) -> Iterator[Question | Skip]:
+    """The questions of an OSL file, in little memory. Raises ValueError where it is another one."""
     header: dict = {}
     for member, place, value in read_items(folder.root / path, dict):
         if place is None:
@@ -78,7 +71,7 @@ def read(folder: Folder, path: str, seed: int, of=(SOURCE, LICENCE)) -> Iterator
                 header[member][place] = value
     if not isinstance(header.get("data"), dict | list):
         raise ValueError(f"{folder.root / path}: holds no list `data` of samples; move it away")
-    reader = Reader(folder, path, seed, of, header)
+    reader = Reader(folder, path, seed, source, header)
     items = read_items(folder.root / path, dict)
     samples = ((k, s) for member, k, s in items if member == "data" and k is not None)
     for _, same in groupby(samples, key=lambda pair: _base_id(*pair)):
@@ -124,12 +117,10 @@ def _seconds(row, name: str = "position_ms") -> float:
 class Reader:
     """Makes questions of the samples of a file."""
 
-    def __init__(self, folder: Folder, path: str, seed: int, of: tuple, header: dict):
+    def __init__(self, folder: Folder, path: str, seed: int, source: str, header: dict):
         self.folder, self.path, self.seed = folder, path, seed
-        self.source, self.licence = of
-        self.sport = sport_of(
-            *_texts(header.get("metadata")), str(header.get("dataset_name")), path, of[0]
-        )
+        named = (*_texts(header.get("metadata")), str(header.get("dataset_name")))
+        self.sport = sport_of(*named, path, source)
         self.heads = {
             head: list(filter(is_text, schema["labels"]))
             for head, schema in _part(header, "labels", dict).items()
@@ -137,11 +128,18 @@ class Reader:
         }
         asked = filter(is_object, _part(header, "questions", dict).values())
         self.asked = {str(each.get("id")): each.get("question") for each in asked}
-        self.place = f"{self.source}/{place_of(path)}"
+        self.place = f"{source}/{place_of(path)}"
 
     def samples(self, same: list[tuple]) -> Iterator[Question | Skip]:
         """The questions of the samples of one clip."""
         answered: list[Question | Skip] = []
+        forms = {
+            "answers": self._answers,
+            "labels": self._class,
+            "captions": self._caption,
+            "dense_captions": self._dense,
+            "streaming_vqa": self._asked_then,
+        }
         for number, sample in same:
             where = f"{self.path} {number}"
             try:
@@ -150,18 +148,11 @@ class Reader:
                 yield Skip(where, str(error))
                 continue
             made = 0
-            forms = {
-                "answers": partial(self._answers, number),
-                "labels": partial(self._class, number),
-                "captions": partial(self._caption, number),
-                "dense_captions": partial(self._dense, number),
-                "streaming_vqa": partial(self._asked_then, number),
-            }
             for name, make in forms.items():
                 rows = sample.get(name)
                 rows = list(rows.items()) if is_object(rows) else list(enumerate(_list(rows)))
                 made += len(rows)
-                found = each(f"{where}, {name}", rows, partial(make, common))
+                found = each(f"{where}, {name}", rows, partial(make, number, common))
                 if name == "answers":
                     answered += found
                 else:
@@ -194,8 +185,6 @@ class Reader:
             "video": video,
             "sport": sport_of(*_texts({"": metadata.get("sport")}), self.sport),
             "group": group or foul_group(path) or "",
-            "source": self.source,
-            "licence": self.licence,
             "provenance": f"{where}: {brief(sample.get('id'))}",
         }
 

@@ -20,19 +20,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    IMAGES,
-    Folder,
-    Skip,
-    brief,
-    by_label,
-    choose,
-    field,
-    foul_group,
-    match_group,
-    option,
-    place_of,
-)
+from data_prep.entries import brief, field, option
+from data_prep.options import by_label, choose
+from data_prep.sources import IMAGES, Folder, Skip, foul_group, match_group, place_of
 from nanosport.records import Question, is_text
 
 SOURCE = "soccerbench"
@@ -98,8 +88,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         question=question,
         options=options,
         answer=answer,
-        source=SOURCE,
         group=group,
         provenance=f"{path} {number}: {material}",
-        licence=LICENCE,
     )

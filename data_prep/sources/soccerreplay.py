@@ -24,26 +24,13 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    choose,
-    each,
-    field,
-    labelled,
-    match_group,
-    place_of,
-    read_items,
-    shuffle_options,
-    slug,
-    template,
-)
+from data_prep.entries import brief, field, read_items
+from data_prep.options import choose, labelled, shuffle_options, slug, template
+from data_prep.sources import Folder, Skip, each, match_group, place_of
 from nanosport.records import Question
 
 SOURCE = "soccerreplay"
 LICENCE = "gated, NDA; no redistribution"
-DIMENSION = {"event": "recognition", "commentary": "commentary"}
 AROUND_S = 15
 COMMENTS = ("comments", "event_descriptions")
 EVENTS = (
@@ -182,8 +169,7 @@ def _about_half(
         span = (0.0, float(second + AROUND_S))
     video, group = matches.half(match, "1")
     id = f"{SOURCE}/{place_of(path)}/{number}"
-    labels = labelled(field(entry, "choices", list), "choices")
-    options, answer = choose(seed, id, labels, field(entry, "answer"))
+    options, answer = choose(seed, id, labelled(entry, "choices"), field(entry, "answer"))
     yield Question(
         id=id,
         video=video,
@@ -193,10 +179,8 @@ def _about_half(
         options=options,
         answer=answer,
         span_s=span,
-        source=SOURCE,
         group=group,
         provenance=f"{path} {number}",
-        licence=LICENCE,
     )
 
 
@@ -232,31 +216,26 @@ def _ask(
 ) -> Iterator[Question | Skip]:
     """What happens, and how it is commented on. about: video, group and span."""
     video, group, span = about
-    for task, name in fields:
+
+    def make(task: str, name: str) -> Iterator[Question]:
         if task == "commentary" and name not in entry:
-            continue  # a form without comments
-        id, options = f"{place}/{task}", ()
-        try:
-            answer = field(entry, name)
-            if task == "event":
-                right = event_type(answer)
-                options, answer = shuffle_options(
-                    seed, id, right, (event for event in EVENTS if event != right), num=4
-                )
-        except ValueError as error:
-            yield Skip(f"{where}, {task}", str(error))
-            continue
+            return  # a form without comments
+        id, options, answer = f"{place}/{task}", (), field(entry, name)
+        if task == "event":
+            right = event_type(answer)
+            others = (event for event in EVENTS if event != right)
+            options, answer = shuffle_options(seed, id, right, others, num=4)
         yield Question(
             id=id,
             video=video,
             sport="soccer",
-            dimension=DIMENSION[task],
+            dimension="recognition" if task == "event" else "commentary",
             question=template(seed, id, ASK[task]),
             options=options,
             answer=answer,
             span_s=span,
-            source=SOURCE,
             group=group,
             provenance=where,
-            licence=LICENCE,
         )
+
+    yield from each(f"{where},", fields, make)

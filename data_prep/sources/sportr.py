@@ -16,18 +16,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    by_label,
-    choose,
-    field,
-    joined,
-    option,
-    place_of,
-    read_entries,
-)
+from data_prep.entries import brief, field, option, read_entries
+from data_prep.options import by_label, choose
+from data_prep.sources import Folder, Skip, joined, place_of
 from nanosport.records import Question
 
 SOURCE = "sportr"
@@ -96,8 +87,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         options=tuple(options),
         answer=answer,
         kind=kind,
-        source=SOURCE,
         group=f"{SOURCE}/{video}",
         provenance=f"{path} {number}",
-        licence=LICENCE,
     )

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, clip_name, field, option, place_of, shuffle_options
+from data_prep.entries import field, option
+from data_prep.options import shuffle_options
+from data_prep.sources import Folder, Skip, clip_name, place_of
 from nanosport.records import Question
 
 SOURCE = "sports_qa"
@@ -69,8 +71,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         options=options,
         answer=answer,
         kind=scored,
-        source=SOURCE,
         group=f"{SOURCE}/{youtube[1] or youtube[2]}",
         provenance=f"{path} {number}: qa_id {qa_id}, {kind}",
-        licence=LICENCE,
     )

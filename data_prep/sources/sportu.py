@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import Folder, Skip, by_label, choose, clip_name, field, joined, option
+from data_prep.entries import field, option
+from data_prep.options import by_label, choose
+from data_prep.sources import Folder, Skip, clip_name, joined
 from nanosport.records import Question
 
 SOURCE = "sportu"
@@ -73,8 +75,6 @@ def _question(folder: Folder, seed: int, path: str, number: int, entry) -> Itera
         question=question,
         options=options,
         answer=answer,
-        source=SOURCE,
         group=f"{SOURCE}/{play[1]}_{play[2]}",
         provenance=f"{path} {number}: {stem}",
-        licence=LICENCE,
     )

@@ -18,21 +18,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    each,
-    field,
-    read_entries,
-    shuffle_options,
-    template,
-)
+from data_prep.entries import brief, field, read_entries
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each
 from nanosport.records import Question
 
 SOURCE = "t3set"
 LICENCE = "CC BY-NC-SA 4.0"
-DIMENSION = {"advice": "assessment", "key": "assessment", "type": "assessment"}
 LEAD_S = 5.0
 KEYS = (
     "center of gravity", "time of striking ball", "angle of racket", "backswing of racket",
@@ -89,17 +81,17 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 videos, key=lambda video: ("/remote/" not in video, "/right/" not in video, video)
             ),
             "sport": "table tennis",
-            "source": SOURCE,
+            "dimension": "assessment",
             "group": f"{SOURCE}/{player}",
-            "licence": LICENCE,
         }
         said = [
             (f"{path} {n}", entry)
             for path in paths
             for n, entry in enumerate(read_entries(root / path))
         ]
-        yield from each("", said, partial(_advice, seed, technique.replace("_", " "), common))
-        yield from _corrections(seed, technique.replace("_", " "), common, place, said)
+        technique = technique.replace("_", " ")
+        yield from each("", said, partial(_advice, seed, technique, common))
+        yield from _corrections(seed, technique, common, place, said)
 
 
 def _key(entry) -> str | None:
@@ -127,7 +119,6 @@ def _advice(seed: int, technique: str, common: dict, where: str, entry) -> Itera
         raise ValueError(f"type {entry['type']!r}: must be global or realtime")
     yield Question(
         id=id,
-        dimension=DIMENSION["advice"],
         question=template(seed, id, ASK["advice"]).format(technique),
         options=(),
         answer=field(entry, "comment_en"),
@@ -160,7 +151,6 @@ def _corrections(
             options, answer = shuffle_options(seed, id, right, wrong, num=4)
             yield Question(
                 id=id,
-                dimension=DIMENSION[task],
                 question=template(seed, id, ASK[task]).format(technique, key),
                 options=options,
                 answer=answer,

@@ -20,22 +20,9 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from data_prep.sources import (
-    Folder,
-    Skip,
-    brief,
-    each,
-    field,
-    foul_group,
-    joined,
-    match_group,
-    option,
-    osl,
-    place_of,
-    read_items,
-    shuffle_options,
-    template,
-)
+from data_prep.entries import brief, field, option, read_items
+from data_prep.options import shuffle_options, template
+from data_prep.sources import Folder, Skip, each, foul_group, joined, match_group, osl, place_of
 from nanosport.records import Question, is_text
 
 SOURCE = "xfoul"
@@ -102,7 +89,7 @@ def records(root: Path, seed: int) -> Iterator[Question | Skip]:
                 make = partial(_labels, folder, actions, seed, path)
                 yield from each(path, [(place, action)], make)
         if "data" in members:
-            yield from osl.read(folder, path, seed, (SOURCE, LICENCE))
+            yield from osl.read(folder, path, seed, SOURCE)
         elif members <= {None}:
             asked.append(path)
         elif "Actions" not in members:
@@ -127,14 +114,15 @@ def _labels(
         raise ValueError("Clips: must name a clip")
     video = folder.video(f"{Path(path).parent.as_posix()}/{place}/{clips[min(1, len(clips) - 1)]}")
     actions[foul_group(f"{split}/{place}")] = video, match
-    for name, (dimension, meaning, phrasings) in LABELS.items():
+
+    def make(name: str, label: tuple) -> Iterator[Question]:
+        dimension, meaning, phrasings = label
         id, value = f"{SOURCE}/{split}/{place}/{name.lower().replace(' ', '_')}", action.get(name)
         with suppress(ValueError):
             value = option(action, name).lower().removesuffix(".0")
         if not is_text(value) or value not in meaning:
-            why = f"{name} {brief(value)}: is no known label" if value else f"{name}: not annotated"
-            yield Skip(f"{path} {number}, {name}", why)
-            continue
+            why = f" {brief(value)}: is no known label" if value else ": not annotated"
+            raise ValueError(f"{name}{why}")
         wrong = [text for text in meaning.values() if text != meaning[value]]
         options, answer = shuffle_options(seed, id, meaning[value], wrong)
         yield Question(
@@ -145,11 +133,11 @@ def _labels(
             question=template(seed, id, phrasings),
             options=options,
             answer=answer,
-            source=SOURCE,
             group=match,
             provenance=f"{path} {number}: {name}",
-            licence=LICENCE,
         )
+
+    yield from each(f"{path} {number},", LABELS.items(), make)
 
 
 def _question(actions: dict, path: str, number: int, entry) -> Iterator[Question]:
@@ -169,8 +157,6 @@ def _question(actions: dict, path: str, number: int, entry) -> Iterator[Question
         question=field(entry, "question"),
         options=(),
         answer=field(entry, "answer"),
-        source=SOURCE,
         group=match,
         provenance=f"{path} {number}",
-        licence=LICENCE,
     )

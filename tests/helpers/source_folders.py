@@ -2,12 +2,11 @@
 
 import json
 import pickle
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.sources import Skip
+from data_prep.sources import Skip, records_of
 from nanosport.records import Question
 
 MATCH = "2015-02-21 - 18-00 Chelsea 1 - 1 Burnley"
@@ -30,7 +29,7 @@ def put(root: Path, path: str, data) -> None:
 
 
 def run(source: str, root: Path, seed: int = 0) -> tuple[list[Question], list[Skip]]:
-    items = list(import_module(f"data_prep.sources.{source}").records(root, seed))
+    items = list(records_of(source, root, seed))
     assert all(isinstance(item, Question | Skip) for item in items)
     return [i for i in items if isinstance(i, Question)], [i for i in items if isinstance(i, Skip)]
 
