@@ -41,8 +41,9 @@ from nanosport import cli
 from nanosport.fields import Above, AtLeast, AtMost
 from nanosport.files import append, mend, writing
 from nanosport.image import ImageConfig, check_shape
+from nanosport.media import load_decoders
 from nanosport.records import Clip, read_lines, stream_records
-from nanosport.video import Video, load_decoders
+from nanosport.video import Video
 
 NUM_FRAMES = 8
 

@@ -1,6 +1,6 @@
 """Attention over packed segments (training, vision windows) and over a cache (generation).
 
-    out_i = Σ_j softmax_j(scale · q_i·k_j) v_j      j over the tokens of i's own segment,
+    out_i = Σ_j softmax_j(q_i·k_j / √d) v_j      j over the tokens of i's own segment,
                                                     and j ≤ i where causal
 
 Segments may share what they begin with (the prompt of a group of rollouts): then it is a segment of
@@ -48,33 +48,23 @@ class Keys:
 
 
 def varlen_attention(
-    q_THd,
-    k_TKd,
-    v_TKd,
-    cu_seqlens,
-    max_seqlen: int,
-    causal: bool,
-    scale: float | None = None,
-    keys: Keys | None = None,
+    q_THd, k_TKd, v_TKd, cu_seqlens, max_seqlen: int, causal: bool, keys: Keys | None = None
 ):
     """out_THd in q's dtype: each segment cu_seqlens[i]:cu_seqlens[i+1] sees itself, or what `keys`
     says; differentiable.
 
     cu_seqlens: int32, on the device of q, first 0 and last T.
     """
-    cu_keys, max_keys = cu_seqlens, max_seqlen
-    if keys is not None:
-        if keys.index_S is not None:
-            k_TKd, v_TKd = (TakeRows.apply(x, keys.index_S) for x in (k_TKd, v_TKd))
-        cu_keys, max_keys = keys.cu_seqlens, keys.longest
+    keys = keys or Keys(None, cu_seqlens, max_seqlen)
+    if keys.index_S is not None:
+        k_TKd, v_TKd = (TakeRows.apply(x, keys.index_S) for x in (k_TKd, v_TKd))
+    spans = cu_seqlens, keys.cu_seqlens, max_seqlen, keys.longest
+    attention = sdpa_per_length
     # the flash kernels know no float32
-    if not (q_THd.is_cuda and q_THd.dtype in (torch.bfloat16, torch.float16)):
-        return sdpa_per_length(q_THd, k_TKd, v_TKd, cu_seqlens, cu_keys, causal, scale)
-    heads = q_THd.shape[1], k_TKd.shape[1], q_THd.shape[2]
-    _, attention = choose(heads, causal, q_THd.dtype, q_THd.device.type)
-    return attention(
-        q_THd, k_TKd, v_TKd, (cu_seqlens, cu_keys, max_seqlen, max_keys), causal, scale
-    )
+    if q_THd.is_cuda and q_THd.dtype in (torch.bfloat16, torch.float16):
+        heads = q_THd.shape[1], k_TKd.shape[1], q_THd.shape[2]
+        _, attention = choose(heads, causal, q_THd.dtype, q_THd.device.type)
+    return attention(q_THd, k_TKd, v_TKd, spans, causal)
 
 
 class TakeRows(torch.autograd.Function):
@@ -100,13 +90,13 @@ class TakeRows(torch.autograd.Function):
 def choose(heads: tuple[int, int, int], causal: bool, dtype, device: str) -> tuple[str, Callable]:
     """(name, function) of the first attention of FLASH that is installed here and right on this
     process's card, forward and backward; else SDPA. heads: H, K and d."""
-    for name, load in FLASH.items():
+    for name, attention in FLASH.items():
         try:
-            if is_right(attention := load(), heads, causal, dtype, device):
+            if is_right(attention, heads, causal, dtype, device):
                 return name, attention
         except Exception:  # not installed, or not made for this card: each raises errors of its own
             continue
-    return "SDPA a segment", sdpa_of_spans
+    return "SDPA a segment", sdpa_per_length
 
 
 def is_right(attention: Callable, heads: tuple[int, int, int], causal: bool, dtype, device) -> bool:
@@ -121,59 +111,43 @@ def is_right(attention: Callable, heads: tuple[int, int, int], causal: bool, dty
 
     def outputs(function, dtype):
         inputs = [x.to(device, dtype).requires_grad_() for x in drawn]
-        out = function(*inputs, spans, causal, None)
+        out = function(*inputs, spans, causal)
         grad = torch.linspace(-1, 1, out.numel(), device=device).view_as(out).to(dtype)
         return out, *torch.autograd.grad(out, inputs, grad)
 
     # whoever asks may be computing a layer that keeps nothing: what is kept here is no part of it
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with torch.enable_grad(), as_it_is:
-        pairs = zip(outputs(attention, dtype), outputs(sdpa_of_spans, torch.float32))
+        pairs = zip(outputs(attention, dtype), outputs(sdpa_per_length, torch.float32))
         return all(float((x - exact).norm() / exact.norm()) < 0.02 for x, exact in pairs)
 
 
-def flash_attention_4() -> Callable:
+def flash_attention_4(q_THd, k_SKd, v_SKd, spans, causal):
     """From the package flash-attn-4; compute capability 9.0 and later."""
     from flash_attn.cute import flash_attn_varlen_func
 
-    def attention(q_THd, k_SKd, v_SKd, spans, causal, scale):
-        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
-        options = dict(zip(names, spans)) | {"softmax_scale": scale, "causal": causal}
-        out = flash_attn_varlen_func(q_THd, k_SKd, v_SKd, **options)
-        return out[0] if isinstance(out, tuple) else out  # some versions add the log-sums
-
-    return attention
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    named = dict(zip(names, spans))
+    out = flash_attn_varlen_func(q_THd, k_SKd, v_SKd, **named, causal=causal)
+    return out[0] if isinstance(out, tuple) else out  # some versions add the log-sums
 
 
-def flash_attention_2() -> Callable:
+def flash_attention_2(q_THd, k_SKd, v_SKd, spans, causal):
     """From the package flash-attn."""
     from flash_attn import flash_attn_varlen_func
 
-    def attention(q_THd, k_SKd, v_SKd, spans, causal, scale):
-        options = {"softmax_scale": scale, "causal": causal}
-        return flash_attn_varlen_func(q_THd, k_SKd, v_SKd, *spans, **options)
-
-    return attention
+    return flash_attn_varlen_func(q_THd, k_SKd, v_SKd, *spans, causal=causal)
 
 
-FLASH = {
-    "FlashAttention 4": flash_attention_4,
-    "FlashAttention 2": flash_attention_2,
-    "FlashAttention 2 of torch": lambda: torch_varlen,
-}
-"""The fastest first: forward and backward of 16,384 tokens in three segments at 7B shapes take 3.9
-ms on an H100 by the first, 8.1 by the last."""
-
-
-def torch_varlen(q_THd, k_SKd, v_SKd, spans, causal, scale):
+def torch_varlen(q_THd, k_SKd, v_SKd, spans, causal):
     """FlashAttention 2 as built into torch (CUDA only)."""
     from torch.nn.attention.varlen import varlen_attn  # imports triton: not before it is needed
 
-    options = {"window_size": (-1, 0) if causal else (-1, -1), "scale": scale}
+    options = {"window_size": (-1, 0) if causal else (-1, -1)}
     if torch_groups_heads():
         options["enable_gqa"] = q_THd.shape[1] != k_SKd.shape[1]
     else:
-        k_SKd, v_SKd = (repeat_heads(x, q_THd.shape[1], dim=1) for x in (k_SKd, v_SKd))
+        k_SKd, v_SKd = (repeat_heads(x, q_THd.shape[1]) for x in (k_SKd, v_SKd))
     return varlen_attn(q_THd, k_SKd, v_SKd, *spans, **options)
 
 
@@ -184,22 +158,27 @@ def torch_groups_heads() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def sdpa_of_spans(q_THd, k_SKd, v_SKd, spans, causal, scale):
-    return sdpa_per_length(q_THd, k_SKd, v_SKd, *spans[:2], causal, scale)
+FLASH = {
+    "FlashAttention 4": flash_attention_4,
+    "FlashAttention 2": flash_attention_2,
+    "FlashAttention 2 of torch": torch_varlen,
+}
+"""The fastest first: forward and backward of 16,384 tokens in three segments at 7B shapes take 3.9
+ms on an H100 by the first, 8.1 by the last."""
 
 
-def sdpa_per_length(q_THd, k_SKd, v_SKd, cu_seqlens, cu_keys, causal, scale):
+def sdpa_per_length(q_THd, k_SKd, v_SKd, spans, causal):
     """The reference, and what a CPU runs: one SDPA call for each pair of lengths, since vision
     windows are many but of few lengths."""
     starts_by_shape: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    spans, key_spans = (pairwise(bounds.tolist()) for bounds in (cu_seqlens, cu_keys))
-    for (start, end), (key_start, key_end) in zip(spans, key_spans, strict=True):
+    own, seen = (pairwise(bounds.tolist()) for bounds in spans[:2])
+    for (start, end), (key_start, key_end) in zip(own, seen, strict=True):
         if end > start:
             shape = (end - start, key_end - key_start)
             starts_by_shape.setdefault(shape, []).append((start, key_start))
     if len(starts_by_shape) == 1:  # the tokens already lie in batch order
         shape = next(iter(starts_by_shape))
-        return sdpa_of_one_shape(q_THd, k_SKd, v_SKd, *shape, causal, scale)
+        return sdpa_of_one_shape(q_THd, k_SKd, v_SKd, *shape, causal)
 
     order, outs = [], []
     for shape, starts in starts_by_shape.items():
@@ -209,11 +188,11 @@ def sdpa_per_length(q_THd, k_SKd, v_SKd, cu_seqlens, cu_keys, causal, scale):
         )
         k, v = (x.index_select(0, key_rows) for x in (k_SKd, v_SKd))
         order.append(rows)
-        outs.append(sdpa_of_one_shape(q_THd.index_select(0, rows), k, v, *shape, causal, scale))
+        outs.append(sdpa_of_one_shape(q_THd.index_select(0, rows), k, v, *shape, causal))
     return torch.cat(outs).index_select(0, torch.cat(order).argsort())
 
 
-def sdpa_of_one_shape(q, k, v, length: int, num_keys: int, causal, scale):
+def sdpa_of_one_shape(q, k, v, length: int, num_keys: int, causal):
     """Attention of segments of `length` queries, each over `num_keys` keys."""
     q = q.unflatten(0, (-1, length)).transpose(1, 2)
     k, v = (x.unflatten(0, (-1, num_keys)).transpose(1, 2) for x in (k, v))
@@ -223,11 +202,11 @@ def sdpa_of_one_shape(q, k, v, length: int, num_keys: int, causal, scale):
         # with a mask, only the math path knows GQA
         mask = torch.ones(length, num_keys, dtype=torch.bool, device=q.device)
         mask = mask.tril(num_keys - length)
-        k, v = (repeat_heads(x, num_heads, dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        k, v = (repeat_heads(x, num_heads) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
-        options = {"is_causal": causal, "scale": scale, "enable_gqa": num_heads != k.shape[1]}
-        out = F.scaled_dot_product_attention(q, k, v, **options)
+        groups = num_heads != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=groups)
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -241,6 +220,6 @@ def cached_attention(q_RHd, k_RKSd, v_RKSd, mask_RS):
     return out_RKGd.flatten(1, 2)
 
 
-def repeat_heads(x, num_heads: int, dim: int):
-    """Repeat key heads up to `num_heads`, neighbours alike."""
-    return x if x.shape[dim] == num_heads else x.repeat_interleave(num_heads // x.shape[dim], dim)
+def repeat_heads(x, num_heads: int):
+    """Repeat key heads, the second dimension, up to `num_heads`, neighbours alike."""
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], 1)

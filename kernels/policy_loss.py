@@ -157,10 +157,8 @@ def fill_rows(
 ) -> None:
     """What torch_rows does, by the kernel where there is one."""
     rows = torch_rows
-    if by_triton(logits_CV):
-        from kernels.policy_row import (
-            triton_rows as rows,  # not before it is needed: a Mac has none
-        )
+    if by_triton(logits_CV):  # triton is not imported before it is needed: a Mac has none
+        from kernels.policy_row import triton_rows as rows
     rows(logits_CV, tokens, objective, gradient_CV, out_6C)
 
 
@@ -341,9 +339,9 @@ def fused_linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Σ_t −scale_t·logp_t, logp_M detached): SFT's loss, differentiable in the first two."""
     tokens = TokenInputs(targets_M, torch.ones_like(scale_M), scale_M)
-    weight_VD = full_head(weight_VD, hidden_MD)
-    loss, out_6M = HeadLoss.apply(hidden_MD, weight_VD, tokens, Objective(likelihood=True), None)
-    return loss, out_6M[1]
+    likelihood = Objective(likelihood=True)
+    loss, stats = fused_linear_policy_loss(hidden_MD, weight_VD, tokens, likelihood)
+    return loss, stats.logp_M
 
 
 def fused_linear_policy_loss(

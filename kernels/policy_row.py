@@ -147,28 +147,16 @@ def triton_rows(logits_CV, tokens, objective, gradient_CV, out_6C: torch.Tensor)
     """Do on the GPU what policy_loss.torch_rows does."""
     needed = (tokens.targets_M, tokens.advantages_M, tokens.scale_M)
     optional = (tokens.old_logp_M, tokens.ref_logp_M, tokens.sampled_logp_M, tokens.ratio_M)
-    clip = (objective.clip_low, objective.clip_high)
-    weights = (objective.beta, objective.entropy_bonus, objective.rollout_cap)
     written_CV = logits_CV if gradient_CV is None else gradient_CV
     row_kernel[(len(logits_CV),)](
-        logits_CV,
-        written_CV,
-        *(x.contiguous() for x in needed),
-        *(out_6C if x is None else x.contiguous() for x in optional),
-        out_6C,
-        logits_CV.shape[1],
-        logits_CV.stride(0),
-        written_CV.stride(0),
-        out_6C.stride(0),
-        objective.temperature,
-        *clip,
-        *weights,
-        *(x is not None for x in optional),
-        objective.likelihood,
-        gradient_CV is not None,
-        BLOCK,
-        num_warps=NUM_WARPS,
-    )
+        logits_CV, written_CV, *(x.contiguous() for x in needed),
+        *(out_6C if x is None else x.contiguous() for x in optional), out_6C,
+        logits_CV.shape[1], logits_CV.stride(0), written_CV.stride(0), out_6C.stride(0),
+        objective.temperature, objective.clip_low, objective.clip_high,
+        objective.beta, objective.entropy_bonus, objective.rollout_cap,
+        *(x is not None for x in optional), objective.likelihood, gradient_CV is not None,
+        BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
 
 
 @triton.jit

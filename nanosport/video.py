@@ -4,26 +4,22 @@
     indices = video.sample(8)           # uniform in time, first and last frame included
     frames_FCHW = video.frames(indices)
 
-PyAV (which brings its own FFmpeg) scans every file once for presentation times and key frames,
-without decoding. Frame i is then reached by a seek to the key frame before it. torchcodec, where it
-loads, decodes the plain case from that same index, in the containers that keep each frame's time;
-all else stays with PyAV, so that both give the same frames bit for bit.
+PyAV scans every file once for presentation times and key frames, without decoding. Frame i is then
+reached by a seek to the key frame before it. torchcodec, where it loads, decodes the plain case
+from that same index, in the containers that keep each frame's time; all else stays with PyAV, so
+that both give the same frames bit for bit. What opens files is in media.py.
 
 Shape letters: F frames, C channels, H height, W width.
 """
 
 import bisect
 import copy
-import io
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from fractions import Fraction
-from functools import cache
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -31,20 +27,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nanosport import media
+from nanosport.media import VideoError
+
 MAX_PIXELS = 1920 * 1088
 """Larger frames are scaled down while decoding: 8 frames of 8K would take 850 MB, these 50 MB."""
-MAX_CODED_PIXELS = 2**26
-"""A larger frame (8K is 2**25) is refused: a few kB of file can ask for gigabytes."""
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TIMED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 """Containers that keep the time of each frame; in others torchcodec finds other frames."""
-PLAYLISTS = (b"ffconcat", b"#extm3u")
-ADDRESS = re.compile(r"(^|/)[a-z][a-z0-9+.-]+:/")
-"""https://…, of which a path keeps one slash, as it is or behind a folder."""
-
-
-class VideoError(ValueError):
-    """A video that cannot be used. It says in one line which file, why, and what to do."""
 
 
 class Packet(NamedTuple):
@@ -61,22 +50,6 @@ class Packet(NamedTuple):
     is_corrupt: bool
 
 
-class Header(NamedTuple):
-    """What a file says of its frames as a whole."""
-
-    rate: float
-    time_base: Fraction
-    num_frames: int
-    """0 where it does not say."""
-    pixel_ratio: Fraction | None
-    start_s: float
-    """The time at which a player starts its clock."""
-    is_timed: bool
-    """Whether the container is TIMED."""
-    is_guessed: bool
-    """Whether the reader has made the times up, in the order of decoding, as it does for AVI."""
-
-
 class Video:
     """A clip whose frames are read by index.
 
@@ -84,8 +57,8 @@ class Video:
     come as a player shows them: rotated, with square pixels, all of the first one's size, at most
     MAX_PIXELS.
 
-    path: a video file; a folder of frames (IMAGES) in natural order (frame_2 before frame_10); or
-    one such image, a video of one frame. timeout_s: the limit for each call, opening
+    path: a video file; a folder of frames (media.IMAGES) in natural order (frame_2 before
+    frame_10); or one such image, a video of one frame. timeout_s: the limit for each call, opening
     included. backend: "torchcodec", "pyav", or None for the best that loads; damaged, resized and
     >8-bit videos are PyAV's in any case. fps: the rate of a folder of frames, which carries none.
     span_s: only the frames on screen from the first time to the second, in seconds as a player
@@ -111,10 +84,10 @@ class Video:
             raise ValueError(f"fps {fps}: must be positive and finite")
         self.path, self.timeout_s, self._offset, self.start_s = Path(path), timeout_s, 0, 0.0
         self.rotation = self.frames_promised = None
-        if self.path.is_dir() or self.path.suffix.lower() in IMAGES:
+        if self.path.is_dir() or self.path.suffix.lower() in media.IMAGES:
             self._index_images(fps)
         else:
-            has_torchcodec = backend != "pyav" and _torchcodec() is not None
+            has_torchcodec = backend != "pyav" and media.torchcodec() is not None
             if backend == "torchcodec" and not has_torchcodec:
                 raise ValueError(
                     "backend 'torchcodec' does not load here (it needs FFmpeg's shared "
@@ -150,20 +123,15 @@ class Video:
         VideoError where an index is out of range, the file has gone or changed, or time is up.
         """
         indices = [int(i) for i in indices]
-        for i in indices:
-            if not 0 <= i < self.num_frames:
-                last = self.num_frames - 1
-                raise VideoError(
-                    f"{self.path}: frame {i} is out of range; it has frames 0 to {last}"
-                )
+        if outside := [i for i in indices if not 0 <= i < self.num_frames]:
+            has = f"it has frames 0 to {self.num_frames - 1}"
+            raise VideoError(f"{self.path}: frame {outside[0]} is out of range; {has}")
         if not indices:
             return torch.empty(0, 3, self.height, self.width, dtype=torch.uint8)
         indices = [i + self._offset for i in indices]
         wanted, deadline = sorted(set(indices)), self._deadline()
-        if self.backend == "folder":
-            rgb = self._read_images(wanted, deadline)
-        else:
-            rgb = self._read_file(wanted, deadline)
+        read = self._read_images if self.backend == "folder" else self._read_file
+        rgb = read(wanted, deadline)
         return torch.stack([rgb[i] for i in indices])
 
     def part(self, span_s: tuple[float, float]) -> "Video":
@@ -233,16 +201,17 @@ class Video:
     # A folder of frames: they are known by their names.
 
     def _index_images(self, fps: float) -> None:
-        self._images = _image_paths(self.path)
+        self._images = media.image_paths(self.path)
         self.backend, self.num_frames, self.fps = "folder", len(self._images), float(fps)
         self.times_s = np.arange(self.num_frames) / self.fps
-        self._set_size(_image(self._images[0]), None, _exif_orientation(self._images[0]))
+        first = self._images[0]
+        self._set_size(media.image(first), None, media.exif_orientation(first))
 
     def _read_images(self, wanted: list[int], deadline: float) -> dict[int, torch.Tensor]:
         rgb = {}
         for i in wanted:
             self._check(deadline)
-            rgb[i] = self._rgb(_image(self._images[i]))
+            rgb[i] = self._rgb(media.image(self._images[i]))
         return rgb
 
     # A file: its frames are known by their presentation time `_pts`, or by counting from the start
@@ -258,73 +227,67 @@ class Video:
     #     pixels need no conversion and no mirror
 
     def _index_file(self, has_torchcodec: bool, deadline: float) -> None:
-        packets, header = self._scan(deadline)
-        is_guessed = header.is_guessed
+        with media.open_video(self.path, self.timeout_s) as (container, stream):
+            packets = [
+                Packet(p.pts, p.dts, p.duration or 1, p.is_keyframe, p.is_discard, p.is_corrupt)
+                for p in self._packets(container, stream, deadline)
+                if p.size
+            ]
+            self._stream, self._time_base = stream.index, stream.time_base
+            self.fps, self.frames_promised = float(stream.average_rate or 25), stream.frames or None
+            clock_start_s = (container.start_time or 0) / 1e6
+            pixel_ratio = stream.sample_aspect_ratio
+            is_timed = container.format.name in TIMED
+            may_guess = stream.codec_context.has_b_frames and not is_timed
+
+        # key frames; is_guessed: the reader makes times up, in the order of decoding, as for AVI
         timed = [p for p in packets if p.pts is not None]
         shown = sorted((p for p in timed if not p.is_hidden), key=lambda p: p.pts)
         keys = sorted((p.pts, p.pts if p.dts is None else p.dts) for p in timed if p.is_key)
-
-        # key frames
+        lags = {p.pts - p.dts for p in timed if p.dts is not None}
+        is_guessed = may_guess and len(lags) == 1
         own_times = len({p.pts for p in shown}) == sum(not p.is_hidden for p in packets)
-        trusted = bool(own_times and keys and shown) and not any(p.is_corrupt for p in packets)
-        trusted = trusted and not is_guessed
+        trusted = bool(own_times and keys and shown and not is_guessed)
+        trusted = trusted and not any(p.is_corrupt for p in packets)
         self._keys, self._pts = keys if trusted else [], [p.pts for p in shown]
         self.backend = "pyav"
         first = next(self._decode(None, deadline), None)
         if first is None:
             what = "no frame can be decoded (encrypted, damaged or empty)"
             raise VideoError(f"{self.path}: {what}; download or convert it anew")
-        self._set_size(first, header.pixel_ratio, _orientation(first))
-        self.rotation, self.frames_promised = 90 * self._turns, header.num_frames or None
+        self._set_size(first, pixel_ratio, media.orientation(first))
+        self.rotation = 90 * self._turns
 
         # times: few formats have a count; to decode all is slow, and the only truth about damage
         trusted = trusted and first.pts == self._pts[0]
-        is_counted = header.num_frames == len(packets)
+        is_counted = self.frames_promised == len(packets)
         trusted = trusted and (is_counted or self._last_decode(deadline))
         if not trusted:
             frames = self._decode(None, deadline)
             self._pts = [None if is_guessed else frame.pts for frame in frames]
-        self._set_times(header)
+        self._set_times(clock_start_s)
 
-        # torchcodec resizes, mirrors, and converts more than 8 bits, with other pixels than PyAV
-        same_pixels = self._size == (first.width, first.height) and not self._mirrored
-        same_pixels = same_pixels and round(first.rotation) % 360 == self.rotation
-        same_pixels = same_pixels and all(c.bits == 8 for c in first.format.components)
-        is_plain = trusted and header.is_timed and len(shown) == len(packets) and same_pixels
-        if has_torchcodec and is_plain:
+        if has_torchcodec and trusted and is_timed and len(shown) == len(packets):
+            self._use_torchcodec(first, shown)
+
+    def _use_torchcodec(self, first, shown: list[Packet]) -> None:
+        """Let torchcodec decode where it gives PyAV's pixels, which it does not where it resizes,
+        mirrors, or converts more than 8 bits."""
+        as_stored = self._size == (first.width, first.height) and not self._mirrored
+        upright = round(first.rotation) % 360 == self.rotation
+        if as_stored and upright and all(c.bits == 8 for c in first.format.components):
             index = [{"pts": p.pts, "duration": p.duration, "key_frame": +p.is_key} for p in shown]
             self.backend, self._mapping = "torchcodec", json.dumps({"frames": index})
-            self._time_base = float(header.time_base)
 
-    def _scan(self, deadline: float) -> tuple[list[Packet], Header]:
-        """Read what a file says of its frames, without decoding."""
-        with _open(self.path, self.timeout_s) as (container, stream):
-            packets = [
-                Packet(p.pts, p.dts, p.duration or 1, p.is_keyframe, p.is_discard, p.is_corrupt)
-                for p in self._packets(container, stream, deadline)
-                if p.size
-            ]
-            self._stream, is_timed = stream.index, container.format.name in TIMED
-            lags = {p.pts - p.dts for p in packets if None not in (p.pts, p.dts)}
-            is_guessed = stream.codec_context.has_b_frames and len(lags) == 1 and not is_timed
-            return packets, Header(
-                float(stream.average_rate or 25),
-                stream.time_base,
-                stream.frames,
-                stream.sample_aspect_ratio,
-                (container.start_time or 0) / 1e6,
-                is_timed,
-                bool(is_guessed),
-            )
-
-    def _set_times(self, header: Header) -> None:
-        time_base = header.time_base
-        self.num_frames, self.fps = len(self._pts), header.rate
+    def _set_times(self, clock_start_s: float) -> None:
+        """Set the time of each frame. clock_start_s: when a player starts its clock."""
+        self.num_frames = len(self._pts)
         if None in self._pts or self._pts != sorted(set(self._pts)):  # none, or they run backwards
             self._pts, self.times_s = None, np.arange(self.num_frames) / self.fps
             return
-        self.times_s = np.array([float((pts - self._pts[0]) * time_base) for pts in self._pts])
-        self.start_s = max(0.0, float(self._pts[0] * time_base) - header.start_s)
+        first = self._pts[0]
+        self.times_s = np.array([float((pts - first) * self._time_base) for pts in self._pts])
+        self.start_s = max(0.0, float(first * self._time_base) - clock_start_s)
         if self.num_frames > 1:
             self.fps = float((self.num_frames - 1) / self.times_s[-1])
 
@@ -341,14 +304,14 @@ class Video:
             for packet in container.demux(stream):
                 self._check(deadline)
                 yield packet
-        except _av().FFmpegError:  # the container breaks off: what came before it counts
+        except media.pyav().FFmpegError:  # the container breaks off: what came before it counts
             self._check(deadline)
 
     def _decode(self, key: tuple[int, int] | None, deadline: float) -> Iterator:
         """Yield av frames in presentation order, from a key frame (pts, dts) or from the start;
         damaged packets are stepped over."""
-        FFmpegError = _av().FFmpegError
-        with _open(self.path, self.timeout_s) as (container, stream):
+        FFmpegError = media.pyav().FFmpegError
+        with media.open_video(self.path, self.timeout_s) as (container, stream):
             seeks = key is not None and key != self._keys[0]
             if seeks:
                 with suppress(FFmpegError):  # where it landed is seen below
@@ -403,7 +366,7 @@ class Video:
         return rgb
 
     def _read_torchcodec(self, wanted: list[int], deadline: float) -> dict[int, torch.Tensor]:
-        decoder = _torchcodec()(
+        decoder = media.torchcodec()(
             self.path.absolute(),
             stream_index=self._stream,
             custom_frame_mappings=self._mapping,
@@ -414,7 +377,7 @@ class Video:
             self._check(deadline)
             part = wanted[start : start + 8]
             frames = decoder.get_frames_at(part)
-            expected_s = torch.tensor([self._pts[i] * self._time_base for i in part])
+            expected_s = torch.tensor([float(self._pts[i] * self._time_base) for i in part])
             if (frames.pts_seconds - expected_s).abs().max() > 1e-3:
                 raise RuntimeError("these are not the frames that were asked for")
             rgb.update(zip(part, frames.data, strict=True))
@@ -430,170 +393,3 @@ def usable(questions: Sequence, open: Callable) -> tuple[list, list[str]]:
         except VideoError as error:
             broken[clip] = str(error)
     return [q for q in questions if q.clip not in broken], list(broken.values())
-
-
-def load_decoders() -> None:
-    """Import what decodes, which takes a second or two."""
-    _av(), _torchcodec()
-
-
-@cache
-def _av():
-    import av
-
-    av.logging.set_level(None)  # FFmpeg's own lines on stderr; what matters is raised
-    return av
-
-
-@cache
-def _torchcodec():
-    """torchcodec's VideoDecoder, or None where it or its FFmpeg libraries are missing."""
-    try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError):
-        return None
-    return VideoDecoder
-
-
-@contextmanager
-def _open(path: Path, timeout_s: float):
-    """(container, its default video stream)."""
-    head, av = _head(path), _av()
-    url = f"file:{path.absolute()}"  # so that no name is taken for a URL or an option
-    try:
-        container = av.open(url, timeout=timeout_s, options={"protocol_whitelist": "file"})
-    except av.error.ExitError as error:
-        raise VideoError(f"{path}: not decoded within {timeout_s:g} s; raise timeout_s") from error
-    except (av.FFmpegError, ValueError) as error:
-        raise VideoError(f"{path}: {_diagnosis(head)}") from error
-    with container:
-        flags, every = av.stream.Disposition, container.streams.video
-        streams = [s for s in every if not s.disposition & flags.attached_pic]
-        if not streams and every:
-            raise VideoError(f"{path}: only an attached picture; give a file with video")
-        if not streams:
-            what = "no video stream (audio only, or empty)"
-            raise VideoError(f"{path}: {what}; give a file with video")
-        stream = next((s for s in streams if s.disposition & flags.default), streams[0])
-        if stream.codec_context is None:
-            raise VideoError(f"{path}: its codec is unknown to FFmpeg; convert it to H.264")
-        _check_size(path, stream.codec_context)
-        stream.codec_context.thread_count = 1  # callers run many videos at once
-        yield container, stream
-
-
-def _check_size(path: Path, codec) -> None:
-    if codec.width * codec.height > MAX_CODED_PIXELS:
-        what = f"frames of {codec.width}x{codec.height} are too large to decode"
-        raise VideoError(f"{path}: {what}; scale it down")
-
-
-def _orientation(frame) -> tuple[int, bool]:
-    """How a player shows an av frame, by its display matrix: (quarter turns counter-clockwise,
-    whether it is mirrored left to right before that)."""
-    with suppress(ValueError):  # PyAV does not know all kinds of side data
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        if matrix is not None:
-            a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32).astype(float)
-            if a * d == b * c:  # all zeros, say: no picture could be shown so
-                return 0, False
-            is_mirrored = a * d < b * c
-            sign = -1 if is_mirrored else 1
-            return round(-math.degrees(math.atan2(sign * b, sign * a)) / 90) % 4, is_mirrored
-    return 0, False
-
-
-def _exif_orientation(path: Path) -> tuple[int, bool]:
-    """As `_orientation`, of a still, by its EXIF tag."""
-    with path.open("rb") as file:
-        found = re.search(rb"(?:Exif\0\0|eXIf|EXIF.{4})(II\*\0|MM\0\*)", file.read(2**16), re.S)
-        if found is None:
-            return 0, False
-        file.seek(found.start(1))
-        tiff = file.read(2**12)
-    order = "little" if tiff[:2] == b"II" else "big"
-    start = int.from_bytes(tiff[4:8], order)
-    num_tags = int.from_bytes(tiff[start : start + 2], order)
-    for at in range(start + 2, min(start + 2 + 12 * num_tags, len(tiff)), 12):
-        if int.from_bytes(tiff[at : at + 2], order) == 0x112:
-            number = int.from_bytes(tiff[at + 8 : at + 10], order)
-            return EXIF.get(number, (0, False))
-    return 0, False
-
-
-EXIF = {2: (0, True), 3: (2, False), 4: (2, True), 5: (1, True)}
-EXIF |= {6: (3, False), 7: (3, True), 8: (1, False)}
-"""EXIF's orientations but the first, which is none."""
-
-
-def _image_paths(path: Path) -> list[Path]:
-    """The image that `path` is, or the images of that folder in natural order."""
-    if not path.is_dir():
-        return [path]
-    try:
-        names = [p for p in path.iterdir() if p.suffix.lower() in IMAGES and p.name[0] != "."]
-        names = [p for p in names if p.is_file()]
-    except OSError as error:
-        why = f"cannot be read ({error.strerror}); check its permissions"
-        raise VideoError(f"{path}: {why}") from error
-    if not names:
-        kinds = ", ".join(IMAGES)
-        fix = "give a video file or a folder of frames"
-        raise VideoError(f"{path}: a folder without {kinds} frames; {fix}")
-    return sorted(names, key=_natural)
-
-
-def _image(path: Path):
-    """The av frame of a still. From memory: FFmpeg would take a % in the name for a sequence."""
-    _head(path)
-    av = _av()
-    try:
-        with av.open(io.BytesIO(path.read_bytes())) as container:
-            _check_size(path, container.streams.video[0].codec_context)
-            return next(container.decode(video=0))
-    except (av.FFmpegError, IndexError, StopIteration) as error:
-        raise VideoError(f"{path}: not a readable image; extract the frames again") from error
-
-
-def _head(path: Path) -> bytes:
-    """The file's first bytes. Raises VideoError where they tell that it is no video."""
-    try:
-        if not path.exists():
-            if ADDRESS.search(str(path)):
-                what = "an address, and nothing is downloaded here"
-                address = str(path).replace(":/", "://", 1)  # Path has taken one slash
-                raise VideoError(f"{address}: {what}; download the video, and give its file")
-            raise VideoError(f"{path}: no such file; check the path")
-        if not path.is_file():  # a pipe would block for ever
-            raise VideoError(f"{path}: not a regular file; copy the video to disk")
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        why = f"cannot be read ({error.strerror}); check its permissions"
-        raise VideoError(f"{path}: {why}") from error
-    if not head:
-        raise VideoError(f"{path}: an empty file (0 bytes); download it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise VideoError(f"{path}: a Git LFS pointer, not the video itself; run `git lfs pull`")
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    if start.startswith(PLAYLISTS) or b"<mpd" in start:
-        what = "a playlist, which names other files"
-        raise VideoError(f"{path}: {what}; give the video itself")
-    if start.startswith((b"<!doctype", b"<html")):
-        what = "an HTML page saved under a video's name"
-        raise VideoError(f"{path}: {what}; check the link and download it again")
-    return head
-
-
-def _diagnosis(head: bytes) -> str:
-    if head[4:8] == b"ftyp":
-        return "an MP4 cut off before its index (moov); download it again"
-    what = "not a video that FFmpeg can read (damaged, or no video at all)"
-    return f"{what}; download or convert it anew"
-
-
-def _natural(path: Path) -> list:
-    """Sorts frame_2 before frame_10."""
-    parts = re.split(r"(\d+)", path.name)
-    numbers = [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
-    return [*numbers, (0, path.name)]  # 1.png and 01.png: always in the same order

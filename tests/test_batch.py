@@ -109,9 +109,9 @@ def test_attention_behind_a_shared_prefix_is_that_of_whole_sequences():
 def test_torch_on_cuda_is_called_as_its_version_asks(knows_gqa, monkeypatch):
     """2.13 groups heads itself, 2.11 does not; both take the keys' own bounds."""
 
-    def compute(q, k, v, cu_queries, cu_keys, max_queries, max_keys, *, window_size, scale):
-        assert (max_queries, max_keys, window_size, scale) == (5, 8, (-1, 0), 0.3)
-        return attention.sdpa_per_length(q, k, v, cu_queries, cu_keys, True, scale)
+    def compute(q, k, v, cu_queries, cu_keys, max_queries, max_keys, *, window_size):
+        assert (max_queries, max_keys, window_size) == (5, 8, (-1, 0))
+        return attention.sdpa_per_length(q, k, v, (cu_queries, cu_keys), True)
 
     def groups_heads(*args, enable_gqa=False, **options):
         assert enable_gqa
@@ -126,22 +126,20 @@ def test_torch_on_cuda_is_called_as_its_version_asks(knows_gqa, monkeypatch):
     )
     q, k, v = (torch.randn(n, h, 8) for n, h in ((8, 4), (13, 2), (13, 2)))
     spans = torch.tensor([0, 3, 8]).int(), torch.tensor([0, 5, 13]).int(), 5, 8
-    got = attention.torch_varlen(q, k, v, spans, causal=True, scale=0.3)
-    torch.testing.assert_close(got, attention.sdpa_per_length(q, k, v, *spans[:2], True, 0.3))
+    got = attention.torch_varlen(q, k, v, spans, causal=True)
+    torch.testing.assert_close(got, attention.sdpa_per_length(q, k, v, spans, True))
 
 
 def package(kind: str):
     """The flash_attn_varlen_func of a package: right, or wrong in this way."""
 
-    def compute(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal
-    ):
-        assert (max_seqlen_q, max_seqlen_k, softmax_scale) == (70, 90 if causal else 70, None)
+    def compute(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert (max_seqlen_q, max_seqlen_k) == (70, 90 if causal else 70)
         if kind == "raises":
             raise RuntimeError("no kernel image is available")
         if kind == "mask counts from the first key":
             cu_seqlens_k = cu_seqlens_q
-        out = attention.sdpa_per_length(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, softmax_scale)
+        out = attention.sdpa_per_length(q, k, v, (cu_seqlens_q, cu_seqlens_k), causal)
         if kind == "no gradient":
             out = out.detach().requires_grad_()
         return (out, "log-sums") if kind == "right, with log-sums" else out
@@ -176,8 +174,8 @@ def test_the_fastest_attention_that_is_right_is_chosen(four, two, chosen, causal
     sizes = (73, 160, 160) if causal else (73, 73, 73)
     q, k, v = (torch.randn(n, h, 16) for n, h in zip(sizes, (4, 2, 2)))
     bounds = [torch.tensor([0, 70, n]).int() for n in sizes[:2]]
-    out = function(q, k, v, (*bounds, 70, 90 if causal else 70), causal, None)
-    exact = attention.sdpa_per_length(q, k, v, *bounds, causal, None)
+    out = function(q, k, v, (*bounds, 70, 90 if causal else 70), causal)
+    exact = attention.sdpa_per_length(q, k, v, bounds, causal)
     torch.testing.assert_close(out, exact)
 
 
@@ -202,11 +200,13 @@ def test_the_choice_may_fall_inside_a_layer_that_is_computed_again(monkeypatch):
 def test_an_attention_whose_mask_counts_from_the_first_key_is_not_taken():
     compute, heads = package("mask counts from the first key"), (4, 2, 16)
 
-    def wrong(q, k, v, spans, causal, scale):
-        return compute(q, k, v, *spans, scale, causal)
+    def wrong(q, k, v, spans, causal):
+        return compute(q, k, v, *spans, causal)
 
     how = heads, True, torch.bfloat16, torch.device("cpu")
-    assert attention.is_right(attention.sdpa_of_spans, *how) and not attention.is_right(wrong, *how)
+    assert attention.is_right(attention.sdpa_per_length, *how) and not attention.is_right(
+        wrong, *how
+    )
 
 
 def test_gradients_of_shared_keys_add_up_in_float32():

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 BASE = (
     "reading",
     "records",
+    "media",
     "video",
     "image",
     "files",

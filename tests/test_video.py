@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from nanosport import image as image_module
+from nanosport import media
 from nanosport import video as V
 from nanosport.image import ImageConfig, encode_jpeg, encode_png, preprocess, smart_resize
 from nanosport.video import Video, VideoError
@@ -120,8 +121,9 @@ def test_shown_size(name, width, height):
 
 BACKENDS_AGREE = """
 import sys, av, torch  # av first: its libraries then find each other
-from nanosport.video import Video, _torchcodec
-if _torchcodec() is None:
+from nanosport.media import torchcodec
+from nanosport.video import Video
+if torchcodec() is None:
     print("skip") or sys.exit()
 served = 0
 for path in sys.argv[1:]:
@@ -144,7 +146,7 @@ def test_torchcodec_gives_the_same_frames(tmp_path):
         stem, version = lib.name.split("-")[0], lib.name.split(".so.")[1].split(".")[0]
         (libs / f"{stem}.so.{version}").symlink_to(lib)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    if V._torchcodec() is None:
+    if media.torchcodec() is None:
         env["LD_LIBRARY_PATH"] = f"{libs}:{os.environ.get('LD_LIBRARY_PATH', '')}"
     paths = [
         write(tmp_path / "a.mp4"),
@@ -410,7 +412,7 @@ NUMBERED = {
 @pytest.mark.parametrize("backend", ["pyav", "torchcodec"])
 def test_the_frame_that_is_asked_for_comes(name, backend, tmp_path):
     """Whatever the container and the codec: alone, all together, and after a seek."""
-    if backend == "torchcodec" and V._torchcodec() is None:
+    if backend == "torchcodec" and media.torchcodec() is None:
         pytest.skip("torchcodec does not load here")
     path = numbered(tmp_path / name, **NUMBERED[name])
     video = Video(path, backend=backend)
@@ -441,7 +443,7 @@ def test_a_decoder_that_gives_other_frames_is_left(tmp_path, monkeypatch):
             return SimpleNamespace(data=data, pts_seconds=torch.tensor(indices) / 25 + 0.4)
 
     path = numbered(tmp_path / "a.mp4", **B_FRAMES)
-    monkeypatch.setattr(V, "_torchcodec", lambda: Late)
+    monkeypatch.setattr(media, "torchcodec", lambda: Late)
     video = Video(path)
     assert video.backend == "torchcodec"
     assert number_in(video.frames([5])[0]) == 5 and video.backend == "pyav"

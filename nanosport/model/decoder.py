@@ -17,6 +17,7 @@ tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import call
 from typing import Annotated, ClassVar
 
 import torch
@@ -31,7 +32,6 @@ from nanosport.model.layers import (
     Linear,
     RMSNorm,
     apply,
-    call,
     inverse_frequencies,
     join,
     learns,
@@ -49,6 +49,8 @@ class ModelConfig:
     qkv_bias: ClassVar[bool]
     qk_norm: ClassVar[bool]
     """Whether the queries and keys of each head are normed before they are rotated."""
+    vision_type: ClassVar[type[VisionConfig]]
+    """The family's config of its tower, from config.json's `vision_config`."""
 
     vocab_size: Annotated[int, AtLeast(1)]
     hidden_size: Annotated[int, AtLeast(1)]
@@ -88,7 +90,7 @@ class ModelConfig:
             "mrope_section": rope.get("mrope_section", parts),
             "tie_word_embeddings": tied or False,
             "eos_token_ids": as_ids(text.get("eos_token_id")),
-            "vision": cls.vision_from(section(raw, "vision_config", where), where),
+            "vision": cls.vision_type.from_dict(section(raw, "vision_config", where), where),
         }
         cfg = build(cls, values, where)
         for wrong, rule in cfg.size_rules():
@@ -99,11 +101,6 @@ class ModelConfig:
     @classmethod
     def check_settings(cls, text: dict, rope: dict, where) -> None:
         """Raise ValueError for a setting that asks for what the family's code has not."""
-        raise NotImplementedError
-
-    @classmethod
-    def vision_from(cls, raw: dict, where) -> VisionConfig:
-        """The tower's config, from config.json's `vision_config`."""
         raise NotImplementedError
 
     def size_rules(self) -> list[tuple]:

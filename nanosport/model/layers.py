@@ -1,6 +1,6 @@
 """The layers that the decoder and the vision tower share."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -191,7 +191,3 @@ def run_layer(layer: nn.Module, x, attend, recompute: str):
     if recompute == "all":
         return checkpoint(layer, x, attend, use_reentrant=False)
     return layer(x, attend, partial(checkpoint, use_reentrant=False))
-
-
-def call(function: Callable, *inputs):
-    return function(*inputs)

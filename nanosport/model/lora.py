@@ -81,8 +81,8 @@ def attach(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], se
 
 def adapters(model: nn.Module) -> dict[str, Lora]:
     """The adapters of a model by the name of the layer that each stands beside."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Lora)}
-    return {name.removesuffix(".lora"): module for name, module in found.items()}
+    named = model.named_modules()
+    return {name.removesuffix(".lora"): part for name, part in named if isinstance(part, Lora)}
 
 
 @contextmanager

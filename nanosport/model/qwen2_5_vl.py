@@ -16,20 +16,11 @@ from torch import nn
 from nanosport.fields import AtLeast, only
 from nanosport.model import decoder, vision
 from nanosport.model.layers import MLP, Linear, RMSNorm, run_layer
-from nanosport.model.vision import (
-    EPS,
-    PatchEmbed,
-    VisionBlock,
-    attention_over,
-    checked_grids,
-    frame_lengths,
-    patch_places,
-    place_cos_sin,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(vision.VisionConfig):
+    hidden_act = "silu"
     window_size: Annotated[int, AtLeast(1)]
     """Pixels a side."""
     fullatt_block_indexes: Annotated[tuple[int, ...], AtLeast(0)]
@@ -44,17 +35,11 @@ class VisionConfig(vision.VisionConfig):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(decoder.ModelConfig):
     rope_default = 1e6, (16, 24, 24)
-    qkv_bias, qk_norm = True, False
+    qkv_bias, qk_norm, vision_type = True, False, VisionConfig
 
     @classmethod
     def check_settings(cls, text: dict, rope: dict, where) -> None:
         only(where, "use_sliding_window", text.get("use_sliding_window") or False, False)
-
-    @classmethod
-    def vision_from(cls, raw: dict, where) -> VisionConfig:
-        where = f"{where}: vision_config"
-        only(where, "hidden_act", raw.get("hidden_act", "silu"), "silu")
-        return VisionConfig.from_dict(raw, where)
 
     def size_rules(self) -> list[tuple]:
         v, heads = self.vision, self.hidden_size % self.num_attention_heads
@@ -78,7 +63,7 @@ class ModelConfig(decoder.ModelConfig):
 class PatchMerger(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
-        self.ln_q = RMSNorm(cfg.hidden_size, eps=EPS)
+        self.ln_q = RMSNorm(cfg.hidden_size, eps=vision.EPS)
         wide = cfg.hidden_size * cfg.merge_unit
         self.mlp = nn.Sequential(Linear(wide, wide), nn.GELU(), Linear(wide, cfg.out_hidden_size))
 
@@ -108,7 +93,7 @@ def layout(grids: Sequence[tuple[int, int, int]], cfg: VisionConfig):
         order_N, lengths = frame_layout(grid, cfg)
         order.append(order_N + num_before)
         window_lengths += lengths
-        places.append(patch_places(grid, cfg.spatial_merge_size))
+        places.append(vision.patch_places(grid, cfg.spatial_merge_size))
         num_before += len(order_N)
     return torch.cat(order), window_lengths, torch.cat(places)
 
@@ -120,9 +105,9 @@ class Tower(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.cfg = cfg
-        self.patch_embed = PatchEmbed(cfg, bias=False)
+        self.patch_embed = vision.PatchEmbed(cfg, bias=False)
         self.blocks = nn.ModuleList(
-            VisionBlock(cfg, RMSNorm, MLP(cfg.hidden_size, cfg.intermediate_size, bias=True))
+            vision.VisionBlock(cfg, RMSNorm, MLP(cfg.hidden_size, cfg.intermediate_size, bias=True))
             for _ in range(cfg.depth)
         )
         self.merger = PatchMerger(cfg)
@@ -136,18 +121,18 @@ class Tower(nn.Module):
         grids: one (t, h, w) an image, in patches. Raises ValueError where the two do not fit.
         """
         cfg, device = self.cfg, patches_PC.device
-        grids = checked_grids(patches_PC, grids, cfg)
+        grids = vision.checked_grids(patches_PC, grids, cfg)
         order_N, window_lengths, places_P2 = layout(grids, cfg)
         order_N = order_N.to(device)
 
         def by_window(x_PD):
             return x_PD.unflatten(0, (-1, cfg.merge_unit))[order_N].flatten(0, 1)
 
-        cos, sin = place_cos_sin(by_window(places_P2.to(device)), cfg)
+        cos, sin = vision.place_cos_sin(by_window(places_P2.to(device)), cfg)
 
         # full attention too stays inside a frame
-        in_window = attention_over(window_lengths, cos, sin)
-        in_frame = attention_over(frame_lengths(grids), cos, sin)
+        in_window = vision.attention_over(window_lengths, cos, sin)
+        in_frame = vision.attention_over(vision.frame_lengths(grids), cos, sin)
         x_PD = by_window(self.patch_embed(patches_PC))
         for index, block in enumerate(self.blocks):
             attend = in_frame if index in cfg.fullatt_block_indexes else in_window

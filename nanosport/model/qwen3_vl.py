@@ -17,20 +17,11 @@ from torch import nn
 from nanosport.fields import AtLeast, only
 from nanosport.model import decoder, vision
 from nanosport.model.layers import LayerNorm, Linear, run_layer
-from nanosport.model.vision import (
-    EPS,
-    PatchEmbed,
-    VisionBlock,
-    attention_over,
-    checked_grids,
-    frame_lengths,
-    patch_places,
-    place_cos_sin,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig(vision.VisionConfig):
+    hidden_act = "gelu_pytorch_tanh"
     num_position_embeddings: Annotated[int, AtLeast(1)]
     """Of a square table."""
     deepstack_visual_indexes: Annotated[tuple[int, ...], AtLeast(0)]
@@ -51,19 +42,13 @@ class VisionConfig(vision.VisionConfig):
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(decoder.ModelConfig):
     rope_default = 5e5, (24, 20, 20)
-    qkv_bias, qk_norm = False, True
+    qkv_bias, qk_norm, vision_type = False, True, VisionConfig
     head_dim: Annotated[int, AtLeast(2)]
 
     @classmethod
     def check_settings(cls, text: dict, rope: dict, where) -> None:
         only(where, "attention_bias", text.get("attention_bias") or False, False)
         only(where, "mrope_interleaved", rope.get("mrope_interleaved", True), True)
-
-    @classmethod
-    def vision_from(cls, raw: dict, where) -> VisionConfig:
-        where, act = f"{where}: vision_config", "gelu_pytorch_tanh"
-        only(where, "hidden_act", raw.get("hidden_act", act), act)
-        return VisionConfig.from_dict(raw, where)
 
     def size_rules(self) -> list[tuple]:
         v, (_, high, wide), half = self.vision, self.mrope_section, self.head_dim // 2
@@ -117,13 +102,11 @@ class PatchMerger(TwoLayers):
         """norm_square: the norm is of the whole square, not of each patch."""
         wide = cfg.hidden_size * cfg.merge_unit
         super().__init__(wide, wide, cfg.out_hidden_size, approximate="none")
-        self.norm = LayerNorm(wide if norm_square else cfg.hidden_size, eps=EPS)
-        self.wide, self.norm_square = wide, norm_square
+        self.norm = LayerNorm(wide if norm_square else cfg.hidden_size, eps=vision.EPS)
 
     def forward(self, x_PD):
-        if self.norm_square:
-            return super().forward(self.norm(x_PD.view(-1, self.wide)))
-        return super().forward(self.norm(x_PD).view(-1, self.wide))
+        normed = self.norm(x_PD.view(-1, *self.norm.normalized_shape))
+        return super().forward(normed.view(-1, self.linear_fc1.in_features))
 
 
 class Tower(nn.Module):
@@ -133,10 +116,12 @@ class Tower(nn.Module):
     def __init__(self, cfg: VisionConfig):
         super().__init__()
         self.cfg, width = cfg, cfg.hidden_size
-        self.patch_embed = PatchEmbed(cfg, bias=True)
+        self.patch_embed = vision.PatchEmbed(cfg, bias=True)
         self.pos_embed = nn.Embedding(cfg.num_position_embeddings, width)
         self.blocks = nn.ModuleList(
-            VisionBlock(cfg, LayerNorm, TwoLayers(width, cfg.intermediate_size, width, "tanh"))
+            vision.VisionBlock(
+                cfg, LayerNorm, TwoLayers(width, cfg.intermediate_size, width, "tanh")
+            )
             for _ in range(cfg.depth)
         )
         self.merger = PatchMerger(cfg, norm_square=False)
@@ -154,10 +139,10 @@ class Tower(nn.Module):
         grids: one (t, h, w) an image, in patches. Raises ValueError where the two do not fit.
         """
         cfg, device = self.cfg, patches_PC.device
-        grids = checked_grids(patches_PC, grids, cfg)
-        places_P2 = torch.cat([patch_places(grid, cfg.spatial_merge_size) for grid in grids])
-        cos, sin = place_cos_sin(places_P2.to(device), cfg)
-        attend = attention_over(frame_lengths(grids), cos, sin)
+        grids = vision.checked_grids(patches_PC, grids, cfg)
+        places_P2 = torch.cat([vision.patch_places(grid, cfg.spatial_merge_size) for grid in grids])
+        cos, sin = vision.place_cos_sin(places_P2.to(device), cfg)
+        attend = vision.attention_over(vision.frame_lengths(grids), cos, sin)
         x_PD, deep = self.patch_embed(patches_PC), []
         # frames of one video share their grid: it is interpolated once
         embedded = {grid: self.interpolate(grid).to(x_PD.dtype) for grid in set(grids)}
@@ -173,7 +158,7 @@ class Tower(nn.Module):
         table's corners are the image's. The weights are in float32."""
         (_, *sides), last = grid, isqrt(self.cfg.num_position_embeddings) - 1
         spans = torch.tensor([max(1, side - 1) for side in sides])
-        at_P2 = patch_places(grid, self.cfg.spatial_merge_size).float() * last / spans
+        at_P2 = vision.patch_places(grid, self.cfg.spatial_merge_size).float() * last / spans
         low_P2 = at_P2.long()
         rest_P2, high_P2 = at_P2 - low_P2, (low_P2 + 1).clamp(max=last)
         rows = zip((low_P2[:, 0], high_P2[:, 0]), (1 - rest_P2[:, 0], rest_P2[:, 0]))

@@ -10,7 +10,8 @@ temporal patch · patch²), D hidden, H heads, d head width.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated
+from operator import call
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ from torch import nn
 
 from kernels.attention import varlen_attention
 from kernels.elementwise import rotary
-from nanosport.fields import Above, AtLeast, AtMost, build, section
+from nanosport.fields import Above, AtLeast, AtMost, build, only, section
 from nanosport.image import MAX_SIDE
-from nanosport.model.layers import Linear, call, inverse_frequencies
+from nanosport.model.layers import Linear, inverse_frequencies
 
 MAX_LAYERS = 1000
 """Published models have 130 at most; a million take minutes to build, before a weight is read."""
@@ -31,6 +32,9 @@ EPS = 1e-6
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
     """What every tower has; a family's own config extends it."""
+
+    hidden_act: ClassVar[str]
+    """The one activation that the family's blocks have."""
 
     depth: Annotated[int, AtLeast(1), AtMost(MAX_LAYERS)]
     hidden_size: Annotated[int, AtLeast(1), AtMost(2**20)]
@@ -46,9 +50,11 @@ class VisionConfig:
     rope_theta: Annotated[float, Above(0)] = 10000.0
 
     @classmethod
-    def from_dict(cls, raw: dict, where="config.json: vision_config") -> "VisionConfig":
+    def from_dict(cls, raw: dict, where) -> "VisionConfig":
         """From config.json's `vision_config`, published (`in_chans`) or of transformers 5
-        (`in_channels`). Raises ValueError for the first field that is wrong."""
+        (`in_channels`). Raises ValueError for the first field that is wrong, after `where`."""
+        where = f"{where}: vision_config"
+        only(where, "hidden_act", raw.get("hidden_act", cls.hidden_act), cls.hidden_act)
         rope = section(raw, "rope_parameters", where)
         values = {"in_channels": raw.get("in_chans", 3)} | raw
         return build(cls, values | {"rope_theta": rope.get("rope_theta", cls.rope_theta)}, where)
