@@ -38,7 +38,7 @@ def made(cfg: Config, seed: int, row: str, **figures: float) -> None:
     row_of(stages[-1].made, **figures)
     stages[-2].made.mkdir(exist_ok=True)
     line = dict.fromkeys(ablate.CURVES, 0.5 + seed) | {"step": 0}
-    (stages[-2].made / "log.jsonl").write_text(json.dumps(line) + "\n")
+    (stages[-2].made / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     about = {"commands": [shlex.join(stage.args) for stage in stages], "seconds": 1}
     ablate.record(stages[-1], cfg.out / f"seed{seed}", about)
 

@@ -565,7 +565,7 @@ def overwriting(folder: Path):
     (folder / "pre" / "pretrain.json").write_text('{"stages": []}')
     yield pretrain, pretrain.Config(folder / "pre", start=folder / "pre")
     (folder / "run").mkdir()
-    (folder / "run" / "log.jsonl").hardlink_to(data)
+    (folder / "run" / "metrics.jsonl").hardlink_to(data)
     yield train, train.Config(str(model), data, folder / "run")
     (folder / "test.jsonl").hardlink_to(data)
     yield split, split.Config((data,), folder)

@@ -69,7 +69,7 @@ def test_a_run_is_measured_before_its_first_step_and_after_the_last(sft):
     assert all(row["questions"] == 3 and "intervals" in row for row in rows)
     seen = [row["accuracy"] for row in rows]
     assert [row["best"] for row in rows] == [max([-1, *seen[:k]]) < seen[k] for k in range(3)]
-    lines = (sft.out / "log.jsonl").read_text().splitlines()
+    lines = (sft.out / "metrics.jsonl").read_text().splitlines()
     assert ["seconds_held_out" in line for line in lines] == [True, False, True, False]
 
 
@@ -213,7 +213,7 @@ def test_rl_measures_with_its_own_sampler(arena_folder, held_out, tmp_path):
     rl.main(plain)
     assert same(weights(cfg.out / "model"), weights(plain.out / "model"))
     assert log(cfg.out) == log(plain.out)
-    work = [(run.out / "log.jsonl").read_text().splitlines() for run in (cfg, plain)]
+    work = [(run.out / "metrics.jsonl").read_text().splitlines() for run in (cfg, plain)]
     steps = [[json.loads(line)["decode_steps"] for line in lines] for lines in work]
     assert steps[0] == steps[1], "the log counts what the rollouts have taken, and no more"
 

@@ -82,7 +82,7 @@ def test_sft_leaves_out_what_it_cannot_use_by_name(folder, tmp_path, capsys):
     shared = {"model": MODEL, "steps": 2, "batch_size": 2, "warmup": 1}
     train.main(train.Config(data=data, out=tmp_path / "run", **shared))
     assert_named(capsys.readouterr().out, folder)
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["replaced"] for row in log] == [0, 0]
 
 
@@ -108,7 +108,7 @@ def test_more_than_the_share_ends_the_run_before_its_first_step(folder, tmp_path
     why = "4 of 9 records cannot be used, --max-unusable allows 40.0%: .*line 2"
     with pytest.raises(ValueError, match=why):
         train.main(train.Config(**run, max_unusable=0.4))
-    assert not (tmp_path / "run/log.jsonl").exists()
+    assert not (tmp_path / "run/metrics.jsonl").exists()
     with pytest.raises(ValueError, match="allows 0.0%"):
         evaluation.main(evaluation.Config(MODEL, data, max_unusable=0.0))
     data = rows_file(tmp_path / "lost.jsonl", [question("gone.mp4", "q")])

@@ -142,7 +142,7 @@ def test_rl_learns_from_the_judges_grades(strict, questions, tmp_path):
         judge="nano", temperature=1.2, min_format_rate=0, min_tool_rate=0,
     )  # fmt: skip
     rl.main(cfg)
-    log = [json.loads(line) for line in (tmp_path / "rl/log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
     verdicts = list((tmp_path / "rl/answers").glob("*/*.json"))
     assert len(log) == 2 and len(verdicts) == len(strict.answered) - before > 0
     assert all(
@@ -180,7 +180,7 @@ def test_rl_saves_what_it_has_learnt_where_the_judge_stays_away(strict, learning
     assert checkpoint.latest(learning.out).name == "step_000001"
     strict.trouble.clear()
     rl.main(replace(learning, resume=True))
-    log = [json.loads(line) for line in (learning.out / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (learning.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [0, 1]
 
 
@@ -215,7 +215,7 @@ def test_rl_goes_on_where_the_judge_refuses_an_answer(strict, learning, capsys):
     strict.trouble += [400]
     rl.main(learning)
     assert "scored by rule: 1 answers; " in capsys.readouterr().err
-    log = [json.loads(line) for line in (learning.out / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (learning.out / "metrics.jsonl").read_text().splitlines()]
     assert [row["ungraded"] for row in log] == [1, 0]
 
 

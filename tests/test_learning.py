@@ -45,7 +45,7 @@ def test_the_reward_of_a_tiny_run_rises(taught_folder, two_questions, tmp_path):
         warmup=1, max_new_tokens=60, min_format_rate=0, min_tool_rate=0,
     )  # fmt: skip
     rl.main(cfg)
-    rows = [json.loads(line) for line in (tmp_path / "rl/log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
     rewards = [row["reward"] for row in rows]
     first, last = sum(rewards[:6]) / 6, sum(rewards[-6:]) / 6
     assert last > first + 0.3, [round(r, 2) for r in rewards]
@@ -65,7 +65,7 @@ def small(two_questions, tmp_path) -> rl.Config:
 
 
 def log_of(cfg: rl.Config) -> list[dict]:
-    return [json.loads(line) for line in (cfg.out / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (cfg.out / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_clock(rows: list[dict]) -> list[dict]:

@@ -85,7 +85,7 @@ def test_whole_groups_are_kept_with_their_tokens(run):
                     said = "".join(turn["tokens"])
                     assert said.startswith(turn["text"])
                     assert said[len(turn["text"]) :] in ("", *tokenizer.all_special_tokens)
-    logged = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     for row in logged:
         spent = sum(v for k, v in row.items() if k in ("seconds_rollout", "seconds_train"))
         assert row["seconds_keep"] < 0.1 * spent  # the loop does not wait for it
@@ -157,7 +157,7 @@ def write_run(out: Path, groups: list[list[Episode]], name="q", log=()) -> Path:
         lines.append(json.dumps({"question": question, "episodes": rows}) + "\n")
     (out / "rollouts" / "step_000000.jsonl").write_text("".join(lines))
     rows = log or [{"step": 0, "reward": 0.5, "loss": None}]
-    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "run.json").write_text(json.dumps({"command": name, "commit": name}))
     return out
 
@@ -417,7 +417,7 @@ def test_a_video_that_has_gone_is_said_and_the_rest_is_shown(tmp_path, opened):
 @in_a_browser
 def test_a_run_of_train_py_has_curves_and_no_episodes(tmp_path, opened):
     rows = [{"step": k, "loss": 1 / (k + 1), "seconds_train": 1.0} for k in range(3)]
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run.json").write_text("{}")
     page = opened(tmp_path)
     assert page.value("document.querySelectorAll('#charts figure').length") == 2
@@ -444,14 +444,14 @@ def test_frames_are_made_once_and_another_file_has_others(tmp_path):
 def test_a_watched_run_is_shown_anew_after_a_step(tmp_path, monkeypatch):
     out = write_run(tmp_path / "run", [[made([SAID], "red")] * 2])
     page, ended = out / "page/index.html", threading.Event()
-    with open(out / "log.jsonl", "a") as log:
+    with open(out / "metrics.jsonl", "a") as log:
         log.write('{"step": 1, "rew')  # of a run at work: half a line
 
     def sleep(_):
         if ended.is_set():
             raise KeyboardInterrupt
         assert '"step":1,' not in page.read_text() and '"live_s":0.1' in page.read_text()
-        with open(out / "log.jsonl", "a") as log:
+        with open(out / "metrics.jsonl", "a") as log:
             log.write('ard": 0.75}\n')
         ended.set()
 
@@ -475,6 +475,6 @@ def test_what_is_no_run_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="step_000000.jsonl, line 1: not a kept group"):
         report.main(report.Config(out))
     shutil.rmtree(out / "rollouts")
-    (out / "log.jsonl").write_text("{\n")
-    with pytest.raises(ValueError, match="log.jsonl: a line is damaged"):
+    (out / "metrics.jsonl").write_text("{\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: a line is damaged"):
         report.main(report.Config(out))

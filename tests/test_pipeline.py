@@ -71,7 +71,9 @@ def train_and_evaluate(model: Path, trajectories: Path, test: Path, out: Path) -
             str(model), trajectories, out / "sft", steps=3, batch_size=batch_size, lr=1e-4, warmup=1
         )
     )
-    losses = [json.loads(line)["loss"] for line in (out / "sft/log.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (out / "sft/metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 3 and losses[-1] < losses[0]
     evaluation.main(
         evaluation.Config(str(out / "sft/model"), test, out / "report.json", name="taught")

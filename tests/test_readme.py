@@ -118,10 +118,18 @@ def test_every_metric_is_explained_and_no_other():
     row |= take_work(Counter(pages=3)) | {"flat_groups": 0, "refilled": 0}
     assert row["pages"] == 3 and row["rows_put_back"] == 0
     page = PAGES["metrics.md"]
-    of_rl, rest = page.split("## `log.jsonl` of `train.py`")
+    of_rl, rest = page.split("## `metrics.jsonl` of `train.py`")
     explained = set(re.findall(r"^\| `(\w+)`", of_rl, flags=re.M))
     assert explained == set(row)
-    of_held_out, of_eval = rest.split("## `heldout.jsonl`")[1].split("## The report of `eval.py`")
+    of_both, rest = rest.split("## `heldout.jsonl`")
+    code = [*ROOT.glob("nanosport/*/*.py"), *ROOT.glob("*.py")]
+    stages = {
+        name for path in code for name in re.findall(r'stage\("([a-z ]+)"\)', path.read_text())
+    }
+    assert set(re.findall(r"^\| `seconds_(\w+)` ", of_both, flags=re.M)) == {
+        name.replace(" ", "_") for name in stages
+    }
+    of_held_out, of_eval = rest.split("## The report of `eval.py`")
     assert set(re.findall(r"^\| `(\w+)`", of_held_out, flags=re.M)) == {
         "step",
         "best",

@@ -80,7 +80,7 @@ def assert_ends_alike(one: train.Config, other: train.Config) -> None:
     ],
 )
 def test_the_checkpoint_decides_and_the_log_is_mended(harm, left, cut, straight, capsys):
-    harm(cut.out / "log.jsonl")
+    harm(cut.out / "metrics.jsonl")
     train.main(cut)
     assert log(cut.out) == [row for row in log(straight.out) if row["step"] in left | {2, 3}]
     assert_ends_alike(cut, straight)
@@ -309,7 +309,7 @@ def test_resume_begins_anew_where_nothing_was_saved(left, straight, tmp_path, ca
     if left != "nothing":
         (cfg.out / "checkpoints/.step_000002").mkdir(parents=True)
         (cfg.out / "checkpoints/.step_000002/shard").write_text("half")
-        for name in ("log.jsonl", "run.json"):
+        for name in ("metrics.jsonl", "run.json"):
             (cfg.out / name).write_text('{"step": 0}\n')
     if left == "the model beside it":
         shutil.copytree(straight.out / "model", cfg.out / "model")
@@ -339,7 +339,7 @@ def test_a_finished_model_without_checkpoints_is_not_begun_anew(cut):
     assert bytes_of(cut.out) == before
 
 
-@pytest.mark.parametrize("name", ["log.jsonl", "run.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.json"])
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_file_of_somebody_else_is_asked_for_first(name, resume, straight, tmp_path):
     cfg = replace(straight, out=tmp_path, resume=resume)
@@ -360,9 +360,9 @@ def test_what_is_no_model_is_refused_before_the_first_step(straight, tmp_path):
 
 
 def test_the_data_is_not_written_over(straight, tmp_path):
-    data = tmp_path / "log.jsonl"
+    data = tmp_path / "metrics.jsonl"
     shutil.copy(straight.data, data)
-    with pytest.raises(ValueError, match="log.jsonl: is the file that is read"):
+    with pytest.raises(ValueError, match="metrics.jsonl: is the file that is read"):
         train.main(replace(straight, data=data, out=tmp_path, overwrite=True))
     assert data.read_bytes() == straight.data.read_bytes()
 
@@ -371,7 +371,7 @@ def test_checkpoints_that_link_nowhere_are_refused_before_the_first_step(straigh
     (tmp_path / "checkpoints").symlink_to(tmp_path / "unmounted")
     with pytest.raises(ValueError, match="no checkpoint can be saved there"):
         train.main(replace(straight, out=tmp_path))
-    assert not (tmp_path / "log.jsonl").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def broken_model(cfg: train.Config, folder: Path) -> train.Config:
@@ -434,7 +434,7 @@ def test_a_disk_without_locks_is_said_and_used(code, monkeypatch, tmp_path, caps
 
     monkeypatch.setattr(fcntl, "flock", flock)
     Run(tmp_path, train.Config(), resume=False, overwrite=False).begin(0)
-    assert "has no locks" in capsys.readouterr().err and (tmp_path / "log.jsonl").exists()
+    assert "has no locks" in capsys.readouterr().err and (tmp_path / "metrics.jsonl").exists()
 
 
 def test_more_processes_than_gpus_are_refused_in_one_line(monkeypatch):

@@ -353,7 +353,9 @@ def test_a_step_ends_though_a_server_dies_in_it(three, arena_folder, tmp_path):
     urls = [server.url for server in three[:2]]
     three[0].wrong = lambda number: "die" if number == 5 else None
     rl.main(config(urls, arena_folder, tmp_path / "run", steps=2))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["servers_lost"] for row in rows] == [1, 0]
     assert [row["staleness"] for row in rows] == [0, 0] and rows[0]["asked_again"] >= 1
     assert three[1].version == "2"

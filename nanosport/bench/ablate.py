@@ -247,7 +247,7 @@ def made(cfg: Config, seed: int, row: str) -> Result | None:
     *_, learn, judge = stages
     if not is_whole(judge, judge.made.parent, commands_of(stages)):
         return None
-    log = [line for _, line in read_lines(learn.made / "log.jsonl", "a step")]
+    log = [line for _, line in read_lines(learn.made / "metrics.jsonl", "a step")]
     return read(judge.made), log
 
 
@@ -274,7 +274,7 @@ def keep(cfg: Config, seed: int, row: str) -> None:
     records = [record_of(stage, judge.made.parent) for stage in (learn, judge)]
     lines = "".join(json.dumps(one) + "\n" for one in scores)
     write_atomically(path.with_suffix(".scores.jsonl"), lines)
-    write_atomically(path.with_suffix(".jsonl"), (learn.made / "log.jsonl").read_text())
+    write_atomically(path.with_suffix(".jsonl"), (learn.made / "metrics.jsonl").read_text())
     write_atomically(path, json.dumps(report | {"made": records}, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
 """The demo's report: its table, its reward curve, one of its episodes.
 
-python -m nanosport.bench.demo out/demo                # eval_*.json, rl/log.jsonl → index.html
+python -m nanosport.bench.demo out/demo                # eval_*.json, rl/metrics.jsonl → index.html
 python -m nanosport.bench.demo results/demo/seed*.json   # several seeds → the README's table
 """
 
@@ -105,7 +105,7 @@ def report_demo(folder: Path) -> None:
     write_atomically(folder / "report.json", json.dumps(report | provenance(), indent=1) + "\n")
 
     # the page
-    log = [row for _, row in read_lines(folder / "rl/log.jsonl", "a step's row")]
+    log = [row for _, row in read_lines(folder / "rl/metrics.jsonl", "a step's row")]
     body = f"""<h1>DeepSport in small, on {family}</h1>
 <p>Accuracy in percent on held-out clips of the arena.</p>{html_table(rows)}
 <h2>RL: mean of each step's episodes</h2>{curve(log)}

@@ -164,7 +164,7 @@ def page_of(run: Path, groups: Sequence[tuple[dict, list]], live_s: float | None
     told = [about.get(name) for name in ("command", "commit", "device", "date")]
     shown = {
         "about": " · ".join(str(value) for value in told if value),
-        "log": log_rows(run / "log.jsonl"),
+        "log": log_rows(run / "metrics.jsonl"),
         "kinds": KINDS,
         "groups": [group for group, _ in groups],
         "live_s": live_s,
@@ -191,9 +191,9 @@ def page_of(run: Path, groups: Sequence[tuple[dict, list]], live_s: float | None
 
 def main(cfg: Config) -> None:
     cli.check(cfg)
-    log, out = cfg.run / "log.jsonl", cfg.out or cfg.run / "page"
+    log, out = cfg.run / "metrics.jsonl", cfg.out or cfg.run / "page"
     if not (cfg.run.is_dir() if cfg.watch else log.is_file()):
-        raise ValueError(f"{cfg.run}: no log.jsonl there; give the folder of a run")
+        raise ValueError(f"{cfg.run}: no metrics.jsonl there; give the folder of a run")
     (out / "frames").mkdir(parents=True, exist_ok=True)
     frames, before = Frames(out / "frames"), None
     while True:

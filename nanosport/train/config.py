@@ -21,7 +21,7 @@ class TrainingConfig:
     data: Annotated[Path, MAY_CHANGE]
     """JSON lines. The default is rendered where it is missing."""
     out: Annotated[Path, MAY_CHANGE]
-    """The run's folder, with model/, log.jsonl, run.json and checkpoints/."""
+    """The run's folder, with model/, metrics.jsonl, run.json and checkpoints/."""
     steps: Annotated[int, AtLeast(1), MAY_GROW]
     """Steps of the whole run. A resumed run may have more: its schedule goes on over all of
     them."""
@@ -97,7 +97,7 @@ class TrainingConfig:
         if self.patience and not self.eval_every:
             raise ValueError(f"--patience {self.patience}: needs --eval-every and --eval-data")
         read = [path for path in (self.data, self.eval_data) if path]
-        for name in ("log.jsonl", "run.json", "heldout.jsonl"):
+        for name in ("metrics.jsonl", "run.json", "heldout.jsonl"):
             cli.not_the_input(self.out / name, *read)
         if self.lora_rank and not (self.freeze_vision and self.freeze_projector):
             rule = "adapters alone learn; leave --freeze-vision and --freeze-projector on"

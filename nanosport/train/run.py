@@ -1,7 +1,7 @@
-"""A run's folder: what was run (run.json), one JSON line a step (log.jsonl), the model (model/),
-checkpoints/ to go on from, rollouts/ of RL for its page, and run.lock, which one run at a time
-holds. With held-out questions also a line for each evaluation (heldout.jsonl), and the best model
-(best/)."""
+"""A run's folder: what was run (run.json), one JSON line a step (metrics.jsonl), the model
+(model/), checkpoints/ to go on from, rollouts/ of RL for its page, and run.lock, which one run at a
+time holds. With held-out questions also a line for each evaluation (heldout.jsonl), and the best
+model (best/)."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ class Run:
     def __init__(self, folder: Path, config, resume: bool, overwrite: bool):
         """Raises ValueError where another run is at work, or what is there may not be replaced."""
         self.folder, self.model = Path(folder), Path(folder) / "model"
-        self.log, self.json = self.folder / "log.jsonl", self.folder / "run.json"
+        self.log, self.json = self.folder / "metrics.jsonl", self.folder / "run.json"
         self.checkpoints, self.rollouts = self.folder / "checkpoints", self.folder / "rollouts"
         self.best, self.held_out = self.folder / "best", self.folder / "heldout.jsonl"
         config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}

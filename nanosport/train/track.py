@@ -1,5 +1,5 @@
 """A run's figures, and rollouts with their frames, for a tracker that people watch: TensorBoard,
-Weights & Biases or trackio, where it is installed. `log.jsonl` is written always.
+Weights & Biases or trackio, where it is installed. `metrics.jsonl` is written always.
 
 Nothing leaves the machine: wandb writes as offline, for `wandb sync`, trackio beside the run.
 """

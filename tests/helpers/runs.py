@@ -19,13 +19,13 @@ CLOCKED = ("seconds", "balance", *WORK)  # what may differ between two runs of o
 
 def log(run: Path) -> list[dict]:
     """The lines of a run's log without what a clock measured, or one rank has done."""
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in rows]
 
 
 def wait_for_log(out: Path, run: subprocess.Popen) -> None:
     """Until a running process has done its first step."""
-    while not (out / "log.jsonl").exists() or not log(out):
+    while not (out / "metrics.jsonl").exists() or not log(out):
         assert run.poll() is None, run.stderr.read()[-2000:]
         time.sleep(0.05)
 
