@@ -3,11 +3,13 @@
 import ctypes
 import errno
 import fcntl
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -469,3 +471,20 @@ def test_a_plain_run_outlives_its_shell():
     end_with_parent = ctypes.c_int(-1)
     ctypes.CDLL(None).prctl(2, ctypes.byref(end_with_parent))  # PR_GET_PDEATHSIG
     assert end_with_parent.value == 0
+
+
+def test_nothing_ends_the_process_of_a_run_that_an_error_has_ended(straight, tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("a loss that cannot be computed")
+
+    monkeypatch.setattr(train, "sft_loss", fails)
+    before = {*threading.enumerate()}
+    with pytest.raises(ValueError, match="a loss that cannot be computed"):
+        train.main(replace(straight, out=tmp_path / "run"))
+    gc.collect()
+    until = time.monotonic() + 20
+    while watching := [
+        thread for thread in {*threading.enumerate()} - before if "(watch)" in thread.name
+    ]:
+        assert time.monotonic() < until, watching
+        time.sleep(0.05)

@@ -66,7 +66,8 @@ function chart(title, keys) {
   moves.push(k => {
     cursor.setAttribute("x1", x(k));
     cursor.setAttribute("x2", x(k));
-    legend.replaceChildren(...keys.map((key, n) => make("span", {style: {color: COLOURS[n % 8]}},
+    legend.replaceChildren(...keys.map((key, n) => make("span", {},
+      make("b", {style: {color: COLOURS[n % 8]}}, "■ "),
       `${words(key.replace("seconds_", ""))} ${number(run.log[k][key])}`)));
   });
   $("charts").append(make("figure", {}, make("h3", {}, title),

@@ -9,7 +9,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,8 +36,10 @@ class Stages:
         self.step, self.stage, self.began = 0, "set-up", time.monotonic()
         self.seconds: dict[str, float] = {}
         self.closed = threading.Event()
-        if stuck_after_s:
-            threading.Thread(target=self._watch, daemon=True).start()
+        if stuck_after_s:  # a run that an error has ended is no longer held: nothing is stuck then
+            weakref.finalize(self, self.closed.set)
+            watched = weakref.ref(self), self.closed, min(10.0, stuck_after_s / 4)
+            threading.Thread(target=watch, args=watched, daemon=True).start()
 
     def new_step(self, step: int) -> None:
         self.step, self.seconds = step, {}
@@ -57,20 +60,29 @@ class Stages:
     def _enter(self, stage: str) -> None:
         self.stage, self.began = stage, time.monotonic()
 
-    def _watch(self) -> None:
-        while not self.closed.wait(min(10.0, self.stuck_after_s / 4)):
-            spent = time.monotonic() - self.began
-            if spent > self.stuck_after_s:
-                print(
-                    f"error: rank {self.rank} is stuck in step {self.step}, {self.stage}, for "
-                    f"{spent:.0f} s (--stuck-after-s {self.stuck_after_s:g}); below is where. "
-                    "--resume goes on from the last checkpoint, if there is one",
-                    file=sys.stderr,
-                )
-                # the real stderr: a test's stand-in has no file behind it
-                faulthandler.dump_traceback(file=sys.__stderr__)
-                sys.stderr.flush()
-                os._exit(1)  # a collective call that hangs, or C code, hears no exception
+    def end_if_stuck(self) -> None:
+        """End the process where a stage takes too long."""
+        spent = time.monotonic() - self.began
+        if spent <= self.stuck_after_s:
+            return
+        print(
+            f"error: rank {self.rank} is stuck in step {self.step}, {self.stage}, for "
+            f"{spent:.0f} s (--stuck-after-s {self.stuck_after_s:g}); below is where. "
+            "--resume goes on from the last checkpoint, if there is one",
+            file=sys.stderr,
+        )
+        # the real stderr: a test's stand-in has no file behind it
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        sys.stderr.flush()
+        os._exit(1)  # a collective call that hangs, or C code, hears no exception
+
+
+def watch(stages: Callable[[], Stages | None], closed: threading.Event, every_s: float) -> None:
+    """Look at a run's stages until it is closed. stages: a weak reference."""
+    while not closed.wait(every_s):
+        if (run := stages()) is not None:
+            run.end_if_stuck()
+            del run  # to wait must not keep it
 
 
 class Preemption:
