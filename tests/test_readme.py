@@ -158,7 +158,7 @@ def test_the_ablations_table_is_made_of_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where nothing is made
     cfg = ablate.Config(rows=("v1", "v2", "videobrain"), keep=ROOT / "results/ablate")
     found = ablate.results(cfg)
-    assert set(found) >= set(cfg.rows) and all(len(seeds) == 3 for seeds in found.values())
+    assert all(len(found[row]) == 3 for row in cfg.rows)  # other rows may be on their way
     table = f"{ablate.figures_table(found)}\n\n{ablate.sentences(found)}\n"
     assert table == (cfg.keep / "table.md").read_text()
     assert table.strip() in (ROOT / "results/README.md").read_text()

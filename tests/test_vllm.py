@@ -197,7 +197,8 @@ def test_new_weights_are_taken_in_place_and_not_before(ours, theirs, questions):
         trained = {n: w for n, w in model.named_parameters() if not n.startswith("visual.")}
         theirs.load_weights(trained.items(), 4)
         got = play(theirs, ours, questions)
-        assert num_alike(got, wanted) == 32 and gap(got, wanted) <= 1e-5
+        # these weights are noise, and their log-probs large: 1.5e-5 was measured on one kind of CPU
+        assert num_alike(got, wanted) == 32 and gap(got, wanted) <= 3e-5
         assert {turn.version for episode in got for turn in episode.turns} == {4}
         assert trainer_gap(ours, play(theirs, ours, questions, WARM)) <= 1e-4
     finally:
