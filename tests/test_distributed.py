@@ -348,7 +348,7 @@ def test_nodes_must_share_the_runs_folder(sft, tmp_path):
 
 def test_a_rank_that_hangs_is_named_with_its_stage(sft, tmp_path):
     done = torchrun(
-        [["train", flags(sft, out=tmp_path / "run", stuck_after_s=12)]], "hang", timeout_s=100
+        [["train", flags(sft, out=tmp_path / "run", stuck_after_s=25)]], "hang", timeout_s=150
     )
     assert done.returncode != 0
     assert re.search(r"rank [01] is stuck in step \d, train, for \d+ s", done.stderr), done.stderr[

@@ -49,9 +49,9 @@ class Running:
         self.port = self.listening.getsockname()[1]
         self.failed, app = [], application(server)
 
-        async def watched(*call):
+        async def watched(scope, receive, send):
             try:
-                await app(*call)
+                await app(scope, receive, send)
             except Exception as error:
                 self.failed.append(error)
                 raise
