@@ -261,10 +261,10 @@ def write(cfg: Config, report: dict) -> None:
 def show(cfg: Config, rows: dict[str, dict], examples: int = 3) -> None:
     """Print the table, and some turns that broke the format."""
     print(table(rows | (published() if cfg.published else {}), cfg.table))
+    to = sys.stderr if cfg.table == "latex" else sys.stdout  # a paper takes the table alone
     for label, row in rows.items():
         for one in [one for one in row["episodes"] if "error" in one][:examples]:
             said = " ".join(one["text"].split())[:300]
-            to = sys.stderr if cfg.table == "latex" else sys.stdout  # a paper takes the table alone
             print(f"{label}: {one['id']}: {one['error']}: {said}", file=to)
 
 

@@ -1,7 +1,7 @@
 """Attention over packed segments (training, vision windows) and over a cache (generation).
 
     out_i = Σ_j softmax_j(q_i·k_j / √d) v_j      j over the tokens of i's own segment,
-                                                    and j ≤ i where causal
+                                                 and j ≤ i where causal
 
 Segments may share what they begin with (the prompt of a group of rollouts): then it is a segment of
 its own, computed once, and the others see it before themselves, through Keys.

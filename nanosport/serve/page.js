@@ -2,7 +2,7 @@
 // Every text enters the page as a text node: nothing that is sent or said is read as HTML.
 const $ = id => document.getElementById(id);
 const form = $("ask"), button = form.querySelector("button");
-let upload = null, preview = null, newest = null, sentName = "";
+let upload = null, preview = null, newest = null;
 
 function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
@@ -41,14 +41,13 @@ async function send(file) {
     const body = {method: "POST", body: file, headers: {"Content-Type": "application/octet-stream"}};
     const sent = await (await checked(await call("videos", body))).json();
     if (file !== newest) return forget(sent);
-    upload = sent;
+    upload = {...sent, name: file.name};
   } catch (error) {
     if (file !== newest) return;
     return say(`${file.name}: ${error.message}`, true);
   }
   say(`${file.name}: ${upload.num_frames} frames`);
   if (preview) URL.revokeObjectURL(preview);
-  sentName = file.name;
   $("video").src = preview = URL.createObjectURL(file);
   $("video").hidden = false;
   ready(true);
@@ -61,7 +60,7 @@ function forget(sent = upload) {
 async function ask(text) {
   const lines = make("div", {role: "group", "aria-label": "Time line"}), said = make("pre");
   const stop = make("button", {type: "button"}, "Stop"), last = make("p", {role: "status"});
-  const article = make("article", {}, make("h2", {}, text), make("small", {}, sentName), lines, said, last, stop);
+  const article = make("article", {}, make("h2", {}, text), make("small", {}, upload.name), lines, said, last, stop);
   $("answers").prepend(article);
   const control = new AbortController();
   stop.addEventListener("click", () => control.abort());
