@@ -51,6 +51,7 @@ test-vllm: .venv-vllm/.installed
 # what is an optional extra is installed for it
 test-extras: .venv/.installed
 	$(PY) -m pip install -q -r requirements-serve.txt -r requirements-track.txt
+	$(PY) -m pip install -q openai || echo "no OpenAI client: the test with it is skipped"
 	$(PY) -m pytest -q tests/test_serve.py tests/test_heldout.py -k "serve or tracker or tensorboard"
 
 lint: .venv/.installed

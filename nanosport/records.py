@@ -215,7 +215,9 @@ def read_lines(
 
 def record_row(question: Question, folder: Path) -> dict:
     """The JSON object of a question for a file in `folder`; its video's path starts there."""
-    return asdict(question) | {"video": os.path.relpath(question.video, folder)}
+    at, name = os.path.split(question.video)  # a path with ".." starts where a link leads
+    video = os.path.join(os.path.realpath(at), name)
+    return asdict(question) | {"video": os.path.relpath(video, os.path.realpath(folder))}
 
 
 def check_text(text: str, field: str = "the text") -> str:

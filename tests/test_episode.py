@@ -97,6 +97,23 @@ def test_records_move_between_folders(tmp_path):
     ) == replace(question, video="")
 
 
+def test_a_video_is_found_from_a_folder_behind_links(tmp_path):
+    """Both folders are links to others of other depths, and so is the video."""
+    for name in ("deep/in/here/clips", "far/away"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "deep" / "store.mp4").write_text("film")
+    (tmp_path / "deep" / "in" / "here" / "clips" / "v.mp4").symlink_to(tmp_path / "deep/store.mp4")
+    (tmp_path / "clips").symlink_to(tmp_path / "deep" / "in" / "here" / "clips")
+    (tmp_path / "out").symlink_to(tmp_path / "far" / "away")
+    (tmp_path / "mine.jsonl").write_text(json.dumps(ROW | {"video": "clips/v.mp4"}) + "\n")
+    (question,) = read_questions(tmp_path / "mine.jsonl")
+    row = record_row(question, tmp_path / "out")
+    assert row["video"] == "../../deep/in/here/clips/v.mp4"
+    (tmp_path / "out" / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    (moved,) = read_questions(tmp_path / "out" / "mine.jsonl")
+    assert Path(moved.video).read_text() == "film"
+
+
 @pytest.mark.parametrize(
     "text, found",
     [

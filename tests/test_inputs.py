@@ -19,6 +19,7 @@ from nanosport.env.env import Limits
 from nanosport.env.rollout import Conversation, rollout
 from nanosport.env.tools import STOPS
 from nanosport.image import ImageConfig
+from nanosport.model import frames
 from nanosport.model.frames import FrameEncoder
 from nanosport.records import Clip, Question, read_records
 from nanosport.report import printable
@@ -261,9 +262,10 @@ def test_a_match_is_indexed_once_however_many_parts_of_it_are_opened(folder):
     assert all(part._pts is whole._pts for part in again)
 
 
-def test_the_files_used_last_stay_indexed(folder, tmp_path):
+def test_the_files_used_last_stay_indexed(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(frames, "INDEXED_FRAMES", 100)
     paths = [str(write(tmp_path / f"{k}.mp4")) for k in range(4)]
-    encoder = FrameEncoder(None, ImageConfig(), indexed_frames=100)
+    encoder = FrameEncoder(None, ImageConfig())
     for k in (0, 1, 0, 2, 3):
         encoder.open(Clip(paths[k]))
     assert list(encoder.videos) == paths[2:] and encoder.num_indexed == 80

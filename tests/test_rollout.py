@@ -559,7 +559,8 @@ def test_frames_are_encoded_once(model, taught_folder, tokenizer, questions):
         pack([episode], encoder, model.cfg)
     assert encoder.counts["frames_decoded"] == len(set(episode.frames))
     three = 3 * next(iter(encoder.cache.values())).nbytes
-    small = FrameEncoder(model, ImageConfig.from_folder(taught_folder), cache_bytes=three)
+    small = FrameEncoder(model, ImageConfig.from_folder(taught_folder))
+    small.cache_bytes = three
     keys = [(questions[0].clip, i) for i in episode.frames]
     assert (
         torch.equal(small.features(keys), encoder.features(keys))

@@ -183,6 +183,40 @@ def test_an_answer_is_streamed_with_its_turns_hidden_or_shown(start, clip, shows
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_openais_own_client_understands_it(start, clip, docs=ASSETS.parent / "docs"):
+    """As docs/serving.md has it, word by word; then streamed, listed and refused."""
+    openai = pytest.importorskip("openai")
+    running = start()
+    url, said = running.send(clip)["url"], (docs / "serving.md").read_text()
+    code = said.split("```python\n")[1].split("```")[0].replace(":8000", f":{running.port}")
+    given, last = code.rstrip().replace("upload:…", url).rsplit("\n", 1)
+    names: dict = {}
+    exec(given, names)
+    reply, client = eval(last, names), names["client"]
+    whole = running.ask(url, "Who scored?")[1]
+    (choice,), wanted = reply.choices, whole["choices"][0]
+    assert choice.message.content == wanted["message"]["content"]
+    assert choice.finish_reason == wanted["finish_reason"]
+    assert reply.usage.total_tokens == whole["usage"]["total_tokens"] > 100
+    assert reply.nanosport["turns"] == whole["nanosport"]["turns"]
+    assert [one.id for one in client.models.list()] == ["nano"]
+
+    ask = client.chat.completions.create
+    names["content"][1]["text"] = ASKED
+    messages = [{"role": "user", "content": names["content"]}]
+    whole = running.ask(url)[1]["nanosport"]
+    for shows in (False, True):
+        more = {"show_turns": shows}
+        chunks = [*ask(model="any", messages=messages, stream=True, extra_body=more)]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        turns = "".join(turn["text"] + "\n" for turn in whole["turns"])
+        assert text == (turns if shows else whole["answer"])
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    names["content"][0]["video_url"]["url"] = "upload:gone"
+    with pytest.raises(openai.NotFoundError, match="no such video here"):
+        ask(model="any", messages=messages)
+
+
 def test_a_video_may_come_with_its_question_and_goes_with_it(start, clip):
     running = start()
     data = base64.b64encode(clip.read_bytes()).decode()
@@ -191,7 +225,7 @@ def test_a_video_may_come_with_its_question_and_goes_with_it(start, clip):
     assert not running.files()
 
 
-def test_a_video_that_was_sent_is_removed_after_it_was_used(start, clip):
+def test_a_video_that_was_sent_is_removed_after_it_was_used(start, clip, desk):
     running = start(keep_s=1.0)
     sent = running.send(clip)
     assert running.files() == [sent["id"]]
@@ -202,7 +236,15 @@ def test_a_video_that_was_sent_is_removed_after_it_was_used(start, clip):
         failure(404, "no such video here; send it (again) first"),
     )
     again = running.send(clip)
+    assert running.ask(again["url"])[0] == 200
+    encoder, path = desk.encoder, str(running.server.uploads.videos[again["id"]].path)
+    known, size = [name for name in encoder.cache if name[0].video == path], encoder.cached_bytes
+    freed = sum(encoder.cache[name].nbytes for name in known)
+    assert path in encoder.videos and freed > 0
     assert running.call("DELETE", f"/videos/{again['id']}")[0] == 204 and not running.files()
+    eventually(lambda: path not in encoder.videos)
+    assert encoder.cached_bytes == size - freed and encoder.cache.keys().isdisjoint(known)
+    assert encoder.num_indexed == sum(video.num_frames for video in encoder.videos.values())
 
 
 def failure(status: int, why: str) -> dict:

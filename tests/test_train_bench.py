@@ -3,6 +3,7 @@ pays."""
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,9 @@ def test_a_shared_prefix_pays_at_the_papers_ratio(nano_folder):
         for share, times in seconds.items():
             ours.step(works[share])
             times.append(ours.seconds["train"])
-    # the least disturbed of each: other work on the machine only adds
-    gain = min(seconds[False]) / min(seconds[True])
-    assert gain >= 1.6, seconds
+    # of neighbours in time, which other work on the machine slows alike
+    gains = [plain / shared for shared, plain in zip(seconds[True], seconds[False])]
+    assert statistics.median(gains) >= 1.6, gains
 
 
 def ceiling(cfg, lengths) -> float:

@@ -37,16 +37,8 @@ FrameName = tuple[Clip, int]
 class FrameEncoder:
     """Opens videos and turns frames into features_ND of the model's vision tower."""
 
-    def __init__(
-        self,
-        model: VLModel,
-        image: ImageConfig,
-        frozen: bool = True,
-        cache_bytes: int = CACHE_BYTES,
-        indexed_frames: int = INDEXED_FRAMES,
-    ):
-        """frozen: the tower is not trained, so its features are kept, at most `cache_bytes` of
-        them; else they carry gradients."""
+    def __init__(self, model: VLModel | None, image: ImageConfig, frozen: bool = True):
+        """frozen: the tower is not trained, so its features are kept; else they carry gradients."""
         if model is not None:
             cuts = image.patch_size, image.temporal_patch_size, image.merge_size
             tower = model.cfg.vision
@@ -55,16 +47,15 @@ class FrameEncoder:
                 what = f"patch_size, temporal_patch_size, merge_size {cuts}, in config.json {takes}"
                 raise ValueError(f"the image processor's settings are another model's: {what}")
         self.model, self.image, self.frozen = model, image, frozen
-        self.cache_bytes, self.indexed_frames, self.cached_bytes = cache_bytes, indexed_frames, 0
+        self.cache_bytes, self.cached_bytes = CACHE_BYTES, 0
         # on a CPU threads that decode would only slow the model's own down
         self.decodes_ahead = model is not None and self.device.type != "cpu"
         if self.decodes_ahead:  # a small card has better use for its memory
             card = torch.cuda.get_device_properties(self.device).total_memory
-            self.cache_bytes = min(cache_bytes, card // 16)
+            self.cache_bytes = min(CACHE_BYTES, card // 16)
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
         self.videos: OrderedDict[str, Video] = OrderedDict()
-        self.num_indexed, self.lock = 0, threading.Lock()
-        self.in_turn = threading.Lock()
+        self.num_indexed, self.lock, self.in_turn = 0, threading.Lock(), threading.Lock()
         self.unusable: dict[str, VideoError] = {}
         """Files that cannot be used, or not any more, and why."""
         self.decoders = ThreadPoolExecutor(DECODERS)
@@ -99,7 +90,7 @@ class FrameEncoder:
             if path not in self.videos:  # else another thread was quicker
                 self.videos[path] = video
                 self.num_indexed += video.num_frames
-            while len(self.videos) > 1 and self.num_indexed > self.indexed_frames:
+            while len(self.videos) > 1 and self.num_indexed > INDEXED_FRAMES:
                 self.num_indexed -= self.videos.popitem(last=False)[1].num_frames
         return video
 
@@ -183,12 +174,11 @@ class FrameEncoder:
     def _remember(self, names: Sequence[FrameName]) -> None:
         """Encode frames into the cache."""
         sizes = [self.tokens_per_frame(clip) for clip, _ in names]
-        began, waited = time.monotonic(), self.counts["seconds_video"]
+        began = time.monotonic() - self.counts["seconds_video"]  # of which decoding is no part
         parts = [part.clone() for part in self._encode(names).split(sizes)]  # a view keeps them all
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        spent, waited = time.monotonic() - began, self.counts["seconds_video"] - waited
-        self.counts["seconds_tower"] += spent - waited
+        self.counts["seconds_tower"] += time.monotonic() - self.counts["seconds_video"] - began
         self.cache.update(zip(names, parts))
         self.cached_bytes += sum(part.nbytes for part in parts)
 
@@ -222,10 +212,15 @@ class FrameEncoder:
     def device(self) -> torch.device:
         return self.model.head_weight_VD.device
 
-    def forget(self) -> None:
-        """Drop all features: the tower has changed."""
-        self.cache.clear()
-        self.cached_bytes = 0
+    def forget(self, video: str | None = None) -> None:
+        """Drop all features: the tower has changed. Or whatever is known of one video, which is
+        gone. Threads may share this."""
+        with self.in_turn, self.lock:
+            for name in [n for n in self.cache if video in (None, n[0].video)]:
+                self.cached_bytes -= self.cache.pop(name).nbytes
+            if video in self.videos:
+                self.num_indexed -= self.videos.pop(video).num_frames
+            self.unusable.pop(video, None)
 
 
 def in_order(names: set[FrameName]) -> list[FrameName]:

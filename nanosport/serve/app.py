@@ -90,6 +90,8 @@ def application(server: Server) -> Starlette:
                 server.uploads.sweep()
                 await asyncio.sleep(min(10.0, server.uploads.keep_s))
 
+        run, forget = asyncio.get_running_loop().run_in_executor, server.desk.encoder.forget
+        server.uploads.on_removed = lambda path: run(None, forget, str(path))
         task = asyncio.create_task(sweep())
         yield
         task.cancel()

@@ -5,7 +5,7 @@ import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ class Uploads:
         self.most, self.max_mb, self.keep_s, self.pause_s = most, max_mb, keep_s, pause_s
         self.videos: dict[str, Upload] = {}
         self.num_coming = 0
+        self.on_removed: Callable[[Path], object] = str  # whoever else knows it forgets it too
 
     async def receive(self, parts: AsyncIterator[bytes], promised: int | None) -> str:
         """Take a video, and return its id. promised: its bytes, as the sender says. Raises Refused;
@@ -103,4 +104,4 @@ class Uploads:
         for name, upload in [*self.videos.items()]:
             if not upload.readers and (upload.is_dropped or upload.used_at < oldest):
                 upload.path.unlink(missing_ok=True)
-                del self.videos[name]
+                self.on_removed(self.videos.pop(name).path)
