@@ -95,6 +95,14 @@ def test_a_log_that_is_whole_is_not_mended(cut, capsys):
     assert "mended" not in capsys.readouterr().out
 
 
+def test_what_happens_between_two_steps_is_timed_in_the_second(straight):
+    """The look through the videos, and the save that each second step ends with."""
+    rows = [json.loads(line) for line in (straight.out / "metrics.jsonl").open()]
+    assert ["seconds_check" in row for row in rows] == [True, False, False, False]
+    assert ["seconds_save" in row for row in rows] == [False, False, True, False]
+    assert all(row["seconds_train"] > 0 for row in rows)
+
+
 def test_figures_that_are_not_finite_are_null(tmp_path):
     nan, inf = float("nan"), float("inf")
     run = Run(tmp_path / "run", train.Config(), resume=False, overwrite=False)

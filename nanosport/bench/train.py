@@ -74,7 +74,7 @@ class Ours:
     def step(self, work: Work) -> float:
         """Take a step, and return its loss."""
         self.training.cfg = work.run
-        self.training.stage.new_step(0)
+        self.training.stage.seconds.clear()
         return take_step(self.training, self.actors, work.episodes)
 
     @property

@@ -26,9 +26,9 @@ INDEXED_FRAMES = 5_000_000
 """Files stay indexed up to so many frames, about 200 bytes each: 55 hours at 25 a second."""
 DECODERS = 4
 """Threads that decode ahead."""
-CACHE_BYTES = 8 << 30
+CACHE_BYTES, CACHE_SHARE = 8 << 30, 1 / 16
 """Features are kept up to this size, on the device: 4,000 frames of 640×360 for a 7B model; on a
-GPU up to a sixteenth of its memory."""
+GPU up to this share of its memory."""
 
 FrameName = tuple[Clip, int]
 """A frame is known by its clip and its index there."""
@@ -52,7 +52,7 @@ class FrameEncoder:
         self.decodes_ahead = model is not None and self.device.type != "cpu"
         if self.decodes_ahead:  # a small card has better use for its memory
             card = torch.cuda.get_device_properties(self.device).total_memory
-            self.cache_bytes = min(CACHE_BYTES, card // 16)
+            self.cache_bytes = min(CACHE_BYTES, int(CACHE_SHARE * card))
         self.cache: OrderedDict[FrameName, torch.Tensor] = OrderedDict()
         self.videos: OrderedDict[str, Video] = OrderedDict()
         self.num_indexed, self.lock, self.in_turn = 0, threading.Lock(), threading.Lock()

@@ -172,8 +172,7 @@ def fits(cfg: Config) -> bool:
     a_weight = (8 if cfg.offload_adam else 16) + 2 * has_reference
     has_copy = cfg.gpus == 1 or cfg.sampler == "own"
     least = a_weight * policy.num_trained / cfg.gpus + 2 * has_copy * policy.num_weights
-    room = policy.room
-    return least <= room and all(peak(stage.memory) <= room for stage in (policy, sft))
+    return least <= policy.room and all(peak(one.memory) <= policy.room for one in (policy, sft))
 
 
 def advice(cfg: Config) -> str | None:

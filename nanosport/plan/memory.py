@@ -22,7 +22,7 @@ from nanosport.engine.sampler import Piece, Sampling
 from nanosport.engine.step import Step
 from nanosport.model.cost import num_adapted, num_weights
 from nanosport.model.decoder import ModelConfig, VLModel
-from nanosport.model.frames import CACHE_BYTES, TOWER_PATCHES
+from nanosport.model.frames import CACHE_BYTES, CACHE_SHARE, TOWER_PATCHES
 from nanosport.model.vision import VisionConfig
 from nanosport.plan.ledger import Ledger, counting
 from nanosport.plan.synthetic import Lengths, bare_actors, bare_training, make_episodes, take_step
@@ -113,6 +113,7 @@ class Stage:
         update = step["update"]
         num_features = sum(episode.ids.count(model.image_token_id) for episode in episodes)
         image_bytes = 2 * model.vision.feature_size * num_features
+        step_bytes = image_bytes * self.micro_batches
 
         # before the step: what stays, and the moments that end when their work is done
         always = {
@@ -120,7 +121,7 @@ class Stage:
             "vision tower": 2 * self.weights["vision"],
             "weights": update["weights"],
             "Adam moments": 0.0 if run.offload_adam else update["Adam moments"],
-            "frames seen": min(CACHE_BYTES, run.steps * image_bytes * self.micro_batches),
+            "frames seen": min(CACHE_BYTES, CACHE_SHARE * self.room, run.steps * step_bytes),
         }
         moments = {"always": always}
         moments["start"] = {"all weights": (2 if run.lora_rank else 4) * self.num_weights}
@@ -129,7 +130,7 @@ class Stage:
             copy, stays = {"rollout copy": self.copy_bytes}, run.sampler == "own"
             always |= copy if stays else {}
             always["reference"] = update.get("reference", 0.0)
-            always["frames of the step"] = image_bytes * (self.micro_batches - 1)
+            always["frames of the step"] = step_bytes - image_bytes
             if "http" not in run.sampler:  # vLLM's copy sleeps while the policy learns
                 moments["rollout"] = ({} if stays else copy) | self.rollout
 

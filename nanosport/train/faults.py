@@ -42,7 +42,7 @@ class Stages:
             threading.Thread(target=watch, args=watched, daemon=True).start()
 
     def new_step(self, step: int) -> None:
-        self.step, self.seconds = step, {}
+        self.step = step
         self._enter("between stages")
 
     @contextmanager

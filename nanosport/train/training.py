@@ -274,12 +274,12 @@ class Training:
     def log(
         self, row: dict, shown: Sequence[str], episodes: Sequence[Episode] = (), rewards=()
     ) -> None:
-        """Write a step's line, with its stages' seconds; `shown` stands beside the bar too, and
-        some of the episodes in the tracker, with their rewards."""
+        """Write a step's line, with the seconds of all stages since the last; `shown` stands beside
+        the bar too, and some of the episodes in the tracker, with their rewards."""
         if row["step"] % SHOW_EVERY == 0 and episodes:
             self.show(row["step"], "rollout", episodes, rewards)
+        stages, self.stage.seconds = self.stage.seconds.items(), {}
         if self.run:
-            stages = self.stage.seconds.items()
             seconds = {f"seconds_{stage.replace(' ', '_')}": spent for stage, spent in stages}
             row = {**row, **seconds}
             self.run.write(row)
