@@ -100,20 +100,21 @@ def choose(heads: tuple[int, int, int], causal: bool, dtype, device: str) -> tup
 
 
 def is_right(attention: Callable, heads: tuple[int, int, int], causal: bool, dtype, device) -> bool:
-    """Whether output and gradients of two small segments, the second after a prefix, are those of
-    SDPA in float32, but for the dtype's rounding."""
-    lengths, key_lengths = (70, 3), (70, 90) if causal else (70, 3)
+    """Whether output and gradients of small segments, of which some come after a prefix and some
+    are longer than a kernel's tile, are those of SDPA in float32, but for the dtype's rounding."""
+    lengths = 300, 3, 140
+    key_lengths = (300, 90, 530) if causal else lengths
     generator = torch.Generator().manual_seed(0)
     shapes = [(sum(lengths), heads[0]), *[(sum(key_lengths), heads[1])] * 2]
     drawn = [torch.randn(*shape, heads[2], generator=generator) for shape in shapes]
-    bounds = [torch.tensor([0, n[0], sum(n)]).int().to(device) for n in (lengths, key_lengths)]
+    bounds = [torch.tensor([0, *n]).cumsum(0).int().to(device) for n in (lengths, key_lengths)]
     spans = (*bounds, max(lengths), max(key_lengths))
 
     def outputs(function, dtype):
         inputs = [x.to(device, dtype).requires_grad_() for x in drawn]
         out = function(*inputs, spans, causal)
         grad = torch.linspace(-1, 1, out.numel(), device=device).view_as(out).to(dtype)
-        return out, *torch.autograd.grad(out, inputs, grad)
+        return out.detach(), *torch.autograd.grad(out, inputs, grad)
 
     # whoever asks may be computing a layer that keeps nothing: what is kept here is no part of it
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

@@ -18,8 +18,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
 import nanosport
 from nanosport.fields import NAMES, Bound, marks_of
 from nanosport.files import commit, is_own_file, named, plain
@@ -115,7 +113,6 @@ def run(main: Callable, config_type: type, presets: Mapping[str, dict] | None = 
         with tyro_prints(args, sys.stdout.stream):
             config = tyro.cli(config_type, description=about, args=args, **default, **prog)
         check(config)
-        torch.set_float32_matmul_precision("high")
         try:
             main(config)
         except KeyboardInterrupt:

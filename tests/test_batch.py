@@ -134,7 +134,8 @@ def package(kind: str):
     """The flash_attn_varlen_func of a package: right, or wrong in this way."""
 
     def compute(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
-        assert (max_seqlen_q, max_seqlen_k) == (70, 90 if causal else 70)
+        for longest, bounds in ((max_seqlen_q, cu_seqlens_q), (max_seqlen_k, cu_seqlens_k)):
+            assert longest == bounds.diff().max()
         if kind == "raises":
             raise RuntimeError("no kernel image is available")
         if kind == "mask counts from the first key":
@@ -195,6 +196,19 @@ def test_the_choice_may_fall_inside_a_layer_that_is_computed_again(monkeypatch):
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     attention.choose.cache_clear()
     assert set(names) == {"FlashAttention 4"} and x.grad is not None
+
+
+def test_an_attention_that_is_wrong_beyond_its_first_tile_is_not_taken():
+    """Queries after the first 128 give keys and values no gradient here."""
+
+    def wrong(q, k, v, spans, causal):
+        right = attention.sdpa_per_length(q, k, v, spans, causal)
+        without = attention.sdpa_per_length(q, k.detach(), v.detach(), spans, causal)
+        is_near = torch.arange(len(q)) < 128
+        return torch.where(is_near[:, None, None], right, without)
+
+    for causal in (True, False):
+        assert not attention.is_right(wrong, (4, 2, 16), causal, torch.bfloat16, "cpu")
 
 
 def test_an_attention_whose_mask_counts_from_the_first_key_is_not_taken():

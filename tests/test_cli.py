@@ -17,6 +17,7 @@ from typing import Annotated
 
 import numpy as np
 import pytest
+import torch
 
 import eval as evaluation
 import infer
@@ -402,6 +403,13 @@ def ended(monkeypatch, capfd):
             return 0, *capfd.readouterr()
 
     return run
+
+
+def test_float32_is_float32_on_a_card_too(ended):
+    """Not TF32, which keeps ten of the 23 bits of each factor."""
+    said = []
+    code, *_ = ended(lambda _: said.append(torch.get_float32_matmul_precision()))
+    assert code == 0 and said == ["highest"]
 
 
 def raises(error):

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from kernels import attention, elementwise
+from kernels.paged_attention import gathered_attention, paged_attention
 from nanosport.bench import kernels as bench
 from nanosport.bench.theirs import Work, fill
 from nanosport.bench.train import NANO
 from nanosport.engine.own import OwnSampler
+from nanosport.engine.pages import PAGE
 from nanosport.engine.sampler import Piece, Sampling
 from nanosport.engine.step import Step
 from nanosport.files import ASSETS
@@ -53,6 +55,22 @@ def test_fused_kernels_are_as_good_as_torch(case, strided, dtype, monkeypatch):
 
 def test_the_losss_kernel_is_as_good_as_torch():
     assert bench.check()  # raises where it is not
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 0.01), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("num_rows", [1, 12, 160])
+def test_the_decoding_kernel_says_what_its_reference_does(num_rows, dtype, most):
+    """With 160 rows of a 7B none is split."""
+    generator = torch.Generator().manual_seed(0)
+    length_R = torch.randint(1, 700, (num_rows,), generator=generator).int()
+    table_RW = torch.randperm(11 * num_rows, generator=generator).view(num_rows, 11).int() + 1
+    H, K, d = HEADS["7B"]
+    shapes = (num_rows, H, d), *[(11 * num_rows + 1, K, PAGE, d)] * 2
+    drawn = [torch.randn(*shape, generator=generator).to(CUDA, dtype) for shape in shapes]
+    where = table_RW.to(CUDA), length_R.to(CUDA)
+    out = paged_attention(*drawn, *where)
+    exact = gathered_attention(*(x.float() for x in drawn), *where)
+    assert (out - exact).norm() < most * exact.norm()
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -181,9 +199,10 @@ def test_a_graph_says_what_its_step_says(family, dtype, monkeypatch):
     twin = twin.to(CUDA, dtype).requires_grad_(False)
 
     def say(where: VLModel) -> list[tuple]:
-        sampler = OwnSampler(where, tokenizer, Sampling(0.8, max_new_tokens=20))
+        sampler = OwnSampler(where, tokenizer, Sampling())
         said = []
-        for k in range(2):
+        for k, top_p in enumerate((1.0, 0.9)):
+            sampler.sampling = Sampling(0.8, top_p, 20)
             for group in range(3):
                 prompt = Piece(list(range(20 + group, 120 + 30 * group)))
                 sampler.open(prompt, [np.random.default_rng([k, group, m]) for m in range(4)])

@@ -220,7 +220,6 @@ def main() -> None:
     parser.add_argument("--micro-tokens", type=COUNT, help="tokens of a pack; 8192, on a CPU 600")
     parser.add_argument("--repeats", type=COUNT, default=3, help="steps a time is the median of")
     args = parser.parse_args()
-    torch.set_float32_matmul_precision("high")
     began, rows = time.time(), []
     if not GPU:
         print("No GPU here: the nano shape, lengths ÷ 28, float32. This checks the code.")

@@ -104,11 +104,11 @@ class OwnSampler:
     def sleep(self) -> None:
         for row in self.rows.values():
             self._put_back(row)
+        if self.on_gpu:
+            torch.cuda.synchronize()  # a step may be on its way
         self.pages, self.step, self.batch = None, None, []
         self.launched.clear()
-        if self.on_gpu:  # to the driver: what trains would cut the cache's memory into pieces
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # else what trains would cut the cache's memory into pieces
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         self.version = version
