@@ -19,9 +19,11 @@ from nanosport.cli import Preempted
 from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.env import Env, Limits
+from nanosport.env.reward import Reward
 from nanosport.env.rollout import rollout
 from nanosport.env.tools import STOPS
-from nanosport.records import read_questions
+from nanosport.records import Episode, read_questions
+from nanosport.train.metrics import rollout_stats
 from nanosport.video import Video
 
 
@@ -190,13 +192,17 @@ def test_a_demo_of_another_seed_is_refused(tmp_path):
 # What the rows need of the rules.
 
 
-def test_a_repeated_window_is_shown_again_where_it_is_allowed(arena_folder):
+def test_a_repeated_window_is_shown_again_where_it_is_allowed_and_counted_anyhow(arena_folder):
     (question, *_) = read_questions(arena_folder / "test.jsonl")
     call = '<think>i look.</think><tool_call>{"name": "frame_extraction_tool", '
     call += '"arguments": {"idx_start": 0, "idx_end": 20}}</tool_call>'
+    empty, earned = Episode(question, (), (), (), (), (), ""), Reward(1.0, 1.0, 0.0, 1.0, 0.0, 0.0)
     for near, error in ((0, True), (-1, False)):
         env = Env(question, Video(question.video), Limits(near=near))
-        assert not env.step(call).error and bool(env.step(call).error) == error
+        for is_second in (False, True):
+            assert bool(env.step(call).error) == (is_second and error)
+            so_far = replace(empty, turns=tuple(env.turns))
+            assert rollout_stats([so_far], [earned], 0)["repeat_rate"] == is_second
 
 
 def test_the_first_frames_are_drawn_for_each_prompt_and_by_the_seed(nano_folder, arena_folder):

@@ -19,7 +19,8 @@ def rollout_stats(
 ) -> dict[str, float]:
     """Means over a step's episodes."""
     lags = [step - turn.version for episode in episodes for turn in episode.turns]
-    repeats = [any(REPEATED in (t.error or "") for t in e.turns) for e in episodes]
+    shown = [[t.window for t in e.turns if t.action == "tool"] for e in episodes]
+    refused = [any(REPEATED in (t.error or "") for t in e.turns) for e in episodes]
     sums = {
         "reward": sum(r.total for r in rewards),
         "accuracy": sum(r.accuracy for r in rewards),
@@ -27,7 +28,7 @@ def rollout_stats(
         "tool_rate": sum(r.used_tool for r in rewards),
         "new_frames": sum(r.new_frames for r in rewards),
         "format_rate": sum(r.format for r in rewards),
-        "repeat_rate": sum(repeats),
+        "repeat_rate": sum(no or len({*ws}) < len(ws) for no, ws in zip(refused, shown)),
         "frames": sum(len(e.frames) for e in episodes),
         "turns": sum(len(e.turns) for e in episodes),
     }
