@@ -271,8 +271,8 @@ def test_fifty_questions_at_once_are_all_answered_and_batched(start, clip, desk)
     assert [reply["nanosport"]["answer"] for _, reply in alone] == [
         reply["nanosport"]["answer"] for _, reply in replies[::10]
     ]
-    # 2.8 to 4.4 were measured, with two cores and now and then other work
-    assert sum(alone_times) > 2 * sum(times), (alone_times, times)
+    # 4.6 to 7.7 were measured in all runs on two cores, with other work beside
+    assert sum(alone_times) > 3 * sum(times), (alone_times, times)
 
 
 def test_a_turn_comes_in_pieces_only_to_those_who_watch(clip, desk):
