@@ -46,23 +46,21 @@ def chart(lines: dict[str, list[tuple[float, float]]], colours: dict[str, str]) 
     places = [place for line in lines.values() for place in line]
     base, last = height - bottom, max(1, max(x for x, _ in places))
     top = max(y for _, y in places) * 1.05 or 1.0
-    parts = []
+    parts, legend = [], ""
     for k in range(5):
         y, value = base - (base - 10) * k / 4, top * k / 4
         parts.append(f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#e3e5e8"/>')
         parts.append(f'<text x="4" y="{y + 4:.1f}">{value:.2f}</text>')
-    for n, (name, line) in enumerate(lines.items()):
-        colour, apart = colours[name], (width - left) / len(lines)
+    for name, line in lines.items():
         places = [
             (left + (width - left - 10) * x / last, base - (base - 10) * y / top) for x, y in line
         ]
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        line = f'points="{points}" fill="none" stroke="{colour}" stroke-width="2"'
-        label = html.escape(name.replace("_", " "))
+        line = f'points="{points}" fill="none" stroke="{colours[name]}" stroke-width="2"'
         parts.append(f"<polyline {line}/>")
-        parts.append(
-            f'<text x="{left + 8 + apart * n:.0f}" y="{height - 6}" fill="{colour}">{label}</text>'
-        )
+        label = html.escape(name.replace("_", " "))
+        legend += f'<tspan dx="10" fill="{colours[name]}">━ </tspan>{label}'
+    parts.append(f'<text x="{left - 10}" y="{height - 6}">{legend}</text>')
     size = f'viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif" font-size="12"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
 
