@@ -118,7 +118,7 @@ def test_the_code_stays_small():
     core = num_lines("*.py", "kernels/**/*.py", "nanosport/**/*.py") - plan - bench
     assert num_lines("rl.py") <= 400 and num_lines("train.py") <= 130
     assert num_lines("nanosport/bench/train.py") <= 250
-    assert plan <= 910 and core <= 13_959 and num_lines(*everything) <= 22_435
+    assert plan <= 910 and core <= 13_960 and num_lines(*everything) <= 22_434
 
 
 COMMANDS = "arena check convert difficulty distill look split teacher"

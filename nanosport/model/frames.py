@@ -213,8 +213,8 @@ class FrameEncoder:
         return self.model.head_weight_VD.device
 
     def forget(self, video: str | None = None) -> None:
-        """Drop all features: the tower has changed. Or whatever is known of one video, which is
-        gone. Threads may share this."""
+        """Drop all features: the tower has changed. Or one video's, and its index: it is gone.
+        Threads may share this."""
         with self.in_turn, self.lock:
             for name in [n for n in self.cache if video in (None, n[0].video)]:
                 self.cached_bytes -= self.cache.pop(name).nbytes

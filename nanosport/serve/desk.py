@@ -121,7 +121,8 @@ class Desk:
 
     def _fail(self, error: Exception) -> None:
         """End the conversations whose video cannot be used any more; all, where that is not it."""
-        unusable = self.encoder.unusable
-        lost = [n for n, job in self.playing.items() if job.question.video in unusable]
+        unusable = self.encoder.unusable  # the video of one that is given up may be forgotten
+        jobs = self.playing.items()
+        lost = [n for n, job in jobs if job.given_up or job.question.video in unusable]
         for number in lost if lost and isinstance(error, VideoError) else [*self.playing]:
             self._leave(number).tell("error", str(error))
