@@ -40,7 +40,7 @@ class Uploads:
         self.most, self.max_mb, self.keep_s, self.pause_s = most, max_mb, keep_s, pause_s
         self.videos: dict[str, Upload] = {}
         self.num_coming = 0
-        self.on_removed: Callable[[Path], object] = str  # whoever else knows it forgets it too
+        self.on_removed: Callable[[Path], object] = lambda path: None  # for whoever else knows it
 
     async def receive(self, parts: AsyncIterator[bytes], promised: int | None) -> str:
         """Take a video, and return its id. promised: its bytes, as the sender says. Raises Refused;

@@ -28,7 +28,7 @@ def rollout_stats(
         "tool_rate": sum(r.used_tool for r in rewards),
         "new_frames": sum(r.new_frames for r in rewards),
         "format_rate": sum(r.format for r in rewards),
-        "repeat_rate": sum(no or len({*ws}) < len(ws) for no, ws in zip(refused, shown)),
+        "repeat_rate": sum(was or len({*seen}) < len(seen) for was, seen in zip(refused, shown)),
         "frames": sum(len(e.frames) for e in episodes),
         "turns": sum(len(e.turns) for e in episodes),
     }
