@@ -17,7 +17,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +47,8 @@ from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.video import VideoError
 
 Players = tuple[FrameEncoder, Sampler]
+Keep = Callable[[int, Episode | None], None]
+"""Called with the place of an episode, and the episode."""
 
 
 @dataclass(frozen=True)
@@ -117,38 +119,54 @@ def limits_of(cfg: Config, mode: str) -> Limits:
 
 
 def play(
-    cfg: Config, mode: str, seed: int, players: Players, questions: Sequence[Question], first: int
-) -> list[Episode | None]:
-    """The episodes of neighbouring questions, the first of which has this number, each question's
-    samples side by side; None where the video is lost meanwhile."""
-    encoder, sampler = players
+    cfg: Config, mode: str, players: Players, played: Played, places: Sequence[int], keep: Keep
+) -> None:
+    """Play those of a seed's questions that are not played yet, each one's samples side by side.
+    places: of their first samples in `played`. An episode is None where its video is lost
+    meanwhile."""
+    (encoder, sampler), size = players, len(played.questions) // len(cfg.seeds)
+    samples = range(cfg.samples)
+    places = [p for p in places if any((mode, p + k) not in played.episodes for k in samples)]
+    if not places:
+        return
+    how = {"seed": (cfg.seeds[places[0] // size],)}
+    how["numbers"] = [place % size // cfg.samples for place in places]
+
+    def end(k: int, episode: Episode) -> None:
+        keep(places[k // cfg.samples] + k % cfg.samples, episode)
+
     try:
-        how = {"group_size": cfg.samples, "seed": (seed,), "first": first}
-        return rollout(sampler, encoder, questions, limits_of(cfg, mode), **how)
-    except VideoError:  # the others are played as if it had not happened
-        if len(questions) == 1:
-            return [None] * cfg.samples
-        one_by_one = (
-            play(cfg, mode, seed, players, [q], first + k) for k, q in enumerate(questions)
-        )
-        return [episode for episodes in one_by_one for episode in episodes]
+        questions, limits = [played.questions[place] for place in places], limits_of(cfg, mode)
+        rollout(sampler, encoder, questions, limits, cfg.samples, on_end=end, **how)
+    except VideoError:
+        if len(places) == 1:
+            for k in samples:
+                keep(places[0] + k, None)
+        else:  # the others are played as if it had not happened
+            for place in places:
+                play(cfg, mode, players, played, [place], keep)
 
 
 def play_all(cfg: Config, mode: str, players: Players, played: Played, rank: int) -> list[int]:
-    """Play this rank's questions, as far as they are not played already; returns the places of
-    their episodes in `played`, where a seed comes after the other."""
-    num = len(played.questions) // len(cfg.seeds) // cfg.samples
-    mine, places = dist.share(range(num), rank), []
-    batches = [mine[k : k + cfg.batch_size] for k in range(0, len(mine), cfg.batch_size)]
-    todo = [(s, numbers) for s in range(len(cfg.seeds)) for numbers in batches]
-    for s, numbers in tqdm(todo, desc=f"eval {mode}", unit="batch", disable=rank > 0):
-        begin = (s * num + numbers[0]) * cfg.samples
-        end = begin + len(numbers) * cfg.samples
-        if any((mode, place) not in played.episodes for place in range(begin, end)):
-            batch = played.questions[begin : end : cfg.samples]
-            seed = cfg.seeds[s]
-            played.add(mode, begin, play(cfg, mode, seed, players, batch, numbers[0]))
-        places += range(begin, end)
+    """Play this rank's questions, as far as they are not played already, and keep each episode as
+    it ends; returns the places of them all in `played`, where a seed comes after the other."""
+    size, seeds = len(played.questions) // len(cfg.seeds), range(len(cfg.seeds))
+    mine = [number * cfg.samples for number in dist.share(range(size // cfg.samples), rank)]
+    places = [s * size + first + k for s in seeds for first in mine for k in range(cfg.samples)]
+    missing = {place for place in places if (mode, place) not in played.episodes}
+    bar = tqdm(total=len(missing), desc=f"eval {mode}", unit="episode", disable=rank > 0)
+
+    def keep(place: int, episode: Episode | None) -> None:
+        if place in missing:  # else another sample of its question was
+            missing.remove(place)
+            played.add(mode, place, episode)
+            bar.update()
+
+    with bar:
+        for s in seeds:
+            for k in range(0, len(mine), cfg.batch_size):
+                firsts = [s * size + first for first in mine[k : k + cfg.batch_size]]
+                play(cfg, mode, players, played, firsts, keep)
     return places
 
 

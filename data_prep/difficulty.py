@@ -62,7 +62,7 @@ def measure(
             continue  # by whole batches: a run that goes on draws as one that was never cut
         batch, unusable = usable(batch, encoder.open)
         broken += unusable
-        drawn = (cfg.samples, (cfg.seed,), start)
+        drawn = (cfg.samples, (cfg.seed,), range(start, start + len(batch)))
         episodes = rollout(sampler, encoder, batch, limits, *drawn) if batch else []
         for k, question in enumerate(batch):
             group = episodes[k * cfg.samples : (k + 1) * cfg.samples]

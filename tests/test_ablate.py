@@ -212,7 +212,9 @@ def test_the_first_frames_are_drawn_for_each_prompt_and_by_the_seed(nano_folder,
     def seen(seed: int, first: int, number: int) -> list[int]:
         limits = Limits(num_frames=16, frames_drawn=(4, 8, 16))
         questions = asked[first : first + number]
-        episodes = rollout(sampler, encoder, questions, limits, 2, (seed, 0), first)
+        episodes = rollout(
+            sampler, encoder, questions, limits, 2, (seed, 0), range(first, first + number)
+        )
         return [len(episode.frames) for episode in episodes]
 
     whole = seen(0, 0, 12)

@@ -301,7 +301,7 @@ def test_a_rollout_is_the_same_whatever_it_is_batched_with(
     sampler, together = sampled
     for k in range(3):
         alone = rollout(
-            sampler, encoder, questions[k : k + 1], Limits(max_turns=3), 8, seed=(0, 3), first=k
+            sampler, encoder, questions[k : k + 1], Limits(max_turns=3), 8, seed=(0, 3), numbers=[k]
         )
         assert [e.ids for e in alone] == [e.ids for e in together[8 * k : 8 * k + 8]]
         assert [e.turns for e in alone] == [e.turns for e in together[8 * k : 8 * k + 8]]

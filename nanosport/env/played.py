@@ -38,19 +38,16 @@ class Played:
         question, frames = self.questions[row["number"]], tuple(row["frames"])
         return Episode(question, (), (), (), frames, turns, row["status"], row["answer"])
 
-    def add(self, mode: str, first: int, episodes: Sequence[Episode | None]) -> None:
-        """Keep the episodes of neighbouring questions, all of a batch or none."""
-        lines = []
-        for number, episode in enumerate(episodes, first):
-            kept = dict.fromkeys(("status", "answer", "frames", "turns"))
-            if episode is not None:
-                kept |= {name: getattr(episode, name) for name in kept}
-                kept["turns"] = [asdict(turn) for turn in episode.turns]
-                episode = replace(episode, ids=(), mask=(), sampled_logp=())  # most of its memory
-            lines.append(json.dumps({"mode": mode, "number": number, **kept}) + "\n")
-            self.episodes[mode, number] = episode
+    def add(self, mode: str, number: int, episode: Episode | None) -> None:
+        """Keep an episode."""
+        kept = dict.fromkeys(("status", "answer", "frames", "turns"))
+        if episode is not None:
+            kept |= {name: getattr(episode, name) for name in kept}
+            kept["turns"] = [asdict(turn) for turn in episode.turns]
+            episode = replace(episode, ids=(), mask=(), sampled_logp=())  # most of its memory
+        self.episodes[mode, number] = episode
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        append(self.path, "".join(lines))
+        append(self.path, json.dumps({"mode": mode, "number": number, **kept}) + "\n")
 
     def remove(self) -> None:
         """Drop the file: the report has been written."""

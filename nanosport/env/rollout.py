@@ -80,33 +80,39 @@ def rollout(
     limits: Limits,
     group_size: int = 1,
     seed: Sequence[int] = (0,),
-    first: int = 0,
+    numbers: Sequence[int] = (),
     on_turn: Callable[[Env], None] | None = None,
+    on_end: Callable[[int, Episode], None] | None = None,
 ) -> list[Episode]:
     """Sample `group_size` episodes of every question, a group's members side by side.
 
-    Question q draws from the streams (seed, first + q, member), whatever else is sampled beside it.
-    on_turn: called with an episode's Env after each of its turns. Raises VideoError where a video
-    cannot be used.
+    A question draws from the streams (seed, its number, member), whatever else is sampled beside
+    it. numbers: of the questions, 0, 1, … by default. on_turn: called with an episode's Env after
+    each of its turns. on_end: called with an episode's place among those returned and the episode,
+    as each ends. Raises VideoError where a video cannot be used.
     """
     playing: dict[int, Conversation] = {}
     members = range(group_size)
     try:
-        for q, question in enumerate(questions, first):
+        for q, question in zip(numbers or range(len(questions)), questions, strict=True):
             its = limits.drawn([*seed, q, 1 << 20])  # no member's stream
             group = [Conversation(question, encoder, sampler.tokenizer, its) for _ in members]
             prompt = [conversation.open() for conversation in group][0]
             streams = [np.random.default_rng([*seed, q, member]) for member in members]
             playing |= zip(sampler.open(prompt, streams), group, strict=True)
 
+        places = {number: place for place, number in enumerate(playing)}
         for number, said in sampler.turns():
-            piece = playing[number].take(said)
+            conversation = playing[number]
+            piece = conversation.take(said)
             if piece is None:
                 sampler.close(number)
             else:
                 sampler.say(number, piece)
             if on_turn is not None:
-                on_turn(playing[number].env)
+                on_turn(conversation.env)
+            if on_end is not None and piece is None:
+                on_end(places[number], conversation.episode())
     finally:  # a video that cannot be used must not leave its neighbours open
         for number in playing:
             sampler.close(number)

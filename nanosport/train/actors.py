@@ -218,8 +218,10 @@ class Actors:
         seed = (cfg.seed, draw.step, draw.again) if draw.again else (cfg.seed, draw.step)
         size, episodes = max(1, cfg.rollout_batch // cfg.group_size), []
         for start in range(0, len(mine), size):
-            how = {"group_size": cfg.group_size, "seed": seed, "first": first + start}
-            episodes += records.play(mine[start : start + size], self.sampler, self.limits, **how)
+            places = mine[start : start + size]
+            numbers = range(first + start, first + start + len(places))
+            how = {"group_size": cfg.group_size, "seed": seed, "numbers": numbers}
+            episodes += records.play(places, self.sampler, self.limits, **how)
         return episodes
 
     def picked(self, records: Records, draw: Draw) -> list[int]:

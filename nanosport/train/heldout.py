@@ -95,8 +95,8 @@ class HeldOut:
         episodes: list[Episode] = []
         for start in range(0, len(mine), BATCH):
             with training.stage("held out"), training.serving(None):
-                how = {"seed": (training.cfg.seed,), "first": mine[start]}
                 places = mine[start : start + BATCH]
+                how = {"seed": (training.cfg.seed,), "numbers": places}
                 episodes += self.records.play(places, self.sampler, self.limits, **how)
             if training.preemption.asked:
                 break

@@ -178,7 +178,7 @@ class Records:
     def play(
         self, places: Sequence[int], sampler: Sampler, limits: Limits, **drawn
     ) -> list[Episode]:
-        """Sample episodes of the questions at these places. drawn: group_size, seed and first, as
+        """Sample episodes of the questions at these places. drawn: group_size, seed and numbers, as
         `rollout` takes them."""
 
         def use(numbers: list[int]) -> list[Episode]:
