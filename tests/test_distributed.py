@@ -425,7 +425,8 @@ def test_killed_while_it_saves_a_run_goes_on_from_a_whole_checkpoint(runs, tmp_p
     train.main(cfg)
     straight, rng = log(cfg.out), random.Random(0)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])
+    slow_to_import = ["transformers.models.auto.tokenization_auto", "torch._dynamo"]
+    context.set_forkserver_preload(["train", "torchcodec.decoders", *slow_to_import])
     seen = set()
     for trial in range(20):
         cut = replace(cfg, out=tmp_path / f"cut{trial}")

@@ -225,13 +225,14 @@ def beside_generate(repeats: int, num_prompts: int = 8, num_tokens: int = 48) ->
 
 @torch.no_grad()
 def timed(ways: dict, repeats: int) -> dict:
-    """The seconds of two ways, turn by turn, and how many times the first is faster."""
-    seconds = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
+    """The seconds of two ways, turn by turn, and how many times the first is faster. Of several
+    repeats one more warms up."""
+    seconds, warm_up = {name: [] for name in ways}, repeats > 1
+    for repeat in range(repeats + warm_up):
         for name, play in ways.items():
             began = time.perf_counter()
             play()
-            if repeat:  # the first time warms up
+            if repeat >= warm_up:
                 seconds[name].append(round(time.perf_counter() - began, 3))
     ours, theirs = (median(times) for times in seconds.values())
     return {"seconds": seconds, "times_faster": round(theirs / ours, 2)}

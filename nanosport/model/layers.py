@@ -70,6 +70,10 @@ class Embedding(nn.Embedding):
     """nn.Embedding, with the gradient of a cast as in Linear: only the rows that are read are
     added to."""
 
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # to draw nothing, torch imports its compiler: seconds
+            super().reset_parameters()
+
     def forward(self, ids):
         if not learns(self):
             return super().forward(ids)
@@ -89,7 +93,7 @@ class ReadRows(torch.autograd.Function):
         (ids,), master = ctx.saved_tensors, ctx.master
         if master.grad is None:
             master.grad = torch.zeros_like(master)
-        master.grad.index_add_(0, ids, grad.to(master.dtype))
+        master.grad.index_add_(0, ids.flatten(), grad.flatten(0, -2).to(master.dtype))
         return None, None, None
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from nanosport.fields import AtLeast, only
 from nanosport.model import decoder, vision
-from nanosport.model.layers import LayerNorm, Linear, run_layer
+from nanosport.model.layers import Embedding, LayerNorm, Linear, run_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class Tower(nn.Module):
         super().__init__()
         self.cfg, width = cfg, cfg.hidden_size
         self.patch_embed = vision.PatchEmbed(cfg, bias=True)
-        self.pos_embed = nn.Embedding(cfg.num_position_embeddings, width)
+        self.pos_embed = Embedding(cfg.num_position_embeddings, width)
         self.blocks = nn.ModuleList(
             vision.VisionBlock(
                 cfg, LayerNorm, TwoLayers(width, cfg.intermediate_size, width, "tanh")

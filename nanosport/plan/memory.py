@@ -256,8 +256,8 @@ def ranks(num_ranks: int) -> Iterator[None]:
 def shape_of(cfg: ModelConfig, dtype: torch.dtype) -> VLModel:
     """A model without storage, and without its tower, which is frozen and whole on every GPU."""
     with torch.device("meta"):
-        model = VLModel(cfg).to(dtype)
-    model.visual = torch.nn.Identity()
+        model = VLModel(replace(cfg, vision=cfg.vision.shallow())).to(dtype)
+    model.cfg, model.visual = cfg, torch.nn.Identity()
     return model
 
 

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 
 from nanosport.cli import ending
@@ -75,6 +74,8 @@ def latest(run: Path) -> Path | None:
 def reason(error: BaseException) -> str:
     """Why a save or a load failed, in one line. What torch met on a rank it wraps, and not in an
     Exception."""
+    import torch.distributed.checkpoint as dcp  # slow to import
+
     while isinstance(error, dcp.CheckpointException):
         error, _ = next(iter(error.failures.values()))
     return first_line(error)
@@ -323,6 +324,8 @@ def load(folder: Path, model: VLModel, optimizer: torch.optim.Optimizer) -> None
 
     Raises ValueError where it is damaged, or is another model's.
     """
+    import torch.distributed.checkpoint as dcp  # slow to import
+
     alone = not torch.distributed.is_initialized()
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
