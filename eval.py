@@ -48,7 +48,6 @@ from nanosport.video import VideoError
 
 Players = tuple[FrameEncoder, Sampler]
 Keep = Callable[[int, Episode | None], None]
-"""Called with the place of an episode, and the episode."""
 
 
 @dataclass(frozen=True)
@@ -121,40 +120,36 @@ def limits_of(cfg: Config, mode: str) -> Limits:
 def play(
     cfg: Config, mode: str, players: Players, played: Played, places: Sequence[int], keep: Keep
 ) -> None:
-    """Play those of a seed's questions that are not played yet, each one's samples side by side.
-    places: of their first samples in `played`. An episode is None where its video is lost
-    meanwhile."""
+    """Play some of a seed's questions, each one's samples side by side. places: of their first
+    samples in `played`. keep: called with each episode's place as it ends, and the episode, None
+    where its video is lost meanwhile."""
     (encoder, sampler), size = players, len(played.questions) // len(cfg.seeds)
-    samples = range(cfg.samples)
-    places = [p for p in places if any((mode, p + k) not in played.episodes for k in samples)]
-    if not places:
-        return
     how = {"seed": (cfg.seeds[places[0] // size],)}
     how["numbers"] = [place % size // cfg.samples for place in places]
 
-    def end(k: int, episode: Episode) -> None:
+    def end(k: int, episode: Episode | None) -> None:
         keep(places[k // cfg.samples] + k % cfg.samples, episode)
 
     try:
         questions, limits = [played.questions[place] for place in places], limits_of(cfg, mode)
         rollout(sampler, encoder, questions, limits, cfg.samples, on_end=end, **how)
     except VideoError:
-        if len(places) == 1:
-            for k in samples:
-                keep(places[0] + k, None)
-        else:  # the others are played as if it had not happened
+        if len(places) > 1:  # the others are played as if it had not happened
             for place in places:
                 play(cfg, mode, players, played, [place], keep)
+        else:
+            for k in range(cfg.samples):
+                end(k, None)
 
 
 def play_all(cfg: Config, mode: str, players: Players, played: Played, rank: int) -> list[int]:
     """Play this rank's questions, as far as they are not played already, and keep each episode as
     it ends; returns the places of them all in `played`, where a seed comes after the other."""
-    size, seeds = len(played.questions) // len(cfg.seeds), range(len(cfg.seeds))
-    mine = [number * cfg.samples for number in dist.share(range(size // cfg.samples), rank)]
-    places = [s * size + first + k for s in seeds for first in mine for k in range(cfg.samples)]
+    size, samples = len(played.questions) // len(cfg.seeds), cfg.samples
+    mine = [number * samples for number in dist.share(range(size // samples), rank)]
+    firsts = [[s * size + first for first in mine] for s in range(len(cfg.seeds))]
+    places = [first + k for its in firsts for first in its for k in range(samples)]
     missing = {place for place in places if (mode, place) not in played.episodes}
-    bar = tqdm(total=len(missing), desc=f"eval {mode}", unit="episode", disable=rank > 0)
 
     def keep(place: int, episode: Episode | None) -> None:
         if place in missing:  # else another sample of its question was
@@ -162,11 +157,11 @@ def play_all(cfg: Config, mode: str, players: Players, played: Played, rank: int
             played.add(mode, place, episode)
             bar.update()
 
-    with bar:
-        for s in seeds:
-            for k in range(0, len(mine), cfg.batch_size):
-                firsts = [s * size + first for first in mine[k : k + cfg.batch_size]]
-                play(cfg, mode, players, played, firsts, keep)
+    with tqdm(total=len(missing), desc=f"eval {mode}", unit="episode", disable=rank > 0) as bar:
+        for its in firsts:
+            todo = [first for first in its if missing & {*range(first, first + samples)}]
+            for k in range(0, len(todo), cfg.batch_size):
+                play(cfg, mode, players, played, todo[k : k + cfg.batch_size], keep)
     return places
 
 

@@ -26,22 +26,12 @@ from http.client import HTTPException
 from math import isfinite
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from nanosport.engine import nccl
-from nanosport.engine.sampler import Generated, Piece, SamplerError, Sampling
-from nanosport.engine.vllm import (
-    Answer,
-    Frame,
-    Talk,
-    constant_params,
-    frames_of,
-    import_vllm,
-    items_of,
-)
-from nanosport.model.decoder import ModelConfig
+from nanosport.engine.sampler import Generated, SamplerError
+from nanosport.engine.vllm import Answer, Frame, Talk, Talks, import_vllm, items_of
 
 
 @dataclass(frozen=True)
@@ -139,36 +129,22 @@ class Server:
         self.post("/resume")
 
 
-class ServerSampler:
-    """A Sampler (see sampler.py) over vLLM servers."""
+class ServerSampler(Talks):
+    """vLLM's servers."""
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        how: Servers,
-        max_tokens: int,
-        tokenizer,
-        cfg: ModelConfig,
-        banned: torch.Tensor,
-        sampling: Sampling,
-    ):
-        """Raises SamplerError where no server can play conversations of max_tokens."""
+    def __init__(self, urls: Sequence[str], how: Servers, max_tokens: int, *about):
+        """about: as Talks takes it. Raises SamplerError where no server can play conversations of
+        max_tokens."""
         import_vllm()
-        self.tokenizer, self.cfg, self.banned, self.sampling = tokenizer, cfg, banned, sampling
-        self.constant_params = constant_params(tokenizer, cfg, banned)
-        self.how, self.version = how, 0
+        super().__init__(*about)
+        self.how, self.lock = how, threading.Lock()
         self.servers = [Server(url, how.wait_s) for url in urls]
-        self.lock = threading.Lock()
-        self.talks: dict[int, Talk] = {}
         self.homes: dict[int, Server] = {}
         """Who plays each of them."""
         self.waiting: set[int] = set()
         """Conversations that wait for a turn."""
-        self.num_opened = 0
         self.said: queue.SimpleQueue = queue.SimpleQueue()
         """(number, turn or what went wrong), as they come."""
-        self.counts: Counter[str] = Counter()
-        """tokens_said, seconds_speak, servers_lost, asked_again."""
         for server in self.servers:
             try:
                 if (room := server.room()) < max_tokens:
@@ -178,19 +154,6 @@ class ServerSampler:
         self._some_server()
 
     # The seam.
-
-    def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
-        frames = frames_of(prompt, self.cfg)
-        numbers = range(self.num_opened, self.num_opened + len(streams))
-        self.num_opened += len(streams)
-        home = self._some_server()  # a group has one: it reads their prompt once
-        with self.lock:
-            self.homes |= dict.fromkeys(numbers, home)
-        for number, stream in zip(numbers, streams):
-            self.talks[number] = Talk(stream, self.sampling)
-            self.talks[number].add(prompt.ids, frames)
-            self._ask(number)
-        return list(numbers)
 
     def turns(self) -> Iterator[tuple[int, Generated]]:
         while self.waiting:
@@ -204,10 +167,6 @@ class ServerSampler:
                 raise turn
             self.counts["tokens_said"] += len(turn.ids)
             yield number, turn
-
-    def say(self, number: int, piece: Piece) -> None:
-        self.talks[number].add(piece.ids, frames_of(piece, self.cfg))
-        self._ask(number)
 
     def close(self, number: int) -> None:
         self.waiting.discard(number)
@@ -240,6 +199,11 @@ class ServerSampler:
                 deque(once, 0)  # as the other ranks do, whether or not it has taken them
 
     # Servers.
+
+    def _settle(self, group: Iterable[int]) -> None:
+        home = self._some_server()  # one for all: it reads their prompt once
+        with self.lock:
+            self.homes |= dict.fromkeys(group, home)
 
     def _renew(self, server: Server, take: Callable[[], None]) -> None:
         """Give a server new weights; one that was given up and takes them plays again."""

@@ -14,6 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -218,32 +219,48 @@ def start_engine(folder: Path, max_tokens: int, max_rows: int):
     return LLM(**flags)
 
 
-class VllmSampler:
-    """A Sampler (see sampler.py) over vLLM in this process; one in a process at most."""
+class Talks:
+    """The conversations of a Sampler (see sampler.py) over vLLM, wherever it runs."""
 
-    def __init__(self, llm, tokenizer, cfg: ModelConfig, banned: torch.Tensor, sampling: Sampling):
+    def __init__(self, tokenizer, cfg: ModelConfig, banned: torch.Tensor, sampling: Sampling):
         self.tokenizer, self.cfg, self.banned, self.sampling = tokenizer, cfg, banned, sampling
         self.constant_params = constant_params(tokenizer, cfg, banned)
-        self.llm = llm
         self.talks: dict[int, Talk] = {}
-        self.num_opened = self.num_asked = self.version = 0
-        self.asked: dict[str, int] = {}
-        """The conversation of each request that is under way."""
-        self.asleep = False
+        self.numbers, self.version = count(), 0
         self.counts: Counter[str] = Counter()
-        """tokens_said, seconds_speak."""
-
-    # The seam.
+        """tokens_said, seconds_speak; of servers also servers_lost, asked_again."""
 
     def open(self, prompt: Piece, streams: Sequence[np.random.Generator]) -> list[int]:
         frames = frames_of(prompt, self.cfg)
-        numbers = range(self.num_opened, self.num_opened + len(streams))
-        self.num_opened += len(streams)
-        for number, stream in zip(numbers, streams):
-            self.talks[number] = Talk(stream, self.sampling)
-            self.talks[number].add(prompt.ids, frames)
+        group = {next(self.numbers): Talk(stream, self.sampling) for stream in streams}
+        self._settle(group)
+        self.talks |= group
+        for number, talk in group.items():
+            talk.add(prompt.ids, frames)
             self._ask(number)
-        return list(numbers)
+        return list(group)
+
+    def say(self, number: int, piece: Piece) -> None:
+        self.talks[number].add(piece.ids, frames_of(piece, self.cfg))
+        self._ask(number)
+
+    def _settle(self, group: Iterable[int]) -> None:
+        """Choose who plays a group, where there is a choice."""
+
+    def _ask(self, number: int) -> None:
+        """Ask for the next tokens of a conversation."""
+        raise NotImplementedError
+
+
+class VllmSampler(Talks):
+    """vLLM in this process; one in a process at most."""
+
+    def __init__(self, llm, *about):
+        super().__init__(*about)
+        self.llm, self.num_asked = llm, 0
+        self.asked: dict[str, int] = {}
+        """The conversation of each request that is under way."""
+        self.asleep = False
 
     def turns(self) -> Iterator[tuple[int, Generated]]:
         torch.get_num_threads()  # a new thread learns here how many it has; vLLM counts on it
@@ -262,10 +279,6 @@ class VllmSampler:
                     self._ask(number)
                 else:
                     yield number, turn
-
-    def say(self, number: int, piece: Piece) -> None:
-        self.talks[number].add(piece.ids, frames_of(piece, self.cfg))
-        self._ask(number)
 
     def close(self, number: int) -> None:
         self.talks.pop(number, None)
@@ -293,10 +306,7 @@ class VllmSampler:
         assert self.llm.reset_prefix_cache(), "conversations are open"
         self.version = version
 
-    # vLLM.
-
     def _ask(self, number: int) -> None:
-        """Ask for the next tokens of a conversation."""
         from vllm import SamplingParams
         from vllm.inputs import mm_input, tokens_input
         from vllm.sampling_params import RequestOutputKind
