@@ -17,7 +17,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +47,6 @@ from nanosport.train.inputs import MAX_UNUSABLE, Records
 from nanosport.video import VideoError
 
 Players = tuple[FrameEncoder, Sampler]
-Keep = Callable[[int, Episode | None], None]
 
 
 @dataclass(frozen=True)
@@ -118,50 +117,49 @@ def limits_of(cfg: Config, mode: str) -> Limits:
 
 
 def play(
-    cfg: Config, mode: str, players: Players, played: Played, places: Sequence[int], keep: Keep
+    cfg: Config, mode: str, players: Players, played: Played, places: Sequence[int], bar: tqdm
 ) -> None:
-    """Play some of a seed's questions, each one's samples side by side. places: of their first
-    samples in `played`. keep: called with each episode's place as it ends, and the episode, None
-    where its video is lost meanwhile."""
+    """Play those of a seed's questions that lack an answer, each one's samples side by side, and
+    keep each episode as it ends; None where its video is lost meanwhile. places: of their first
+    samples in `played`."""
     (encoder, sampler), size = players, len(played.questions) // len(cfg.seeds)
+    samples = range(cfg.samples)
+    places = [p for p in places if any((mode, p + k) not in played.episodes for k in samples)]
+    if not places:
+        return
     how = {"seed": (cfg.seeds[places[0] // size],)}
     how["numbers"] = [place % size // cfg.samples for place in places]
 
-    def end(k: int, episode: Episode | None) -> None:
-        keep(places[k // cfg.samples] + k % cfg.samples, episode)
-
-    try:
-        questions, limits = [played.questions[place] for place in places], limits_of(cfg, mode)
-        rollout(sampler, encoder, questions, limits, cfg.samples, on_end=end, **how)
-    except VideoError:
-        if len(places) > 1:  # the others are played as if it had not happened
-            for place in places:
-                play(cfg, mode, players, played, [place], keep)
-        else:
-            for k in range(cfg.samples):
-                end(k, None)
-
-
-def play_all(cfg: Config, mode: str, players: Players, played: Played, rank: int) -> list[int]:
-    """Play this rank's questions, as far as they are not played already, and keep each episode as
-    it ends; returns the places of them all in `played`, where a seed comes after the other."""
-    size, samples = len(played.questions) // len(cfg.seeds), cfg.samples
-    mine = [number * samples for number in dist.share(range(size // samples), rank)]
-    firsts = [[s * size + first for first in mine] for s in range(len(cfg.seeds))]
-    places = [first + k for its in firsts for first in its for k in range(samples)]
-    missing = {place for place in places if (mode, place) not in played.episodes}
-
-    def keep(place: int, episode: Episode | None) -> None:
-        if place in missing:  # else another sample of its question was
-            missing.remove(place)
+    def keep(k: int, episode: Episode | None) -> None:
+        place = places[k // cfg.samples] + k % cfg.samples
+        if (mode, place) not in played.episodes:  # else another sample of its question was lacking
             played.add(mode, place, episode)
             bar.update()
 
-    with tqdm(total=len(missing), desc=f"eval {mode}", unit="episode", disable=rank > 0) as bar:
+    try:
+        asked, limits = [played.questions[place] for place in places], limits_of(cfg, mode)
+        rollout(sampler, encoder, asked, limits, cfg.samples, on_end=keep, **how)
+    except VideoError:
+        if len(places) > 1:  # the others are played as if it had not happened
+            for place in places:
+                play(cfg, mode, players, played, [place], bar)
+        else:
+            for k in samples:
+                keep(k, None)
+
+
+def play_all(cfg: Config, mode: str, players: Players, played: Played, rank: int) -> list[int]:
+    """Play this rank's questions, as far as they are not played already; returns the places of
+    their episodes in `played`, where a seed comes after the other."""
+    size = len(played.questions) // len(cfg.seeds)
+    mine = [number * cfg.samples for number in dist.share(range(size // cfg.samples), rank)]
+    firsts = [[s * size + first for first in mine] for s in range(len(cfg.seeds))]
+    places = [first + k for its in firsts for first in its for k in range(cfg.samples)]
+    lacking = sum((mode, place) not in played.episodes for place in places)
+    with tqdm(total=lacking, desc=f"eval {mode}", unit="episode", disable=rank > 0) as bar:
         for its in firsts:
-            todo = [first for first in its if missing & {*range(first, first + samples)}]
-            for k in range(0, len(todo), cfg.batch_size):
-                play(cfg, mode, players, played, todo[k : k + cfg.batch_size], keep)
+            for k in range(0, len(its), cfg.batch_size):
+                play(cfg, mode, players, played, its[k : k + cfg.batch_size], bar)
     return places
 
 
@@ -173,7 +171,8 @@ def run_mode(
     places = play_all(cfg, mode, players, played, rank)
     new, _ = dist.gather_items([place for place in places if place not in known])
     lost = [played.questions[k].id for k in places if played.episodes[mode, k] is None]
-    places = [place for place in places if played.episodes[mode, place] is not None]
+    # with no other answer of theirs either: those that asked for no frame would be left
+    places = [place for place in places if played.questions[place].id not in lost]
     episodes = [played.episodes[mode, place] for place in places]
 
     scored, _ = dist.gather_items(list(zip(places, episodes, *graded(episodes, judge))))

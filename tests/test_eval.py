@@ -17,6 +17,7 @@ import pytest
 import eval as evaluation
 import infer
 from nanosport.cli import Preempted, Terminal
+from nanosport.engine.own import OwnSampler
 from nanosport.engine.players import load_sampler
 from nanosport.engine.sampler import Sampling
 from nanosport.env.figures import table
@@ -24,6 +25,7 @@ from nanosport.env.played import Played
 from nanosport.env.tools import STOPS
 from nanosport.records import Episode, Question, Turn, read_questions
 from nanosport.report import episode_page
+from nanosport.video import VideoError
 from tests.helpers.chat_server import ChatServer
 from tests.helpers.clips import write
 
@@ -61,6 +63,20 @@ def rows_of(report: Path) -> dict:
     }
 
 
+@pytest.fixture
+def opened(monkeypatch) -> list[int]:
+    """The conversations that are opened meanwhile."""
+    numbers, open_group = [], OwnSampler.open
+
+    def open_(sampler, prompt, streams):
+        group = open_group(sampler, prompt, streams)
+        numbers.extend(group)
+        return group
+
+    monkeypatch.setattr(OwnSampler, "open", open_)
+    return numbers
+
+
 def played_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.played.jsonl"))
 
@@ -91,8 +107,11 @@ def interrupted(cfg: evaluation.Config, number: int, after: int) -> str:
 @pytest.mark.parametrize(
     "number, after, batch", [(signal.SIGINT, 2, 2), (signal.SIGTERM, 10, 2), (signal.SIGTERM, 1, 8)]
 )
-def test_a_stopped_evaluation_goes_on_where_it_was(number, after, batch, whole, tmp_path, capsys):
-    """Each answer is on disk when it is given, though others of its batch are not."""
+def test_a_stopped_evaluation_goes_on_where_it_was(
+    number, after, batch, whole, tmp_path, capsys, opened
+):
+    """Each answer is on disk when it is given, though others of its batch are not, and none is
+    asked for again."""
     cfg, wanted = replace(whole[0], out=tmp_path / "r.json", batch_size=batch), whole[1]
     said = interrupted(cfg, number, after) + capsys.readouterr().err
     (kept,) = played_in(tmp_path)
@@ -102,7 +121,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(number, after, batch, whole, 
     with open(kept, "a") as file:  # a kill may cut the last line
         file.write('{"mode": "tool", "num')
     before = len(kept.read_text().splitlines()) - 1
+    opened.clear()
     evaluation.main(cfg)
+    assert len(opened) == 16 - before
     assert f"{before} episodes are played already: going on from {kept}" in capsys.readouterr().out
     assert rows_of(cfg.out) == wanted and not played_in(tmp_path)
     # the seconds are this command's, and so are the questions that they are shared among
@@ -218,6 +239,41 @@ def test_a_video_that_is_lost_in_mid_run_costs_its_questions_alone(whole, tmp_pa
     assert len(again.episodes) == 7
     row = evaluation.run_mode(cfg, "tool", (encoder, sampler), again, 0, None)
     assert "lost" not in row and row["questions"] == 8
+
+    # where it is lost before its second answer, the first counts no more
+    twice, copies = [q for q in asked for _ in range(2)], tmp_path / "two.json"
+    played = Played(copies, {}, twice, 0)
+    played.add("tool", 2, again.episodes["tool", 1])
+    copy.unlink()
+    players = load_sampler(Path(MODEL), sampling)
+    row = evaluation.run_mode(replace(cfg, samples=2), "tool", players, played, 0, None)
+    assert row["lost"] == [rows[1]["id"]] and row["questions"] == 7
+    assert len(row["episodes"]) == 14 and set(row["pass_at"]) == {"1", "2"}
+    assert len(Played(copies, {}, twice, 0).episodes) == 15, "but it is kept"
+
+
+def test_what_is_answered_when_a_video_is_lost_is_not_asked_again(whole, tmp_path, opened):
+    cfg, wanted = whole
+    asked = [q for q in read_questions(cfg.data) if q.id != "lost"]
+    encoder, sampler = load_sampler(Path(MODEL), Sampling(0.6, 0.9, 60, STOPS))
+    closed, close, turns, losses = [], sampler.close, sampler.turns, []
+
+    def close_(number: int) -> None:
+        closed.append(number)
+        close(number)
+
+    def turns_():
+        for turn in turns():
+            yield turn
+            if closed and not losses:
+                losses.append(turn)
+                raise VideoError("gone")
+
+    sampler.close, sampler.turns = close_, turns_
+    played = Played(tmp_path / "r.json", {}, asked, 0)
+    row = evaluation.run_mode(cfg, "tool", (encoder, sampler), played, 0, None)
+    assert losses and len(opened) == 8 + 1, "one of a batch of two has ended"
+    assert json.loads(json.dumps(row["episodes"])) == next(iter(wanted.values()))["episodes"]
 
 
 def test_a_judge_that_fails_does_not_lose_what_was_played(arena_folder, tmp_path, monkeypatch):

@@ -74,9 +74,8 @@ def latest(run: Path) -> Path | None:
 def reason(error: BaseException) -> str:
     """Why a save or a load failed, in one line. What torch met on a rank it wraps, and not in an
     Exception."""
-    import torch.distributed.checkpoint as dcp  # slow to import
-
-    while isinstance(error, dcp.CheckpointException):
+    dcp = sys.modules.get("torch.distributed.checkpoint")  # slow to import
+    while dcp is not None and isinstance(error, dcp.CheckpointException):
         error, _ = next(iter(error.failures.values()))
     return first_line(error)
 
