@@ -121,6 +121,12 @@ def test_the_code_stays_small():
     assert plan <= 910 and core <= 13_960 and num_lines(*everything) <= 22_434
 
 
+def test_the_engine_stays_small():
+    """What samples here; sampler.py is the seam, which samplers over vLLM share."""
+    names = ("own", "pages", "row", "step")
+    assert num_lines(*(f"nanosport/engine/{name}.py" for name in names)) <= 650
+
+
 COMMANDS = "arena check convert difficulty distill look split teacher"
 
 
