@@ -127,8 +127,8 @@ def play(
     places = [p for p in places if any((mode, p + k) not in played.episodes for k in samples)]
     if not places:
         return
-    how = {"seed": (cfg.seeds[places[0] // size],)}
-    how["numbers"] = [place % size // cfg.samples for place in places]
+    seed = (cfg.seeds[places[0] // size],)
+    numbers = [place % size // cfg.samples for place in places]
 
     def keep(k: int, episode: Episode | None) -> None:
         place = places[k // cfg.samples] + k % cfg.samples
@@ -138,7 +138,7 @@ def play(
 
     try:
         asked, limits = [played.questions[place] for place in places], limits_of(cfg, mode)
-        rollout(sampler, encoder, asked, limits, cfg.samples, on_end=keep, **how)
+        rollout(sampler, encoder, asked, limits, cfg.samples, seed, numbers, on_end=keep)
     except VideoError:
         if len(places) > 1:  # the others are played as if it had not happened
             for place in places:
@@ -171,7 +171,7 @@ def run_mode(
     places = play_all(cfg, mode, players, played, rank)
     new, _ = dist.gather_items([place for place in places if place not in known])
     lost = [played.questions[k].id for k in places if played.episodes[mode, k] is None]
-    # with no other answer of theirs either: those that asked for no frame would be left
+    # none of their other answers counts: what was answered without a look would be left
     places = [place for place in places if played.questions[place].id not in lost]
     episodes = [played.episodes[mode, place] for place in places]
 

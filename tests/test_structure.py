@@ -122,9 +122,9 @@ def test_the_code_stays_small():
 
 
 def test_the_engine_stays_small():
-    """What samples here; sampler.py is the seam, which samplers over vLLM share."""
-    names = ("own", "pages", "row", "step")
-    assert num_lines(*(f"nanosport/engine/{name}.py" for name in names)) <= 650
+    """Our own sampler, and the interface that it shares with those over vLLM."""
+    names = ("own", "pages", "row", "step", "sampler")
+    assert num_lines(*(f"nanosport/engine/{name}.py" for name in names)) <= 759
 
 
 COMMANDS = "arena check convert difficulty distill look split teacher"

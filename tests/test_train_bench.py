@@ -71,8 +71,8 @@ def test_a_shared_prefix_pays_at_the_papers_ratio(nano_folder):
     sizes = {"hidden_size": width, "intermediate_size": seven.intermediate_size // 14}
     vision = replace(nano.vision, out_hidden_size=width)
     cfg = replace(nano, **sizes, num_hidden_layers=2, mrope_section=(8, 12, 12), vision=vision)
-    half = ("frame_tokens", "label", "prompt_text", "turn_text", "result_text")
-    lengths = replace(NANO, **{name: 2 * getattr(NANO, name) for name in half})
+    tokens = ("frame_tokens", "label", "prompt_text", "turn_text", "result_text")
+    lengths = replace(NANO, **{name: 2 * getattr(NANO, name) for name in tokens})
     papers = Lengths().prompt / Lengths().response
     assert lengths.prompt / lengths.response == pytest.approx(papers, rel=0.02)
     assert ceiling(cfg, lengths) == pytest.approx(ceiling(seven, Lengths()), rel=0.05)

@@ -225,8 +225,8 @@ def beside_generate(repeats: int, num_prompts: int = 8, num_tokens: int = 48) ->
 
 @torch.no_grad()
 def timed(ways: dict, repeats: int) -> dict:
-    """The seconds of two ways, turn by turn, and how many times the first is faster. One more
-    warms up, unless there is one alone."""
+    """The seconds of two ways, turn by turn, and how many times the first is faster. Where
+    there are several repeats, one more comes first and warms up."""
     seconds, warm_up = {name: [] for name in ways}, repeats > 1
     for repeat in range(repeats + warm_up):
         for name, play in ways.items():

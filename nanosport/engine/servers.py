@@ -130,7 +130,7 @@ class Server:
 
 
 class ServerSampler(Talks):
-    """vLLM's servers."""
+    """A Sampler over vLLM's servers."""
 
     def __init__(self, urls: Sequence[str], how: Servers, max_tokens: int, *about):
         """about: as Talks takes it. Raises SamplerError where no server can play conversations of

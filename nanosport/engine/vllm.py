@@ -253,7 +253,7 @@ class Talks:
 
 
 class VllmSampler(Talks):
-    """vLLM in this process; one in a process at most."""
+    """A Sampler over vLLM in this process, of which a process can have one."""
 
     def __init__(self, llm, *about):
         super().__init__(*about)
